@@ -1,0 +1,169 @@
+//! How long a frame takes on this machine, stage by stage.
+
+use std::fmt;
+use std::io::Cursor;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use image::{ImageFormat, Rgb, RgbImage};
+use serde::Serialize;
+
+use crate::bundle::{Bundle, BundleError};
+use crate::vision::decode::{self, DecodeError};
+use crate::vision::{Backbone, BackboneError, Classifier, Stages};
+
+/// Frames before the first that counts: caches and clocks are warm then.
+const WARM_UP: usize = 5;
+
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Backbone(#[from] BackboneError),
+    #[error("{file}: {source}")]
+    Image { file: String, source: DecodeError },
+}
+
+/// The stages of a frame, each with its figures.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    pub threads: usize,
+    /// What runs the backbone's layers.
+    pub kernels: &'static str,
+    pub stages: StageReport,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StageReport {
+    pub decode: Figures,
+    pub preprocess: Figures,
+    pub backbone: Figures,
+    pub head: Figures,
+    pub frame: Figures,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Figures {
+    pub median_ms: f64,
+    pub p99_ms: f64,
+    pub runs: usize,
+}
+
+impl Figures {
+    /// Of at least one time; the p99 is the smallest that at most one in a hundred exceeds.
+    pub fn of(mut times: Vec<Duration>) -> Self {
+        times.sort_unstable();
+        let at = |share: f64| {
+            let rank = (share * times.len() as f64).ceil() as usize;
+            times.get(rank.saturating_sub(1)).map_or(0.0, |time| time.as_secs_f64() * 1e3)
+        };
+        Figures { median_ms: at(0.5), p99_ms: at(0.99), runs: times.len() }
+    }
+}
+
+impl StageReport {
+    pub fn of(frames: &[Stages]) -> Self {
+        let figures = |stage: fn(&Stages) -> Duration| Figures::of(frames.iter().map(stage).collect());
+        StageReport {
+            decode: figures(|s| s.decode),
+            preprocess: figures(|s| s.preprocess),
+            backbone: figures(|s| s.backbone),
+            head: figures(|s| s.head),
+            frame: figures(Stages::frame),
+        }
+    }
+}
+
+impl fmt::Display for StageReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:12} {:>10} {:>10}", "stage", "median ms", "p99 ms")?;
+        let stages = [
+            ("decode", &self.decode),
+            ("preprocess", &self.preprocess),
+            ("backbone", &self.backbone),
+            ("head", &self.head),
+            ("frame", &self.frame),
+        ];
+        for (name, figures) in stages {
+            writeln!(f, "{name:12} {:10.3} {:10.3}", figures.median_ms, figures.p99_ms)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} frames, threads: {}, kernels: {}\n", self.stages.frame.runs, self.threads, self.kernels)?;
+        self.stages.fmt(f)
+    }
+}
+
+/// A classifier to be timed.
+pub struct Bench {
+    classifier: Classifier,
+}
+
+impl Bench {
+    pub fn new(bundle: &Bundle) -> Result<Self, BenchError> {
+        Ok(Bench { classifier: bundle.classifier(&Backbone::built_in()?)? })
+    }
+
+    /// Decodes and classifies one picture `runs` times: `image`, or a drawn one of 640×480.
+    pub fn run(&mut self, image: Option<&Path>, runs: usize) -> Result<Report, BenchError> {
+        let named = |source| BenchError::Image {
+            file: image.map_or("the drawn picture".into(), |path| path.display().to_string()),
+            source,
+        };
+        let jpeg = match image {
+            Some(path) => decode::read_file(path).map_err(named)?,
+            None => drawn_jpeg(640, 480),
+        };
+        let mut frames = Vec::with_capacity(runs);
+        for run in 0..WARM_UP + runs.max(1) {
+            let began = Instant::now();
+            let picture = decode::encoded(&jpeg).map_err(named)?;
+            let decode = began.elapsed();
+            let (_, stages) = self.classifier.classify(&picture)?;
+            if run >= WARM_UP {
+                frames.push(Stages { decode, ..stages });
+            }
+        }
+        Ok(Report { threads: 1, kernels: "tract", stages: StageReport::of(&frames) })
+    }
+}
+
+/// A picture with edges and slopes, about as hard to decode as a photograph; always the same.
+pub fn drawn_jpeg(width: u32, height: u32) -> Vec<u8> {
+    let image = RgbImage::from_fn(width, height, |x, y| {
+        let wave = (x as f32 / 23.0).sin() * (y as f32 / 31.0).cos();
+        let petals = ((x as f32 - 320.0).atan2(y as f32 - 240.0) * 8.0).sin();
+        let grain = (x.wrapping_mul(2_654_435_761) ^ y.wrapping_mul(2_246_822_519)) >> 28;
+        let level = |base: f32, depth: f32| (base + depth * wave + grain as f32).clamp(0.0, 255.0) as u8;
+        if petals > 0.3 {
+            Rgb([level(210.0, 40.0), level(190.0, 50.0), level(40.0, 30.0)])
+        } else {
+            Rgb([level(50.0, 40.0), level(110.0, 60.0), level(45.0, 30.0)])
+        }
+    });
+    let mut bytes = Cursor::new(Vec::new());
+    image.write_to(&mut bytes, ImageFormat::Jpeg).expect("memory takes a small JPEG");
+    bytes.into_inner()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_figures_are_the_ranks() {
+        let times = (1..=200).rev().map(Duration::from_millis).collect();
+        assert_eq!(Figures::of(times), Figures { median_ms: 100.0, p99_ms: 198.0, runs: 200 });
+        assert_eq!(Figures::of(vec![Duration::from_millis(3)]), Figures { median_ms: 3.0, p99_ms: 3.0, runs: 1 });
+    }
+
+    #[test]
+    fn the_drawn_picture_is_a_picture() {
+        assert_eq!(decode::encoded(&drawn_jpeg(64, 48)).unwrap().dimensions(), (64, 48));
+    }
+}

@@ -1,0 +1,151 @@
+//! What a bundle says of itself.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::vision::backbone::sha256_hex;
+use crate::vision::{Labels, Preprocess};
+
+/// The member that holds it.
+pub const NAME: &str = "manifest.json";
+/// The format this program writes, and the only one it reads.
+pub const FORMAT: u32 = 1;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    pub format: u32,
+    pub name: String,
+    /// Larger is newer. By default the time of training, `YYYYMMDDhhmmss` in UTC.
+    pub version: u64,
+    /// RFC 3339, UTC.
+    pub created_at: String,
+    pub classes: Labels,
+    pub backbone: BackboneRef,
+    pub preprocess: Preprocess,
+    /// Divides the logits; fitted on the validation set.
+    pub temperature: f32,
+    pub unknown: Unknown,
+    pub dataset: DatasetRef,
+    /// On the validation set.
+    pub metrics: Metrics,
+    pub seed: u64,
+    /// The program that trained it, with its version.
+    pub program: String,
+    /// Every other member of the bundle.
+    pub members: BTreeMap<String, Member>,
+}
+
+/// The network a model stands on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackboneRef {
+    pub name: String,
+    /// Of the ONNX file, in hexadecimal.
+    pub sha256: String,
+    /// The tensor the head looks at.
+    pub feature: String,
+    /// Numbers in it.
+    pub width: usize,
+}
+
+/// When a picture is none of the classes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Unknown {
+    pub rule: UnknownRule,
+    pub threshold: f32,
+    /// The share of the validation set's pictures that the threshold rejects, 0–1.
+    pub rejected_share: f32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UnknownRule {
+    /// The cosine of the angle to the subspace of the classes is below the threshold.
+    CosineSubspace,
+}
+
+/// What it was taught with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DatasetRef {
+    /// Over the classes and the files' contents, in order.
+    pub sha256: String,
+    pub train_images: usize,
+    pub val_images: usize,
+}
+
+/// How good it is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Metrics {
+    /// Share of pictures whose best class is right, 0–1; nothing is rejected as unknown here.
+    pub accuracy: f64,
+    /// Mean cross-entropy after the temperature, in nats.
+    pub loss: f64,
+    /// Expected calibration error after the temperature, 0–1.
+    pub ece: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Member {
+    pub sha256: String,
+    pub bytes: usize,
+}
+
+impl Member {
+    fn of(content: &[u8]) -> Self {
+        Member { sha256: sha256_hex(content), bytes: content.len() }
+    }
+}
+
+impl Manifest {
+    /// Checks the format before anything else, so that a newer bundle is named as such.
+    pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
+        #[derive(Deserialize)]
+        struct Format {
+            format: u32,
+        }
+        let Format { format } = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        if format != FORMAT {
+            return Err(format!("format {format}, this program reads {FORMAT}"));
+        }
+        serde_json::from_slice(bytes).map_err(|e| e.to_string())
+    }
+
+    pub fn to_json(&self) -> Vec<u8> {
+        let mut json = serde_json::to_vec_pretty(self).expect("a manifest can be written as JSON");
+        json.push(b'\n');
+        json
+    }
+
+    pub(super) fn set_members(&mut self, members: &[(&str, &[u8])]) {
+        self.members = members.iter().map(|(name, content)| ((*name).into(), Member::of(content))).collect();
+    }
+
+    /// Every member that the manifest names is there and is what it says.
+    pub(super) fn check_members(&self, members: &[(&str, &[u8])]) -> Result<(), String> {
+        for name in self.members.keys() {
+            if !members.iter().any(|(there, _)| there == name) {
+                return Err(format!("{NAME} names {name}, which this program does not know"));
+            }
+        }
+        for (name, content) in members {
+            let found = Member::of(content);
+            match self.members.get(*name) {
+                None => return Err(format!("{NAME} does not name {name}")),
+                Some(member) if *member != found => {
+                    return Err(format!(
+                        "{name} was altered: {} bytes and sha256 {}, {NAME} says {} and {}",
+                        found.bytes, found.sha256, member.bytes, member.sha256
+                    ));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,169 @@
+//! A mailbox with one slot: the newest news wins, and nobody ever looks at a stale picture.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::Frame;
+
+/// What the camera has to say.
+#[derive(Debug)]
+pub enum News {
+    Frame(Frame),
+    /// The camera gives no frames since `at`; it is being reopened.
+    Lost {
+        at: SystemTime,
+        reason: String,
+    },
+}
+
+/// What [`Receiver::take`] came back with.
+pub enum Taken {
+    News(News),
+    /// Nothing came within the time given.
+    Nothing,
+    /// The sender is gone and the slot is empty.
+    Ended,
+}
+
+/// The other side is gone.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Closed;
+
+#[derive(Default)]
+struct Slot {
+    news: Option<News>,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    slot: Mutex<Slot>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Slot> {
+        self.slot.lock().expect("no holder of the mailbox panics")
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until `ready` gives something, the mailbox is closed, or `wait` is over.
+    fn wait_for<T>(&self, wait: Duration, ready: impl Fn(&mut Slot) -> Option<T>) -> Option<T> {
+        let deadline = Instant::now() + wait;
+        let mut slot = self.lock();
+        loop {
+            if let Some(value) = ready(&mut slot) {
+                return Some(value);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            slot = self.changed.wait_timeout(slot, left).expect("no holder of the mailbox panics").0;
+        }
+    }
+}
+
+/// The camera's end.
+pub struct Sender(Arc<Shared>);
+
+/// The next stage's end.
+pub struct Receiver(Arc<Shared>);
+
+/// A new, empty mailbox.
+pub fn mailbox() -> (Sender, Receiver) {
+    let shared = Arc::new(Shared::default());
+    (Sender(shared.clone()), Receiver(shared))
+}
+
+impl Sender {
+    /// Puts `news` into the slot; true where a frame that nobody had taken was overwritten.
+    pub fn publish(&self, news: News) -> Result<bool, Closed> {
+        let mut slot = self.0.lock();
+        if slot.closed {
+            return Err(Closed);
+        }
+        let before = slot.news.replace(news);
+        self.0.changed.notify_all();
+        Ok(matches!(before, Some(News::Frame(_))))
+    }
+
+    /// Waits `wait`, or less: true as soon as the receiver is gone.
+    pub fn closed_within(&self, wait: Duration) -> bool {
+        self.0.wait_for(wait, |slot| slot.closed.then_some(())).is_some()
+    }
+}
+
+impl Receiver {
+    /// Takes what is newest, waiting at most `wait` for it.
+    pub fn take(&self, wait: Duration) -> Taken {
+        let taken = self.0.wait_for(wait, |slot| match slot.news.take() {
+            Some(news) => Some(Taken::News(news)),
+            None => slot.closed.then_some(Taken::Ended),
+        });
+        taken.unwrap_or(Taken::Nothing)
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Picture;
+    use super::*;
+
+    fn frame(mark: u8) -> News {
+        News::Frame(Frame { captured_at: SystemTime::UNIX_EPOCH, picture: Picture::Encoded(vec![mark]), origin: None })
+    }
+
+    fn mark(taken: Taken) -> Option<u8> {
+        match taken {
+            Taken::News(News::Frame(Frame { picture: Picture::Encoded(bytes), .. })) => Some(bytes[0]),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn the_newest_frame_wins_and_the_overwritten_one_is_told() {
+        let (sender, receiver) = mailbox();
+        assert_eq!(sender.publish(frame(1)), Ok(false));
+        assert_eq!(sender.publish(frame(2)), Ok(true));
+        assert_eq!(mark(receiver.take(Duration::ZERO)), Some(2));
+        assert!(matches!(receiver.take(Duration::ZERO), Taken::Nothing));
+        assert_eq!(sender.publish(frame(3)), Ok(false));
+    }
+
+    #[test]
+    fn the_last_frame_is_still_taken_when_the_sender_is_gone() {
+        let (sender, receiver) = mailbox();
+        sender.publish(frame(9)).unwrap();
+        drop(sender);
+        assert_eq!(mark(receiver.take(Duration::ZERO)), Some(9));
+        assert!(matches!(receiver.take(Duration::from_secs(60)), Taken::Ended));
+    }
+
+    #[test]
+    fn a_waiting_sender_wakes_when_the_receiver_goes() {
+        let (sender, receiver) = mailbox();
+        let waiter = std::thread::spawn(move || {
+            let closed = sender.closed_within(Duration::from_secs(60));
+            (closed, sender.publish(frame(1)))
+        });
+        drop(receiver);
+        assert_eq!(waiter.join().unwrap(), (true, Err(Closed)));
+    }
+}

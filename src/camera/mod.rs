@@ -1,0 +1,104 @@
+//! Where frames come from: a [`FrameSource`] behind one supervising thread, and the one-slot
+//! [`latest`] mailbox that hands the newest frame to the next stage.
+
+pub mod jpeg;
+pub mod latest;
+pub mod replay;
+pub mod rpicam;
+mod supervise;
+#[cfg(feature = "camera")]
+pub mod v4l2;
+
+pub use supervise::{Pace, Supervisor, watch};
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+/// One picture and the moment it was caught.
+#[derive(Debug, Clone)]
+pub struct Frame {
+    /// When the camera caught it, on the wall clock; not when it was read or decoded.
+    pub captured_at: SystemTime,
+    pub picture: Picture,
+    /// The file it was replayed from; a camera's frames have none.
+    pub origin: Option<PathBuf>,
+}
+
+/// Pixels as the source gave them. They are decoded by [`crate::vision::decode`], and only for
+/// the frames that are looked at.
+#[derive(Debug, Clone)]
+pub enum Picture {
+    /// A whole JPEG, PNG or WebP file.
+    Encoded(Vec<u8>),
+    /// Packed pixels, rows one after the other without padding.
+    Raw { width: u32, height: u32, layout: Layout, bytes: Vec<u8> },
+}
+
+/// How the pixels of a [`Picture::Raw`] lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// 4:2:2, two pixels in four bytes: Y0 U Y1 V; BT.601, studio range.
+    Yuyv,
+    /// Three bytes a pixel.
+    Rgb,
+    /// Three bytes a pixel, blue first.
+    Bgr,
+}
+
+impl Layout {
+    /// Bytes of one pixel.
+    pub const fn bytes_per_pixel(self) -> usize {
+        match self {
+            Layout::Yuyv => 2,
+            Layout::Rgb | Layout::Bgr => 3,
+        }
+    }
+}
+
+/// What [`FrameSource::next`] came back with.
+pub enum Next {
+    Frame(Frame),
+    /// Nothing within the time given; ask again.
+    Pending,
+    /// The source has no more frames and never will.
+    Ended,
+}
+
+/// A camera, or what stands in for one. [`watch`] drives it from a thread of its own.
+pub trait FrameSource: Send {
+    /// Opens the device, or opens it anew: whatever was open before is closed first.
+    fn open(&mut self) -> Result<(), CameraError>;
+
+    /// Waits for the next frame, at most `wait`. An error means that the device must be reopened.
+    fn next(&mut self, wait: Duration) -> Result<Next, CameraError>;
+
+    /// Lets the device go. Never blocks on it.
+    fn close(&mut self);
+}
+
+/// Why there are no frames. Each names the device, the command or the path.
+#[derive(Debug, thiserror::Error)]
+pub enum CameraError {
+    #[error("{path}: cannot open the camera: {reason}")]
+    Open { path: String, reason: String },
+    #[error("{path}: the camera offers no format this program reads{wanted} (it offers: {offered})")]
+    Format { path: String, wanted: String, offered: String },
+    #[error("{path}: the camera stopped: {reason}")]
+    Read { path: String, reason: String },
+    #[error("{command}: cannot start: {reason}")]
+    Spawn { command: String, reason: String },
+    #[error("{command}: ended{reason}")]
+    Exited { command: String, reason: String },
+    #[error("no frame for {0} ms")]
+    Stalled(u128),
+    #[error("{path}: {reason}")]
+    Replay { path: PathBuf, reason: String },
+    #[error("no frames at all")]
+    Ended,
+    #[error("the frame is broken: {0}")]
+    Broken(String),
+    #[error("cannot start the thread {name}: {reason}")]
+    Thread { name: &'static str, reason: String },
+    #[error("camera.source is \"v4l2\", but this program was built without the feature `camera`")]
+    NotBuilt,
+}

@@ -1,0 +1,578 @@
+//! What the daemon is told: the defaults inside the program, under a file, under `BLOOMCAST__…`
+//! variables, under flags; validated once.
+//!
+//! Every setting stands in `systemd/bloomcast.toml` with its default and its reason. A key that is not
+//! there is refused, by its name and line.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use config::{Environment, FileFormat};
+use serde::Deserialize;
+use toml_edit::{Document, Item};
+
+use crate::camera::{Pace, Supervisor};
+use crate::decide::{Rules, Thresholds};
+use crate::mqtt::link::{Credentials, LinkSettings};
+use crate::mqtt::outbox::Limits;
+use crate::mqtt::topics::{DeviceName, Topics};
+use crate::vision::Labels;
+
+/// Every setting with its default and its reason.
+pub const DEFAULTS: &str = include_str!("../systemd/bloomcast.toml");
+
+/// `BLOOMCAST__CAMERA__DEVICE=/dev/video2`
+const ENV_PREFIX: &str = "BLOOMCAST";
+const ENV_SEPARATOR: &str = "__";
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("{path}: {reason}")]
+    Read { path: PathBuf, reason: String },
+    #[error("{place}: unknown setting `{key}`{hint}")]
+    Unknown { place: String, key: String, hint: String },
+    #[error("{place}: {reason}")]
+    Syntax { place: String, reason: String },
+    #[error("{0}")]
+    Value(String),
+    #[error("{key} = {value}: {reason}")]
+    Invalid { key: &'static str, value: String, reason: String },
+}
+
+/// All settings, valid.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub device: Device,
+    pub camera: Camera,
+    pub model: Model,
+    pub decide: Decide,
+    pub mqtt: Mqtt,
+    pub log: Log,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    pub name: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Camera {
+    pub name: String,
+    pub source: Source,
+    pub interval_ms: u64,
+    pub stall_ms: u64,
+    pub reopen_ms_min: u64,
+    pub reopen_ms_max: u64,
+    pub frame_bytes_max: u64,
+    pub device: String,
+    pub width: u32,
+    pub height: u32,
+    pub fps: u32,
+    pub format: PixelFormat,
+    pub rpicam: Rpicam,
+    pub replay: Replay,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    V4l2,
+    Rpicam,
+    Replay,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PixelFormat {
+    Auto,
+    Mjpeg,
+    Yuyv,
+    Rgb,
+}
+
+impl fmt::Display for PixelFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            PixelFormat::Auto => "auto",
+            PixelFormat::Mjpeg => "mjpeg",
+            PixelFormat::Yuyv => "yuyv",
+            PixelFormat::Rgb => "rgb",
+        })
+    }
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rpicam {
+    pub command: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Replay {
+    pub path: PathBuf,
+    pub looped: bool,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    pub bundle: PathBuf,
+    pub backbone: PathBuf,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Decide {
+    pub smoothing_ms: u64,
+    pub enter_dwell_ms: u64,
+    pub leave_dwell_ms: u64,
+    pub state_interval_ms: u64,
+    pub enter: f32,
+    pub leave: f32,
+    /// By class name; what stands here replaces `enter` and `leave` for that class.
+    #[serde(default)]
+    pub classes: std::collections::BTreeMap<String, ClassThresholds>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClassThresholds {
+    pub enter: Option<f32>,
+    pub leave: Option<f32>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mqtt {
+    pub host: String,
+    pub port: u16,
+    pub base: String,
+    pub credentials_file: PathBuf,
+    pub keep_alive_s: u64,
+    pub reconnect_ms_min: u64,
+    pub reconnect_ms_max: u64,
+    pub packet_bytes_max: usize,
+    pub inflight_max: u16,
+    pub outbox_entries_max: usize,
+    pub outbox_bytes_max: usize,
+    pub farewell_ms: u64,
+    pub discovery: Discovery,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Discovery {
+    pub enabled: bool,
+    pub prefix: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    pub level: LogLevel,
+    pub counters_interval_s: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+}
+
+impl Config {
+    /// Reads the layers: `file` where there is one, the process's environment, then `overrides`,
+    /// each `key=value` as a flag gave it.
+    pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<Self, ConfigError> {
+        Self::layered(file, std::env::vars(), overrides)
+    }
+
+    /// The defaults and `settings`, each `key=value`; nothing from outside.
+    pub fn of_settings(settings: &[String]) -> Result<Self, ConfigError> {
+        Self::layered(None, std::iter::empty(), settings)
+    }
+
+    fn layered(
+        file: Option<&Path>,
+        environment: impl Iterator<Item = (String, String)>,
+        overrides: &[String],
+    ) -> Result<Self, ConfigError> {
+        let mut builder = config::Config::builder().add_source(config::File::from_str(DEFAULTS, FileFormat::Toml));
+        let mut lines = None;
+        if let Some(path) = file {
+            let text =
+                fs::read_to_string(path).map_err(|e| ConfigError::Read { path: path.into(), reason: e.to_string() })?;
+            refuse_unknown_keys(path, &text)?;
+            builder = builder.add_source(config::File::from_str(&text, FileFormat::Toml));
+            lines = Some((path, text));
+        }
+        let ours: std::collections::HashMap<String, String> =
+            environment.filter(|(name, _)| name.starts_with(&format!("{ENV_PREFIX}{ENV_SEPARATOR}"))).collect();
+        for name in ours.keys() {
+            let key = name[ENV_PREFIX.len() + ENV_SEPARATOR.len()..].to_lowercase().replace(ENV_SEPARATOR, ".");
+            refuse_unknown(&key, format!("the environment's {name}"))?;
+        }
+        let environment = Environment::with_prefix(ENV_PREFIX)
+            .prefix_separator(ENV_SEPARATOR)
+            .separator(ENV_SEPARATOR)
+            .source(Some(ours));
+        builder = builder.add_source(environment);
+        for text in overrides {
+            let (key, value) = text.split_once('=').ok_or_else(|| {
+                ConfigError::Value(format!("--set {text}: expected KEY=VALUE, like camera.device=/dev/video2"))
+            })?;
+            refuse_unknown(key, format!("--set {text}"))?;
+            builder = builder.set_override(key, value).map_err(|e| ConfigError::Value(e.to_string()))?;
+        }
+        let merged = builder.build().map_err(|e| ConfigError::Value(e.to_string()))?;
+        let config: Config = merged.try_deserialize().map_err(|e| wrong_value(&e, lines.as_ref()))?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let invalid = |key, value: &dyn fmt::Display, reason: &str| {
+            Err(ConfigError::Invalid { key, value: value.to_string(), reason: reason.into() })
+        };
+        self.topics()?;
+        let decide = &self.decide;
+        for (key, value) in [("decide.enter", decide.enter), ("decide.leave", decide.leave)] {
+            if !(0.0..=1.0).contains(&value) {
+                return invalid(key, &value, "expected 0 to 1");
+            }
+        }
+        for class in decide.classes.keys() {
+            let Thresholds { enter, leave } = self.thresholds(class);
+            if !((0.0..=1.0).contains(&enter) && (0.0..=enter).contains(&leave)) {
+                return invalid("decide.classes", class, "expected 0 ≤ leave ≤ enter ≤ 1");
+            }
+        }
+        if decide.leave > decide.enter {
+            return invalid("decide.leave", &decide.leave, "expected at most decide.enter, or the class would flicker");
+        }
+        let positive: [(&'static str, u64); 14] = [
+            ("camera.stall_ms", self.camera.stall_ms),
+            ("camera.reopen_ms_min", self.camera.reopen_ms_min),
+            ("camera.frame_bytes_max", self.camera.frame_bytes_max),
+            ("camera.width", self.camera.width.into()),
+            ("camera.height", self.camera.height.into()),
+            ("camera.fps", self.camera.fps.into()),
+            ("mqtt.port", self.mqtt.port.into()),
+            ("mqtt.keep_alive_s", self.mqtt.keep_alive_s),
+            ("mqtt.reconnect_ms_min", self.mqtt.reconnect_ms_min),
+            ("mqtt.packet_bytes_max", self.mqtt.packet_bytes_max as u64),
+            ("mqtt.inflight_max", self.mqtt.inflight_max.into()),
+            ("mqtt.outbox_entries_max", self.mqtt.outbox_entries_max as u64),
+            ("mqtt.outbox_bytes_max", self.mqtt.outbox_bytes_max as u64),
+            ("log.counters_interval_s", self.log.counters_interval_s),
+        ];
+        if let Some((key, value)) = positive.iter().find(|(_, value)| *value == 0) {
+            return invalid(key, value, "expected at least 1");
+        }
+        let ordered = [
+            ("camera.reopen_ms_max", self.camera.reopen_ms_min, self.camera.reopen_ms_max),
+            ("mqtt.reconnect_ms_max", self.mqtt.reconnect_ms_min, self.mqtt.reconnect_ms_max),
+        ];
+        if let Some((key, _, max)) = ordered.iter().find(|(_, min, max)| min > max) {
+            return invalid(key, max, "expected at least what the first wait is");
+        }
+        if self.mqtt.host.is_empty() {
+            return invalid("mqtt.host", &"\"\"", "expected the broker's name or address");
+        }
+        if self.camera.source == Source::Replay && self.camera.replay.path.as_os_str().is_empty() {
+            return invalid("camera.replay.path", &"\"\"", "expected a folder or a list of images");
+        }
+        Ok(())
+    }
+
+    /// Where messages go. The device's name is the host's where none is set.
+    pub fn topics(&self) -> Result<Topics, ConfigError> {
+        let name = match self.device.name.as_str() {
+            "" => fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
+            name => name.to_owned(),
+        };
+        let invalid =
+            |key, value: &str, reason: String| ConfigError::Invalid { key, value: format!("{value:?}"), reason };
+        let device = DeviceName::new(&name).map_err(|e| invalid("device.name", &name, e.to_string()))?;
+        let topics = Topics::new(&self.mqtt.base, &self.mqtt.discovery.prefix, device);
+        topics.map_err(|e| invalid("mqtt.base", &self.mqtt.base, e.to_string()))
+    }
+
+    /// The thresholds of a class.
+    pub fn thresholds(&self, class: &str) -> Thresholds {
+        let own = self.decide.classes.get(class);
+        Thresholds {
+            enter: own.and_then(|own| own.enter).unwrap_or(self.decide.enter),
+            leave: own.and_then(|own| own.leave).unwrap_or(self.decide.leave),
+        }
+    }
+
+    /// What is decided by, for the classes of a model. Thresholds for a class that the model does not
+    /// know are a mistake.
+    pub fn rules(&self, labels: &Labels) -> Result<Rules, ConfigError> {
+        if let Some(class) = self.decide.classes.keys().find(|class| labels.position(class).is_none()) {
+            return Err(ConfigError::Invalid {
+                key: "decide.classes",
+                value: class.clone(),
+                reason: format!("the model knows {}", labels.names().join(", ")),
+            });
+        }
+        Ok(Rules {
+            smoothing: Duration::from_millis(self.decide.smoothing_ms),
+            enter_dwell: Duration::from_millis(self.decide.enter_dwell_ms),
+            leave_dwell: Duration::from_millis(self.decide.leave_dwell_ms),
+            state_interval: Duration::from_millis(self.decide.state_interval_ms),
+            thresholds: labels.names().iter().map(|class| self.thresholds(class)).collect(),
+        })
+    }
+
+    /// What the camera's supervisor goes by. A replay keeps the pace itself.
+    pub fn supervisor(&self, pace: &Pace) -> Supervisor {
+        Supervisor {
+            pace: (self.camera.source != Source::Replay).then(|| pace.clone()),
+            stall: Duration::from_millis(self.camera.stall_ms),
+            reopen_min: Duration::from_millis(self.camera.reopen_ms_min),
+            reopen_max: Duration::from_millis(self.camera.reopen_ms_max),
+        }
+    }
+
+    /// What the connection to the broker goes by; reads the credentials.
+    pub fn link(&self) -> Result<LinkSettings, ConfigError> {
+        let mqtt = &self.mqtt;
+        Ok(LinkSettings {
+            host: mqtt.host.clone(),
+            port: mqtt.port,
+            credentials: credentials(&mqtt.credentials_file)?,
+            keep_alive: Duration::from_secs(mqtt.keep_alive_s),
+            reconnect_min: Duration::from_millis(mqtt.reconnect_ms_min),
+            reconnect_max: Duration::from_millis(mqtt.reconnect_ms_max),
+            packet_bytes_max: mqtt.packet_bytes_max,
+            inflight_max: mqtt.inflight_max,
+            farewell: Duration::from_millis(mqtt.farewell_ms),
+        })
+    }
+
+    pub fn outbox(&self) -> Limits {
+        Limits { entries_max: self.mqtt.outbox_entries_max, bytes_max: self.mqtt.outbox_bytes_max }
+    }
+}
+
+/// The user's name on the first line, the password on the second. An empty path: none.
+fn credentials(path: &Path) -> Result<Option<Credentials>, ConfigError> {
+    if path.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let failed = |reason: String| ConfigError::Read { path: path.into(), reason };
+    let text = fs::read_to_string(path).map_err(|e| failed(e.to_string()))?;
+    let mut lines = text.lines();
+    match (lines.next(), lines.next()) {
+        (Some(user), Some(password)) if !user.is_empty() => {
+            Ok(Some(Credentials { user: user.into(), password: password.into() }))
+        }
+        _ => Err(failed("expected the user's name on the first line and the password on the second".into())),
+    }
+}
+
+/// Walks the file's keys beside the defaults' and names the first one that is not there.
+fn refuse_unknown_keys(path: &Path, text: &str) -> Result<(), ConfigError> {
+    let document = Document::parse(text).map_err(|e| {
+        let place = match e.span() {
+            Some(span) => format!("{}:{}", path.display(), line_of(text, span.start)),
+            None => path.display().to_string(),
+        };
+        ConfigError::Syntax { place, reason: e.message().trim().to_owned() }
+    })?;
+    let mut stack = vec![(String::new(), document.as_table() as &dyn toml_edit::TableLike)];
+    while let Some((prefix, table)) = stack.pop() {
+        for (name, item) in table.iter() {
+            let key = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
+            let span = table.get_key_value(name).and_then(|(key, _)| key.span()).or(item.span());
+            let line = span.map_or(1, |span| line_of(text, span.start));
+            refuse_unknown(&key, format!("{}:{line}", path.display()))?;
+            if let Some(inner) = item.as_table_like() {
+                stack.push((key, inner));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn line_of(text: &str, offset: usize) -> usize {
+    text.as_bytes()[..offset.min(text.len())].iter().filter(|byte| **byte == b'\n').count() + 1
+}
+
+/// Every key of the defaults, and the thresholds of single classes, whose names are free.
+fn refuse_unknown(key: &str, place: String) -> Result<(), ConfigError> {
+    let known = known_keys();
+    if known.iter().any(|known| known == key) {
+        return Ok(());
+    }
+    if let Some(class) = key.strip_prefix("decide.classes.") {
+        let setting = class.rsplit_once('.').map(|(_, setting)| setting);
+        if matches!(setting, None | Some("enter" | "leave")) {
+            return Ok(());
+        }
+    }
+    if key == "decide.classes" {
+        return Ok(());
+    }
+    let nearest = known.iter().min_by_key(|known| distance(known, key)).filter(|known| distance(known, key) <= 3);
+    let hint = nearest.map_or(String::new(), |nearest| format!(", did you mean `{nearest}`?"));
+    Err(ConfigError::Unknown { place, key: key.into(), hint })
+}
+
+fn known_keys() -> Vec<String> {
+    fn collect(prefix: &str, table: &dyn toml_edit::TableLike, keys: &mut Vec<String>) {
+        for (name, item) in table.iter() {
+            let key = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
+            if let Some(inner) = Item::as_table_like(item) {
+                collect(&key, inner, keys);
+            }
+            keys.push(key);
+        }
+    }
+    let defaults = Document::parse(DEFAULTS).expect("the defaults inside the program are TOML");
+    let mut keys = Vec::new();
+    collect("", defaults.as_table(), &mut keys);
+    keys
+}
+
+/// How many letters must be changed, put in or taken out (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.iter().enumerate() {
+            let changed = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// Names the key of a value that does not fit, and its line where it stands in the file.
+fn wrong_value(error: &config::ConfigError, file: Option<&(&Path, String)>) -> ConfigError {
+    let (key, reason) = match error {
+        config::ConfigError::At { key: Some(key), error, .. } => (key, error.to_string()),
+        config::ConfigError::Type { key: Some(key), unexpected, expected, .. } => {
+            (key, format!("invalid type: {unexpected}, expected {expected}"))
+        }
+        other => return ConfigError::Value(other.to_string()),
+    };
+    let place = file.and_then(|(path, text)| {
+        let document = Document::parse(text.as_str()).ok()?;
+        let mut item = document.as_item();
+        for name in key.split('.') {
+            item = item.get(name)?;
+        }
+        Some(format!("{}:{}: ", path.display(), line_of(text, item.span()?.start)))
+    });
+    ConfigError::Value(format!("{}{key}: {reason}", place.unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str, environment: &[(&str, &str)], overrides: &[&str]) -> Result<Config, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("b.toml");
+        fs::write(&path, text).unwrap();
+        let environment = environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        let overrides: Vec<String> = overrides.iter().map(|o| (*o).to_owned()).collect();
+        Config::layered(Some(&path), environment, &overrides)
+            .map_err(|e| e.to_string().replace(&path.display().to_string(), "b.toml"))
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        let config = Config::layered(None, std::iter::empty(), &[]).unwrap();
+        assert_eq!(config.camera.source, Source::V4l2);
+        let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
+        assert_eq!(config.rules(&labels).unwrap().thresholds.len(), 2);
+    }
+
+    #[test]
+    fn flags_win_over_the_environment_and_that_over_the_file() {
+        let file = "[camera]\nwidth = 1\nheight = 1\nfps = 1\n";
+        let environment =
+            [("BLOOMCAST__CAMERA__HEIGHT", "2"), ("BLOOMCAST__CAMERA__FPS", "2"), ("BLOOMCAST_KERNELS", "tract")];
+        let config = load(file, &environment, &["camera.fps=3", "camera.replay.looped=false"]).unwrap();
+        assert_eq!((config.camera.width, config.camera.height, config.camera.fps), (1, 2, 3));
+        assert!(!config.camera.replay.looped);
+    }
+
+    #[test]
+    fn thresholds_of_one_class_replace_the_common_ones() {
+        let config = load("[decide.classes.roses]\nenter = 0.9\n", &[], &[]).unwrap();
+        assert_eq!(config.thresholds("roses"), Thresholds { enter: 0.9, leave: 0.45 });
+        assert_eq!(config.thresholds("daisy"), Thresholds { enter: 0.7, leave: 0.45 });
+        let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
+        let error = config.rules(&labels).unwrap_err().to_string();
+        assert_eq!(error, "decide.classes = roses: the model knows daisy, tulips");
+    }
+
+    #[test]
+    fn mistakes_are_named_with_key_and_line() {
+        let cases = [
+            ("[camera]\n\nwidht = 640\n", "b.toml:3: unknown setting `camera.widht`, did you mean `camera.width`?"),
+            ("[kamera]\nwidth = 1\n", "b.toml:1: unknown setting `kamera`, did you mean `camera`?"),
+            ("zzzzzzzz = 1\n", "b.toml:1: unknown setting `zzzzzzzz`"),
+            ("[mqtt]\nport = \"many\"\n", "b.toml:2: mqtt.port: invalid type: string \"many\", expected an integer"),
+            ("[mqtt]\nport = 0\n", "mqtt.port = 0: expected at least 1"),
+            (
+                "[decide]\nleave = 0.9\n",
+                "decide.leave = 0.9: expected at most decide.enter, or the class would flicker",
+            ),
+            ("[decide]\nenter = 7\n", "decide.enter = 7: expected 0 to 1"),
+            ("[decide.classes.roses]\nentre = 0.9\n", "b.toml:2: unknown setting `decide.classes.roses.entre`"),
+            ("[decide.classes.roses]\nleave = 0.9\n", "decide.classes = roses: expected 0 ≤ leave ≤ enter ≤ 1"),
+            (
+                "[device]\nname = \"a/b\"\n",
+                "device.name = \"a/b\": expected 1 to 64 letters (a–z, A–Z), digits, - or _",
+            ),
+            ("[camera]\nsource = \"replay\"\n", "camera.replay.path = \"\": expected a folder or a list of images"),
+            ("[camera]\nreopen_ms_max = 1\n", "camera.reopen_ms_max = 1: expected at least what the first wait is"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(load(text, &[], &[]).unwrap_err(), expected, "{text}");
+        }
+        let error = load("[camera\nwidth = 1\n", &[], &[]).unwrap_err();
+        assert!(error.starts_with("b.toml:1: "), "{error}");
+        let error = load("[camera]\nsource = \"usb\"\n", &[], &[]).unwrap_err();
+        assert!(error.starts_with("b.toml:2: camera.source: ") && error.contains("usb"), "{error}");
+        let error = load("", &[("BLOOMCAST__CAMERA__WIDHT", "1")], &[]).unwrap_err();
+        assert!(
+            error.starts_with("the environment's BLOOMCAST__CAMERA__WIDHT: unknown setting `camera.widht`"),
+            "{error}"
+        );
+        let error = load("", &[], &["camera.widht=1"]).unwrap_err();
+        assert!(error.starts_with("--set camera.widht=1: unknown setting"), "{error}");
+        assert!(load("", &[], &["camera.width"]).unwrap_err().contains("expected KEY=VALUE"));
+        let error = Config::load(Some(Path::new("none.toml")), &[]).unwrap_err().to_string();
+        assert!(error.starts_with("none.toml: No such file"), "{error}");
+    }
+
+    #[test]
+    fn credentials_are_two_lines_and_never_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mqtt");
+        fs::write(&path, "pi\nsecret word\n").unwrap();
+        let read = credentials(&path).unwrap().unwrap();
+        assert_eq!((read.user.as_str(), read.password.as_str()), ("pi", "secret word"));
+        assert!(!format!("{read:?}").contains("secret"));
+        fs::write(&path, "pi\n").unwrap();
+        assert!(credentials(&path).unwrap_err().to_string().contains("the password on the second"));
+        assert!(credentials(&dir.path().join("none")).is_err());
+    }
+}

@@ -1,0 +1,162 @@
+//! Photographs for the demo: those named, those at hand, or those that can be fetched.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use crate::camera::{CameraError, replay};
+
+/// Beside the project, one folder a class.
+const AT_HAND: &str = "../shared/flowers/val";
+/// TensorFlow's five flowers, 3,670 photographs, 218 MiB, Creative Commons BY.
+const FLOWER_PHOTOS: &str = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz";
+/// Where Debian's package mate-backgrounds puts its photographs.
+const MATE_BACKGROUNDS: &str = "/usr/share/backgrounds/mate";
+/// A photograph of a folder without classes is shown so often in a row, for an event to come of it.
+const HOLD: usize = 8;
+
+#[derive(Debug, thiserror::Error)]
+pub enum PhotographsError {
+    #[error("--frames: {0}")]
+    Named(CameraError),
+    #[error(
+        "no photographs: {AT_HAND} is not there, flower_photos cannot be fetched ({0}), and Debian's mate-backgrounds is not installed; name a folder with --frames"
+    )]
+    Nowhere(String),
+    #[error("cannot write the list of photographs: {0}")]
+    List(io::Error),
+}
+
+/// What is replayed, in order.
+pub struct Photographs {
+    pub folder: PathBuf,
+    /// The folders that tell what is shown; none where the photographs lie in no such folders.
+    pub classes: Vec<String>,
+    pub images: Vec<PathBuf>,
+}
+
+impl Photographs {
+    /// Looks where `named` says, or where photographs may be.
+    pub fn find(named: Option<&Path>, per_class: usize, out: &mut dyn Write) -> Result<Self, PhotographsError> {
+        if let Some(folder) = named {
+            return Self::read(folder, per_class).map_err(PhotographsError::Named);
+        }
+        if let Ok(found) = Self::read(Path::new(AT_HAND), per_class) {
+            return Ok(found);
+        }
+        let fetched = cache().and_then(|cache| fetch(&cache, out)).map_err(|error| error.to_string());
+        match fetched {
+            Ok(folder) => Self::read(&folder, per_class).map_err(|e| PhotographsError::Nowhere(e.to_string())),
+            Err(reason) => {
+                Self::read(Path::new(MATE_BACKGROUNDS), per_class).map_err(|_| PhotographsError::Nowhere(reason))
+            }
+        }
+    }
+
+    /// Folders with images in them are classes; otherwise every image below `folder` is shown.
+    fn read(folder: &Path, per_class: usize) -> Result<Self, CameraError> {
+        let all = replay::images(folder)?;
+        let class_of = |image: &Path| -> Option<String> {
+            let parent = image.parent()?;
+            (parent.parent()? == folder).then(|| parent.file_name().map(|n| n.to_string_lossy().into_owned()))?
+        };
+        let mut classes: Vec<String> = all.iter().filter_map(|image| class_of(image)).collect();
+        classes.dedup();
+        if classes.len() < 2 {
+            let held = all.iter().flat_map(|image| std::iter::repeat_n(image.clone(), HOLD));
+            return Ok(Photographs { folder: folder.into(), classes: Vec::new(), images: held.collect() });
+        }
+        let mut images = Vec::new();
+        for class in &classes {
+            let of_class: Vec<&PathBuf> = all.iter().filter(|image| class_of(image).as_ref() == Some(class)).collect();
+            let wanted = per_class.clamp(1, of_class.len());
+            // Evenly from the whole folder.
+            images.extend((0..wanted).map(|i| of_class[i * of_class.len() / wanted].clone()));
+        }
+        Ok(Photographs { folder: folder.into(), classes, images })
+    }
+
+    /// What the photograph shows, by its folder's name.
+    pub fn truth<'a>(&self, image: &'a Path) -> Option<&'a str> {
+        let name = image.parent()?.file_name()?.to_str()?;
+        self.classes.iter().any(|class| class == name).then_some(name)
+    }
+
+    /// The list as the replay reads it.
+    pub fn write_list(&self) -> Result<tempfile::NamedTempFile, PhotographsError> {
+        let mut list = tempfile::Builder::new().suffix(".txt").tempfile().map_err(PhotographsError::List)?;
+        for image in &self.images {
+            // Relative paths would be taken for relative to the list.
+            let image = image.canonicalize().map_err(PhotographsError::List)?;
+            writeln!(list, "{}", image.display()).map_err(PhotographsError::List)?;
+        }
+        list.flush().map_err(PhotographsError::List)?;
+        Ok(list)
+    }
+}
+
+fn cache() -> io::Result<PathBuf> {
+    let home = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = home("XDG_CACHE_HOME").or_else(|| home("HOME").map(|home| home.join(".cache")));
+    base.map(|base| base.join("bloomcast")).ok_or_else(|| io::Error::other("no home directory"))
+}
+
+/// Downloads and unpacks flower_photos once; a run that was broken off leaves no folder behind that
+/// could be taken for a whole one.
+fn fetch(cache: &Path, out: &mut dyn Write) -> io::Result<PathBuf> {
+    let folder = cache.join("flower_photos");
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    let response = ureq::get(FLOWER_PHOTOS).call().map_err(io::Error::other)?;
+    writeln!(out, "fetching flower_photos (218 MiB) to {} …", cache.display())?;
+    fs::create_dir_all(cache)?;
+    let part = tempfile::tempdir_in(cache)?;
+    let packed = flate2::read::GzDecoder::new(response.into_body().into_reader());
+    tar::Archive::new(packed).unpack(part.path())?;
+    fs::rename(part.path().join("flower_photos"), &folder)?;
+    Ok(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(files: &[&str]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for file in files {
+            fs::create_dir_all(dir.path().join(file).parent().unwrap()).unwrap();
+            fs::write(dir.path().join(file), file).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn folders_are_classes_and_each_gives_its_share() {
+        let dir = folder(&["a/1.jpg", "a/2.jpg", "a/3.jpg", "a/4.jpg", "b/1.jpg"]);
+        let found = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
+        assert_eq!(found.classes, ["a", "b"]);
+        let names: Vec<_> =
+            found.images.iter().map(|p| p.strip_prefix(dir.path()).unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, ["a/1.jpg", "a/3.jpg", "b/1.jpg"]);
+        assert_eq!(found.truth(&found.images[2]), Some("b"));
+        let list = fs::read_to_string(found.write_list().unwrap().path()).unwrap();
+        assert_eq!(list.lines().count(), 3);
+    }
+
+    #[test]
+    fn photographs_without_folders_are_held_and_tell_nothing() {
+        let dir = folder(&["1.jpg", "2.jpg"]);
+        let found = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
+        assert!(found.classes.is_empty());
+        assert_eq!(found.images.len(), 2 * HOLD);
+        assert_eq!(found.truth(&found.images[0]), None);
+    }
+
+    #[test]
+    fn an_empty_folder_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).err().unwrap().to_string();
+        assert!(error.starts_with("--frames: ") && error.contains("no images here"), "{error}");
+    }
+}

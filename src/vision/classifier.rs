@@ -1,0 +1,115 @@
+//! A whole picture in, a named flower out.
+
+use std::time::{Duration, Instant};
+
+use image::RgbImage;
+
+use super::backbone::Session;
+use super::head::argmax;
+use super::{Backbone, BackboneError, Head, Labels, Preprocess, Preprocessor, Subspace};
+
+/// What one picture was taken for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prediction {
+    /// `[classes]`, 0–1, calibrated, summing to 1; in the order of the labels.
+    pub probabilities: Vec<f32>,
+    /// Cosine of the angle to the subspace of the classes, 0–1.
+    pub similarity: f32,
+    /// False where the features are like no class's.
+    pub known: bool,
+}
+
+impl Prediction {
+    /// The best class; none where the picture is unknown.
+    pub fn class(&self) -> Option<usize> {
+        self.known.then(|| argmax(&self.probabilities))
+    }
+
+    /// How sure [`Self::class`] is, 0–1; an unknown picture counts nothing for any class.
+    pub fn confidence(&self) -> f32 {
+        match self.class() {
+            Some(class) => self.probabilities[class],
+            None => 1.0,
+        }
+    }
+}
+
+/// How long each stage of a frame took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stages {
+    pub decode: Duration,
+    pub preprocess: Duration,
+    pub backbone: Duration,
+    pub head: Duration,
+}
+
+impl Stages {
+    pub fn frame(&self) -> Duration {
+        self.decode + self.preprocess + self.backbone + self.head
+    }
+}
+
+/// The part of a classifier that a new model replaces.
+#[derive(Debug, Clone)]
+pub struct Skill {
+    pub labels: Labels,
+    pub head: Head,
+    pub subspace: Subspace,
+    pub preprocess: Preprocess,
+}
+
+/// A backbone and the skill that was trained on it.
+pub struct Classifier {
+    session: Session,
+    preprocessor: Preprocessor,
+    skill: Skill,
+    input: Vec<f32>,
+}
+
+impl Classifier {
+    /// # Panics
+    /// Where the skill is not as wide as the backbone; [`crate::bundle::Bundle::classifier`] checks it.
+    pub fn new(backbone: &Backbone, skill: Skill) -> Result<Self, BackboneError> {
+        assert_eq!(skill.head.width(), backbone.width(), "a head as wide as its backbone");
+        assert_eq!(skill.subspace.width(), backbone.width(), "a subspace as wide as its backbone");
+        Ok(Classifier {
+            session: backbone.session()?,
+            input: vec![0.0; skill.preprocess.input_len()],
+            preprocessor: Preprocessor::new(skill.preprocess.clone()),
+            skill,
+        })
+    }
+
+    pub fn labels(&self) -> &Labels {
+        &self.skill.labels
+    }
+
+    /// in: H×W×3 u8 RGB, any size. The decoding is not this function's, and its time stays zero.
+    pub fn classify(&mut self, image: &RgbImage) -> Result<(Prediction, Stages), BackboneError> {
+        let started = Instant::now();
+        self.preprocessor.run(image, &mut self.input);
+        let preprocessed = Instant::now();
+        let features = self.session.features(&self.input)?;
+        let extracted = Instant::now();
+        let prediction = self.skill.judge(&features);
+        let stages = Stages {
+            decode: Duration::ZERO,
+            preprocess: preprocessed - started,
+            backbone: extracted - preprocessed,
+            head: extracted.elapsed(),
+        };
+        Ok((prediction, stages))
+    }
+}
+
+impl Skill {
+    /// in: `[width]`, one picture's features.
+    pub fn judge(&self, features: &[f32]) -> Prediction {
+        let similarity = self.subspace.similarity(features);
+        Prediction {
+            probabilities: self.head.probabilities(features),
+            similarity,
+            known: self.subspace.knows(similarity),
+        }
+    }
+}

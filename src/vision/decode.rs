@@ -1,0 +1,298 @@
+//! From a [`Picture`] to RGB pixels, within limits that are checked before anything is allocated.
+
+use std::fs::File;
+use std::io::{Cursor, Read};
+use std::path::Path;
+
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits, RgbImage};
+use zune_jpeg::JpegDecoder;
+use zune_jpeg::zune_core::colorspace::ColorSpace;
+use zune_jpeg::zune_core::options::DecoderOptions;
+
+use crate::camera::{Layout, Picture, jpeg};
+
+/// What a picture may be at most: 64 MiB in the file, 64 megapixels, 16,384 pixels a side.
+pub const FILE_BYTES_MAX: u64 = 64 << 20;
+pub const PIXELS_MAX: u64 = 64_000_000;
+pub const SIDE_MAX: u32 = 16_384;
+
+/// Why a picture could not be decoded.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    #[error("{0} bytes, more than the {FILE_BYTES_MAX} allowed")]
+    FileTooLarge(u64),
+    #[error("{width}×{height} pixels, more than the {PIXELS_MAX} or the {SIDE_MAX} a side allowed")]
+    TooLarge { width: u32, height: u32 },
+    #[error("empty file")]
+    Empty,
+    #[error("the JPEG is cut short: no end marker")]
+    CutShort,
+    #[error("{0}")]
+    Jpeg(String),
+    #[error("{0}")]
+    Image(#[from] image::ImageError),
+    #[error("a {width}×{height} picture needs {expected} bytes, got {got}")]
+    Length { width: u32, height: u32, expected: usize, got: usize },
+}
+
+/// Decodes an image file: JPEG, PNG or WebP, told by its content; turned upright where its EXIF
+/// says how.
+pub fn file(path: &Path) -> Result<RgbImage, DecodeError> {
+    encoded(&read_file(path)?)
+}
+
+/// Reads a file whole, at most [`FILE_BYTES_MAX`] of it.
+pub fn read_file(path: &Path) -> Result<Vec<u8>, DecodeError> {
+    let file = File::open(path)?;
+    let length = file.metadata()?.len();
+    if length > FILE_BYTES_MAX {
+        return Err(DecodeError::FileTooLarge(length));
+    }
+    let mut bytes = Vec::with_capacity(length as usize);
+    // Read no more than the limit, whatever a special file says of its length.
+    file.take(FILE_BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Decodes what a camera gave. out: H×W×3 u8 RGB.
+pub fn picture(picture: &Picture) -> Result<RgbImage, DecodeError> {
+    match picture {
+        Picture::Encoded(bytes) => encoded(bytes),
+        Picture::Raw { width, height, layout, bytes } => raw(*width, *height, *layout, bytes),
+    }
+}
+
+/// Decodes a whole JPEG, PNG or WebP file. out: H×W×3 u8 RGB.
+pub fn encoded(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
+    match bytes {
+        [] => Err(DecodeError::Empty),
+        [0xFF, 0xD8, ..] => decode_jpeg(bytes),
+        _ => decode_other(bytes),
+    }
+}
+
+fn check_size(width: u32, height: u32) -> Result<(), DecodeError> {
+    let pixels = u64::from(width) * u64::from(height);
+    if pixels == 0 || pixels > PIXELS_MAX || width.max(height) > SIDE_MAX {
+        return Err(DecodeError::TooLarge { width, height });
+    }
+    Ok(())
+}
+
+fn decode_jpeg(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
+    // A decoder paints what is missing grey, and says nothing.
+    let jpeg::Extent::Whole(length) = jpeg::extent(bytes) else {
+        return Err(DecodeError::CutShort);
+    };
+    let bytes = with_huffman_tables(&bytes[..length]);
+    let options = DecoderOptions::default()
+        .jpeg_set_out_colorspace(ColorSpace::RGB)
+        .set_max_width(SIDE_MAX as usize)
+        .set_max_height(SIDE_MAX as usize);
+    let mut decoder = JpegDecoder::new_with_options(Cursor::new(bytes.as_ref()), options);
+    let failed = |e: zune_jpeg::errors::DecodeErrors| DecodeError::Jpeg(format!("{e:?}"));
+    decoder.decode_headers().map_err(failed)?;
+    let info = decoder.info().expect("the headers were decoded");
+    let (width, height) = (u32::from(info.width), u32::from(info.height));
+    check_size(width, height)?;
+    let pixels = decoder.decode().map_err(failed)?;
+    let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));
+    let got = pixels.len();
+    let rgb = RgbImage::from_raw(width, height, pixels).ok_or(DecodeError::Length {
+        width,
+        height,
+        expected: width as usize * height as usize * 3,
+        got,
+    })?;
+    Ok(upright(rgb, orientation))
+}
+
+/// Some USB cameras leave the Huffman tables out, as AVI's motion JPEG does. Marked as such, the
+/// picture is decoded with the standard tables (ITU-T T.81, annex K.3).
+fn with_huffman_tables(jpeg: &[u8]) -> std::borrow::Cow<'_, [u8]> {
+    const AVI1: &[u8] = &[0xFF, 0xE0, 0, 9, b'A', b'V', b'I', b'1', 0, 0, 0];
+    if has_huffman_tables(jpeg) {
+        return jpeg.into();
+    }
+    [&jpeg[..2], AVI1, &jpeg[2..]].concat().into()
+}
+
+/// True where a DHT segment stands before the first scan.
+fn has_huffman_tables(jpeg: &[u8]) -> bool {
+    let mut at = 2;
+    while let Some([0xFF, marker, high, low]) = jpeg.get(at..at + 4) {
+        match marker {
+            0xC4 => return true,
+            0xDA => return false,
+            0xFF => at += 1,
+            _ => at += 2 + usize::from(u16::from_be_bytes([*high, *low])),
+        }
+    }
+    // What has no scan is for the decoder to refuse.
+    true
+}
+
+fn decode_other(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
+    let mut limits = Limits::default();
+    limits.max_image_width = Some(SIDE_MAX);
+    limits.max_image_height = Some(SIDE_MAX);
+    limits.max_alloc = Some(PIXELS_MAX * 8);
+    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder()?;
+    let (width, height) = decoder.dimensions();
+    check_size(width, height)?;
+    let orientation = decoder.orientation().ok();
+    let rgb = DynamicImage::from_decoder(decoder)?.into_rgb8();
+    Ok(upright(rgb, orientation))
+}
+
+fn upright(image: RgbImage, orientation: Option<Orientation>) -> RgbImage {
+    match orientation {
+        None | Some(Orientation::NoTransforms) => image,
+        Some(orientation) => {
+            let mut image = DynamicImage::ImageRgb8(image);
+            image.apply_orientation(orientation);
+            image.into_rgb8()
+        }
+    }
+}
+
+fn raw(width: u32, height: u32, layout: Layout, bytes: &[u8]) -> Result<RgbImage, DecodeError> {
+    check_size(width, height)?;
+    let expected = width as usize * height as usize * layout.bytes_per_pixel();
+    if bytes.len() != expected {
+        return Err(DecodeError::Length { width, height, expected, got: bytes.len() });
+    }
+    let pixels = match layout {
+        Layout::Rgb => bytes.to_vec(),
+        Layout::Bgr => bytes.chunks_exact(3).flat_map(|p| [p[2], p[1], p[0]]).collect(),
+        Layout::Yuyv => yuyv_to_rgb(bytes),
+    };
+    Ok(RgbImage::from_raw(width, height, pixels).expect("the length was checked"))
+}
+
+/// BT.601, studio range, in 16.16 fixed point: Y 16–235 and U, V 16–240 become 0–255
+/// (ITU-R BT.601-7; V4L2's default for YUYV). Two pixels of 6 bytes a group of 4.
+fn yuyv_to_rgb(bytes: &[u8]) -> Vec<u8> {
+    let mut out = vec![0; bytes.len() / 4 * 6];
+    for (group, rgb) in bytes.chunks_exact(4).zip(out.chunks_exact_mut(6)) {
+        let [y0, u, y1, v] = [group[0], group[1], group[2], group[3]].map(i32::from);
+        let (u, v) = (u - 128, v - 128);
+        // 1.164384, 1.596027, 0.391762, 0.812968, 2.017232 × 65536
+        let red = 104_597 * v;
+        let green = -25_675 * u - 53_279 * v;
+        let blue = 132_201 * u;
+        for (y, pixel) in [y0, y1].into_iter().zip(rgb.chunks_exact_mut(3)) {
+            let luma = 76_309 * (y - 16) + (1 << 15);
+            pixel[0] = ((luma + red) >> 16).clamp(0, 255) as u8;
+            pixel[1] = ((luma + green) >> 16).clamp(0, 255) as u8;
+            pixel[2] = ((luma + blue) >> 16).clamp(0, 255) as u8;
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use image::{ImageFormat, Rgb};
+
+    use super::*;
+
+    /// A picture that is not square: dark left, bright right, red above, blue below.
+    pub(crate) fn gradient(width: u32, height: u32) -> RgbImage {
+        RgbImage::from_fn(width, height, |x, y| {
+            let (right, down) = (x * 255 / width, y * 255 / height);
+            Rgb([255 - down as u8, right as u8, down as u8])
+        })
+    }
+
+    pub(crate) fn encode(image: &RgbImage, format: ImageFormat) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        image.write_to(&mut bytes, format).unwrap();
+        bytes.into_inner()
+    }
+
+    fn mean_difference(a: &RgbImage, b: &RgbImage) -> f64 {
+        assert_eq!(a.dimensions(), b.dimensions());
+        let sum: u64 = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
+        sum as f64 / a.as_raw().len() as f64
+    }
+
+    #[test]
+    fn every_kind_of_file_gives_its_pixels() {
+        let image = gradient(61, 40);
+        for (format, tolerance) in [(ImageFormat::Png, 0.0), (ImageFormat::WebP, 0.0), (ImageFormat::Jpeg, 4.0)] {
+            let decoded = encoded(&encode(&image, format)).unwrap();
+            let difference = mean_difference(&image, &decoded);
+            assert!(difference <= tolerance, "{format:?}: {difference}");
+        }
+    }
+
+    #[test]
+    fn a_cut_file_is_refused_wherever_it_is_cut() {
+        for format in [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP] {
+            let whole = encode(&gradient(40, 30), format);
+            for cut in [0, 1, 2, 20, whole.len() / 2, whole.len() - 1] {
+                // PNG's last twelve bytes are an empty end chunk: without one of them the picture is whole.
+                let harmless = format == ImageFormat::Png && cut == whole.len() - 1;
+                assert_eq!(encoded(&whole[..cut]).is_ok(), harmless, "{format:?} cut at {cut} of {}", whole.len());
+            }
+        }
+        let jpeg = encode(&gradient(40, 30), ImageFormat::Jpeg);
+        assert!(matches!(encoded(&jpeg[..jpeg.len() - 2]), Err(DecodeError::CutShort)));
+    }
+
+    #[test]
+    fn a_picture_that_claims_to_be_giant_is_refused_before_it_is_allocated() {
+        let mut jpeg = encode(&gradient(16, 16), ImageFormat::Jpeg);
+        // SOF0: FF C0, length, precision, height, width
+        let sof = jpeg.windows(2).position(|w| w == [0xFF, 0xC0]).unwrap();
+        jpeg[sof + 5..sof + 9].copy_from_slice(&[0x3F, 0xFF, 0x3F, 0xFF]);
+        assert!(matches!(encoded(&jpeg), Err(DecodeError::TooLarge { width: 16383, height: 16383 })));
+        let mut png = encode(&gradient(16, 16), ImageFormat::Png);
+        png[16..24].copy_from_slice(&[0, 0, 0xFF, 0xFF, 0, 0, 0xFF, 0xFF]);
+        assert!(encoded(&png).is_err());
+    }
+
+    #[test]
+    fn a_jpeg_without_huffman_tables_is_decoded_with_the_standard_ones() {
+        let image = gradient(64, 48);
+        let mut jpeg = encode(&image, ImageFormat::Jpeg);
+        let whole = encoded(&jpeg).unwrap();
+        while let Some(at) = jpeg.windows(2).position(|w| w == [0xFF, 0xC4]) {
+            let length = usize::from(u16::from_be_bytes([jpeg[at + 2], jpeg[at + 3]]));
+            jpeg.drain(at..at + 2 + length);
+        }
+        assert_eq!(encoded(&jpeg).unwrap(), whole);
+    }
+
+    #[test]
+    fn exif_turns_a_photograph_upright() {
+        let jpeg = encode(&gradient(40, 24), ImageFormat::Jpeg);
+        // APP1, "Exif", little-endian TIFF with one entry: orientation (0x0112) = 6, turn right.
+        let exif: &[u8] = &[
+            0xFF, 0xE1, 0, 34, b'E', b'x', b'i', b'f', 0, 0, b'I', b'I', 42, 0, 8, 0, 0, 0, 1, 0, 0x12, 1, 3, 0, 1, 0,
+            0, 0, 6, 0, 0, 0, 0, 0, 0, 0,
+        ];
+        let turned = encoded(&[&jpeg[..2], exif, &jpeg[2..]].concat()).unwrap();
+        assert_eq!(turned, image::imageops::rotate90(&encoded(&jpeg).unwrap()));
+    }
+
+    #[test]
+    fn raw_layouts_give_the_same_colours() {
+        let (white, red) = ([235, 128, 235, 128], [81, 90, 81, 240]);
+        let yuyv: Vec<u8> = [white, red].concat();
+        let image = raw(4, 1, Layout::Yuyv, &yuyv).unwrap();
+        assert_eq!(image.get_pixel(1, 0), &Rgb([255, 255, 255]));
+        let Rgb([r, g, b]) = *image.get_pixel(3, 0);
+        assert!(r >= 253 && g <= 2 && b <= 2, "{r} {g} {b}");
+        let bgr = raw(2, 1, Layout::Bgr, &[1, 2, 3, 4, 5, 6]).unwrap();
+        assert_eq!(bgr.as_raw(), &[3, 2, 1, 6, 5, 4]);
+        assert!(matches!(raw(2, 2, Layout::Rgb, &[0; 11]), Err(DecodeError::Length { expected: 12, got: 11, .. })));
+        assert!(raw(0, 2, Layout::Rgb, &[]).is_err());
+    }
+}

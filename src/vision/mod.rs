@@ -1,0 +1,17 @@
+//! From pixels to a named flower. The only place that turns pixels into numbers: the daemon and the
+//! trainer call the same functions, so that what is trained is what runs.
+
+pub mod backbone;
+pub mod classifier;
+pub mod decode;
+pub mod head;
+pub mod labels;
+pub mod preprocess;
+pub mod subspace;
+
+pub use backbone::{Backbone, BackboneError};
+pub use classifier::{Classifier, Prediction, Stages};
+pub use head::Head;
+pub use labels::{Labels, UNKNOWN};
+pub use preprocess::{Preprocess, Preprocessor};
+pub use subspace::Subspace;

@@ -1,0 +1,144 @@
+//! From RGB pixels to the backbone's input.
+
+use fast_image_resize::images::{Image, ImageRef};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use image::RgbImage;
+use serde::{Deserialize, Serialize};
+
+/// How pixels become numbers. A bundle carries it: a head that was trained with one preprocessing
+/// is of no use with another.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Preprocess {
+    /// Width and height of the input, in pixels.
+    pub size: u32,
+    pub fit: Fit,
+    pub filter: Filter,
+    /// A channel's value x, 0–255, becomes `(x / scale − mean) / std`.
+    pub scale: f32,
+    pub mean: [f32; 3],
+    pub std: [f32; 3],
+    pub layout: TensorLayout,
+}
+
+/// How a picture that is not square becomes square.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fit {
+    /// Stretched, as Keras's `target_size` does: nothing is cut off.
+    Squash,
+}
+
+/// How a pixel of the input is weighed from the picture's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Filter {
+    /// A triangle as wide as the scale asks, so that no pixel is left out.
+    Triangle,
+}
+
+/// Order of the input tensor's axes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TensorLayout {
+    Nchw,
+}
+
+impl Preprocess {
+    /// What Keras's MobileNetV2 was trained with: `x / 127.5 − 1`
+    /// (`keras.applications.mobilenet_v2.preprocess_input`).
+    pub fn mobilenet_v2() -> Self {
+        Preprocess {
+            size: 224,
+            fit: Fit::Squash,
+            filter: Filter::Triangle,
+            scale: 255.0,
+            mean: [0.5; 3],
+            std: [0.5; 3],
+            layout: TensorLayout::Nchw,
+        }
+    }
+
+    /// Numbers in one input.
+    pub fn input_len(&self) -> usize {
+        3 * self.size as usize * self.size as usize
+    }
+}
+
+/// The work of a [`Preprocess`], with its buffers.
+pub struct Preprocessor {
+    spec: Preprocess,
+    resizer: Resizer,
+    resized: Image<'static>,
+}
+
+impl Preprocessor {
+    pub fn new(spec: Preprocess) -> Self {
+        let resized = Image::new(spec.size, spec.size, PixelType::U8x3);
+        Preprocessor { spec, resizer: Resizer::new(), resized }
+    }
+
+    pub fn spec(&self) -> &Preprocess {
+        &self.spec
+    }
+
+    /// in: H×W×3 u8 RGB, any size; out: `[3, size, size]` f32, `(x / scale − mean) / std`.
+    ///
+    /// # Panics
+    /// Where `out` is not [`Preprocess::input_len`] long.
+    pub fn run(&mut self, image: &RgbImage, out: &mut [f32]) {
+        assert_eq!(out.len(), self.spec.input_len(), "one input's length");
+        let size = self.spec.size;
+        if image.dimensions() == (size, size) {
+            return normalise(&self.spec, image.as_raw(), out);
+        }
+        let source = ImageRef::new(image.width(), image.height(), image.as_raw(), PixelType::U8x3)
+            .expect("an RgbImage holds three bytes a pixel");
+        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
+        self.resizer.resize(&source, &mut self.resized, &options).expect("both sides hold three bytes a pixel");
+        normalise(&self.spec, self.resized.buffer(), out);
+    }
+}
+
+/// in: size×size×3 u8; out: `[3, size, size]` f32.
+fn normalise(spec: &Preprocess, pixels: &[u8], out: &mut [f32]) {
+    let plane = out.len() / 3;
+    // HWC → CHW
+    for (channel, plane) in out.chunks_exact_mut(plane).enumerate() {
+        let factor = 1.0 / (spec.scale * spec.std[channel]);
+        let offset = -spec.mean[channel] / spec.std[channel];
+        for (value, pixel) in plane.iter_mut().zip(pixels.chunks_exact(3)) {
+            *value = f32::from(pixel[channel]) * factor + offset;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::decode::tests::gradient;
+    use super::*;
+
+    #[test]
+    fn values_and_axes_are_as_stated() {
+        let spec = Preprocess::mobilenet_v2();
+        let mut out = vec![0.0; spec.input_len()];
+        let image = RgbImage::from_fn(224, 224, |x, y| image::Rgb([x as u8, y as u8, 255]));
+        Preprocessor::new(spec).run(&image, &mut out);
+        let at = |c: usize, y: usize, x: usize| out[(c * 224 + y) * 224 + x];
+        assert_eq!((at(0, 0, 0), at(1, 0, 0), at(2, 0, 0)), (-1.0, -1.0, 1.0));
+        let close = |a: f32, b: f32| (a - b).abs() < 1e-6;
+        assert!(close(at(0, 7, 50), 50.0 / 127.5 - 1.0), "red grows with x");
+        assert!(close(at(1, 7, 50), 7.0 / 127.5 - 1.0), "green grows with y");
+    }
+
+    #[test]
+    fn a_picture_that_is_not_square_is_squashed_whole() {
+        let spec = Preprocess::mobilenet_v2();
+        let mut preprocessor = Preprocessor::new(spec.clone());
+        let (mut wide, mut square) = (vec![0.0; spec.input_len()], vec![0.0; spec.input_len()]);
+        preprocessor.run(&gradient(640, 480), &mut wide);
+        preprocessor.run(&gradient(896, 896), &mut square);
+        let worst = wide.iter().zip(&square).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 0.03, "the same gradient at another shape differs by {worst}");
+    }
+}
