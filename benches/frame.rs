@@ -1,0 +1,35 @@
+//! One frame, stage by stage: `cargo bench`.
+
+use bloomcast::bench::drawn_jpeg;
+use bloomcast::bundle::Bundle;
+use bloomcast::vision::{Backbone, Preprocess, Preprocessor, decode};
+use criterion::{Criterion, criterion_group, criterion_main};
+
+fn stages(c: &mut Criterion) {
+    let jpeg = drawn_jpeg(640, 480);
+    let image = decode::encoded(&jpeg).unwrap();
+    let spec = Preprocess::mobilenet_v2();
+    let mut input = vec![0.0; spec.input_len()];
+    let mut preprocessor = Preprocessor::new(spec);
+    let backbone = Backbone::built_in().unwrap();
+    let mut session = backbone.session().unwrap();
+    preprocessor.run(&image, &mut input);
+    let features = session.features(&input).unwrap();
+    let bundle = Bundle::built_in().unwrap();
+    let skill = bundle.skill();
+    let mut classifier = bundle.classifier(&backbone).unwrap();
+
+    let mut group = c.benchmark_group("frame");
+    group.sample_size(30);
+    group.bench_function("decode 640×480", |b| b.iter(|| decode::encoded(&jpeg).unwrap()));
+    group.bench_function("preprocess 640×480", |b| b.iter(|| preprocessor.run(&image, &mut input)));
+    group.bench_function("backbone", |b| b.iter(|| session.features(&input).unwrap()));
+    group.bench_function("head", |b| b.iter(|| skill.judge(&features)));
+    group.bench_function("whole frame", |b| {
+        b.iter(|| classifier.classify(&decode::encoded(&jpeg).unwrap()).unwrap());
+    });
+    group.finish();
+}
+
+criterion_group!(benches, stages);
+criterion_main!(benches);

@@ -1,0 +1,83 @@
+//! Brokers that can be killed.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use super::tools::{Process, free_port, output, wait_for_port};
+
+/// A mosquitto of the test's own, on a port of its own, whose sessions survive its death.
+pub struct Mosquitto {
+    pub port: u16,
+    dir: tempfile::TempDir,
+    process: Option<Process>,
+}
+
+impl Mosquitto {
+    /// Prepared, not started. With `password`, only the user `pi` is let in.
+    pub fn prepare(password: Option<&str>) -> Self {
+        let (dir, port) = (tempfile::tempdir().unwrap(), free_port());
+        let passwords = dir.path().join("passwords");
+        let access = match password {
+            None => "allow_anonymous true".to_owned(),
+            Some(password) => {
+                let made =
+                    output(Command::new("mosquitto_passwd").args(["-c", "-b"]).arg(&passwords).args(["pi", password]));
+                assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+                format!("allow_anonymous false\npassword_file {}", passwords.display())
+            }
+        };
+        let config = format!(
+            "listener {port} 127.0.0.1\n{access}\nuser root\npersistence true\npersistence_location {}/\nautosave_on_changes true\nautosave_interval 1\nlog_dest stderr\n",
+            dir.path().display()
+        );
+        fs::write(dir.path().join("mosquitto.conf"), config).unwrap();
+        Mosquitto { port, dir, process: None }
+    }
+
+    pub fn started(password: Option<&str>) -> Self {
+        let mut broker = Self::prepare(password);
+        broker.start();
+        broker
+    }
+
+    pub fn start(&mut self) {
+        let config = self.dir.path().join("mosquitto.conf");
+        self.process = Some(Process::start(Command::new(mosquitto()).arg("-c").arg(config)));
+        wait_for_port(self.port);
+    }
+
+    pub fn kill(&mut self) {
+        self.process.take().expect("was started").kill();
+    }
+}
+
+/// Debian puts it where an ordinary user's path does not look.
+fn mosquitto() -> PathBuf {
+    let debian = PathBuf::from("/usr/sbin/mosquitto");
+    if debian.is_file() { debian } else { "mosquitto".into() }
+}
+
+/// The demo's broker in a process of its own.
+pub struct Rumqttd {
+    pub port: u16,
+    process: Option<Process>,
+}
+
+impl Rumqttd {
+    pub fn prepare() -> Self {
+        Rumqttd { port: free_port(), process: None }
+    }
+
+    pub fn start(&mut self) {
+        // target/release/deps/program-… → target/release/examples/broker
+        let tests = std::env::current_exe().unwrap();
+        let program = tests.parent().unwrap().parent().unwrap().join("examples/broker");
+        self.process = Some(Process::start(Command::new(program).arg(self.port.to_string())));
+        wait_for_port(self.port);
+    }
+
+    pub fn kill(&mut self) {
+        self.process.take().expect("was started").kill();
+    }
+}

@@ -1,0 +1,436 @@
+//! The daemon as a process, against real brokers.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use bloomcast::bundle::Bundle;
+use serde_json::Value;
+
+use super::broker::{Mosquitto, Rumqttd};
+use super::mqtt::{Listener, Persistent, publish};
+use super::tools::{Process, bloomcast, clear, failure, free_port, list, output, photographs, wait_until};
+
+/// Two flowers that take turns, eight photographs each, so that events never stop coming.
+fn turns(folder: &Path) -> (tempfile::TempDir, std::path::PathBuf) {
+    list(&[clear(folder, "daisy", 8), clear(folder, "sunflowers", 8)].concat())
+}
+
+/// A daemon that replays `images` fast and decides fast.
+fn daemon(port: u16, images: &Path, settings: &[&str]) -> Command {
+    let mut command = bloomcast();
+    command.arg("run");
+    let common = [
+        "device.name=pi".to_owned(),
+        "camera.source=replay".into(),
+        format!("camera.replay.path={}", images.display()),
+        "camera.interval_ms=60".into(),
+        "decide.smoothing_ms=120".into(),
+        "decide.enter_dwell_ms=60".into(),
+        "decide.leave_dwell_ms=400".into(),
+        format!("mqtt.port={port}"),
+        "mqtt.reconnect_ms_min=200".into(),
+        "mqtt.reconnect_ms_max=400".into(),
+    ];
+    for setting in common.iter().map(String::as_str).chain(settings.iter().copied()) {
+        command.args(["--set", setting]);
+    }
+    command
+}
+
+/// The ids of the events that the daemon logged.
+fn logged_ids(daemon: &Process) -> Vec<String> {
+    let log = daemon.log();
+    let lines = log.lines().filter_map(|line| line.split_once(" event "));
+    lines.map(|(_, rest)| rest.split(':').next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn everything_is_told_and_sigterm_says_farewell() {
+    let Some(folder) = photographs("everything_is_told_and_sigterm_says_farewell") else { return };
+    let broker = Mosquitto::started(None);
+    let (_dir, images) = turns(&folder);
+    let mut daemon = Process::start(&mut daemon(broker.port, &images, &["camera.name=window"]));
+    daemon.line("connected to 127.0.0.1");
+
+    // A subscriber that comes late gets what is retained.
+    daemon.lines_with(" event ", 1);
+    let late = Listener::connect(broker.port);
+    let (mut state, mut status, mut model, mut discovery) = (None, None, None, None);
+    while state.is_none() || status.is_none() || model.is_none() || discovery.is_none() {
+        let message = late.next().unwrap();
+        let slot = match message.topic.as_str() {
+            "bloomcast/pi/state" => &mut state,
+            "bloomcast/pi/status" => &mut status,
+            "bloomcast/pi/model" => &mut model,
+            "homeassistant/device/pi/config" => &mut discovery,
+            "bloomcast/pi/event" => continue,
+            other => panic!("a message on {other}"),
+        };
+        *slot = Some(String::from_utf8(message.payload).unwrap());
+    }
+    assert_eq!(status.unwrap(), "online");
+    let json = |text: Option<String>| -> Value { serde_json::from_str(&text.unwrap()).unwrap() };
+    let (state, model, discovery) = (json(state), json(model), json(discovery));
+    assert_eq!((&state["schema"], &state["device"], &state["camera"]), (&1.into(), &"pi".into(), &"window".into()));
+    assert_eq!(state["camera_ok"], true);
+    let built_in = Bundle::built_in().unwrap();
+    assert_eq!(model["version"], built_in.manifest().version);
+    assert_eq!(model["sha256"], built_in.sha256());
+    assert_eq!(state["model"], model["version"]);
+    assert_eq!(discovery["components"]["class"]["state_topic"], "bloomcast/pi/state");
+
+    let event = late.wait("/event", |event| event["class"] == "daisy");
+    assert!(matches!(event["previous"].as_str(), Some("sunflowers" | "unknown")), "{event}");
+    assert_eq!(event["top"][0]["class"], "daisy");
+    assert!(event["confidence"].as_f64().unwrap() >= 0.7);
+    assert_eq!(event["id"].as_str().unwrap().as_bytes()[14], b'7', "a UUID of version 7");
+    late.wait("/state", |state| state["class"] == "sunflowers");
+
+    daemon.signal("TERM");
+    let status = daemon.ended(Duration::from_secs(2));
+    assert_eq!(status.code(), Some(0), "{}", daemon.log());
+    assert_eq!(late.wait("/status", |_| true), "offline");
+}
+
+#[test]
+fn a_daemon_that_dies_is_declared_offline_by_its_last_will() {
+    let Some(folder) = photographs("a_daemon_that_dies_is_declared_offline_by_its_last_will") else { return };
+    let broker = Mosquitto::started(None);
+    let listener = Listener::connect(broker.port);
+    let (_dir, images) = turns(&folder);
+    let mut daemon = Process::start(&mut daemon(broker.port, &images, &[]));
+    listener.wait("/status", |status| status == "online");
+    daemon.kill();
+    listener.wait("/status", |status| status == "offline");
+}
+
+#[test]
+fn no_event_is_lost_while_mosquitto_is_absent_killed_and_back() {
+    let Some(folder) = photographs("no_event_is_lost_while_mosquitto_is_absent_killed_and_back") else { return };
+    let mut broker = Mosquitto::prepare(None);
+    let (_dir, images) = turns(&folder);
+    let mut daemon = Process::start(&mut daemon(broker.port, &images, &[]));
+    daemon.line("connecting again");
+    daemon.lines_with(" event ", 2);
+
+    // The subscriber's session is there before the daemon's next try, or its first events go to nobody.
+    daemon.signal("STOP");
+    broker.start();
+    let subscriber = Persistent::subscribe(broker.port, "bloomcast/pi/event");
+    publish_until_heard(broker.port, &subscriber);
+    daemon.signal("CONT");
+    daemon.line("connected to");
+    wait_until("the first events", || subscriber.ids().len() >= 4);
+
+    broker.kill();
+    daemon.lines_with("connecting again", 3);
+    let before = logged_ids(&daemon).len();
+    daemon.lines_with(" event ", before + 2);
+    broker.start();
+    daemon.lines_with("connected to", 2);
+    let later = logged_ids(&daemon).len() + 2;
+    daemon.lines_with(" event ", later);
+    daemon.signal("TERM");
+    assert!(daemon.ended(Duration::from_secs(2)).success(), "{}", daemon.log());
+
+    let logged = logged_ids(&daemon);
+    wait_until("the last events", || subscriber.ids().len() > logged.len());
+    assert_eq!(subscriber.ids()[1..], logged, "every event, once, in order");
+    let counts = daemon.line(" captured=");
+    assert!(counts.contains(&format!("events={0} acknowledged={0} events_lost=0", logged.len())), "{counts}");
+}
+
+/// Makes sure that the subscription stands: an event of our own comes through, id `0`.
+fn publish_until_heard(port: u16, subscriber: &Persistent) {
+    wait_until("the subscription", || {
+        publish(port, "bloomcast/pi/event", r#"{"id":"0"}"#);
+        !subscriber.ids().is_empty()
+    });
+}
+
+#[test]
+fn no_event_is_lost_while_rumqttd_is_absent_killed_and_back() {
+    let Some(folder) = photographs("no_event_is_lost_while_rumqttd_is_absent_killed_and_back") else { return };
+    let mut broker = Rumqttd::prepare();
+    let (_dir, images) = turns(&folder);
+    let mut daemon = Process::start(&mut daemon(broker.port, &images, &[]));
+    daemon.line("connecting again");
+    let mut heard: Vec<String> = Vec::new();
+    let hear = |listener: &Listener, heard: &mut Vec<String>, wanted: usize| {
+        while heard.len() < wanted {
+            let message = listener.next().unwrap();
+            if message.topic == "bloomcast/pi/event" {
+                let event: Value = serde_json::from_slice(&message.payload).unwrap();
+                let id = event["id"].as_str().unwrap().to_owned();
+                if !heard.contains(&id) {
+                    heard.push(id);
+                }
+            }
+        }
+    };
+    // This broker keeps no session: the subscriber is there first, while the daemon stands still.
+    for round in 1..=2 {
+        daemon.signal("STOP");
+        broker.start();
+        let listener = Listener::insist(broker.port);
+        daemon.signal("CONT");
+        daemon.lines_with("connected to", round);
+        let wanted = heard.len() + 4;
+        hear(&listener, &mut heard, wanted);
+        if round == 1 {
+            // Killed at a moment when what was logged was heard.
+            let logged = logged_ids(&daemon).len();
+            hear(&listener, &mut heard, logged);
+            broker.kill();
+            daemon.lines_with("connecting again", 3);
+            daemon.lines_with(" event ", logged_ids(&daemon).len() + 2);
+        } else {
+            daemon.signal("TERM");
+            assert!(daemon.ended(Duration::from_secs(2)).success(), "{}", daemon.log());
+            hear(&listener, &mut heard, logged_ids(&daemon).len());
+        }
+    }
+    assert_eq!(heard, logged_ids(&daemon), "every event, in order");
+}
+
+#[test]
+fn a_full_outbox_gives_up_the_oldest_and_says_so() {
+    let Some(folder) = photographs("a_full_outbox_gives_up_the_oldest_and_says_so") else { return };
+    let mut broker = Mosquitto::prepare(None);
+    let (_dir, images) = turns(&folder);
+    let daemon = Process::start(&mut daemon(broker.port, &images, &["mqtt.outbox_entries_max=2"]));
+    daemon.lines_with("the outbox is full: 1 events are lost, oldest first", 2);
+    broker.start();
+    let listener = Listener::insist(broker.port);
+    let first = listener.wait("/event", |_| true);
+    let (first, logged) = (first["id"].as_str().unwrap().to_owned(), logged_ids(&daemon));
+    let place = logged.iter().position(|id| *id == first).expect("an event that was logged");
+    assert!(place >= 2, "the first two were given up, the {place}th came first");
+}
+
+#[test]
+fn the_wrong_password_is_named_and_the_right_one_works() {
+    let Some(folder) = photographs("the_wrong_password_is_named_and_the_right_one_works") else { return };
+    let broker = Mosquitto::started(Some("right"));
+    let (dir, images) = turns(&folder);
+    let credentials = dir.path().join("credentials");
+    let setting = format!("mqtt.credentials_file={}", credentials.display());
+    std::fs::write(&credentials, "pi\nwrong\n").unwrap();
+    let mut refused = Process::start(&mut daemon(broker.port, &images, &[&setting]));
+    refused.line("the broker refuses the user name or password; see mqtt.credentials_file");
+    assert!(refused.is_running());
+    assert!(!refused.log().contains("wrong\n"), "the password is never printed");
+    drop(refused);
+    std::fs::write(&credentials, "pi\nright\n").unwrap();
+    Process::start(&mut daemon(broker.port, &images, &[&setting])).line("connected to");
+}
+
+#[test]
+fn settings_from_afar_are_obeyed_and_nonsense_is_named() {
+    let Some(folder) = photographs("settings_from_afar_are_obeyed_and_nonsense_is_named") else { return };
+    let broker = Mosquitto::started(None);
+    let (_dir, images) = turns(&folder);
+    let listener = Listener::connect(broker.port);
+    let daemon = Process::start(&mut daemon(broker.port, &images, &[]));
+    listener.wait("/event", |_| true);
+    publish(broker.port, "bloomcast/pi/set/pause", "true");
+    listener.wait("/state", |state| state["paused"] == true && state["class"] == "unknown");
+    publish(broker.port, "bloomcast/pi/set/enter", "0.2");
+    daemon.line("the setting Enter(0.2) is left out: enter must not be below leave");
+    publish(broker.port, "bloomcast/pi/set/enter", "lots");
+    daemon.line("bloomcast/pi/set/enter: \"lots\": expected a number from 0 to 1");
+    publish(broker.port, "bloomcast/pi/set/colour", "red");
+    daemon.line("bloomcast/pi/set/colour: no such setting");
+    publish(broker.port, "bloomcast/pi/set/pause", "false");
+    listener.wait("/state", |state| state["paused"] == false && state["class"] != "unknown");
+}
+
+#[test]
+fn a_replay_that_ends_ends_the_program_when_all_was_said() {
+    let Some(folder) = photographs("a_replay_that_ends_ends_the_program_when_all_was_said") else { return };
+    let broker = Mosquitto::started(None);
+    let (_dir, images) = turns(&folder);
+    let mut daemon = Process::start(&mut daemon(broker.port, &images, &["camera.replay.looped=false"]));
+    assert!(daemon.ended(super::tools::PATIENCE).success(), "{}", daemon.log());
+    let counts = daemon.line(" captured=");
+    assert!(counts.contains("captured=16 "), "{counts}");
+    let logged = logged_ids(&daemon).len();
+    assert!(counts.contains(&format!("events={logged} acknowledged={logged} events_lost=0")), "{counts}");
+}
+
+#[test]
+fn broken_and_giant_images_are_counted_and_skipped() {
+    let Some(folder) = photographs("broken_and_giant_images_are_counted_and_skipped") else { return };
+    let broker = Mosquitto::started(None);
+    let good = clear(&folder, "daisy", 3);
+    let dir = tempfile::tempdir().unwrap();
+    let whole = std::fs::read(&good[0]).unwrap();
+    std::fs::write(dir.path().join("1-cut.jpg"), &whole[..whole.len() / 2]).unwrap();
+    std::fs::write(dir.path().join("2-empty.jpg"), []).unwrap();
+    std::fs::write(dir.path().join("3-text.png"), "no picture").unwrap();
+    // Four gigabytes that take no room on the disk.
+    let giant = std::fs::File::create(dir.path().join("4-giant.jpg")).unwrap();
+    giant.set_len(4 << 30).unwrap();
+    for (i, image) in good.iter().enumerate() {
+        std::fs::copy(image, dir.path().join(format!("{}-good.jpg", 5 + i))).unwrap();
+    }
+    let settings = ["camera.replay.looped=false", "camera.reopen_ms_min=10"];
+    let mut daemon = Process::start(&mut daemon(broker.port, dir.path(), &settings));
+    assert!(daemon.ended(super::tools::PATIENCE).success(), "{}", daemon.log());
+    daemon.line("1-cut.jpg: a frame is broken and skipped: the JPEG is cut short: no end marker");
+    daemon.line("2-empty.jpg: a frame is broken and skipped: empty file");
+    daemon.line("3-text.png: a frame is broken and skipped");
+    daemon.line("4-giant.jpg: 4294967296 bytes, more than the 16777216 allowed");
+    let counts = daemon.line(" captured=");
+    assert!(counts.contains("broken=3 classified=3 "), "{counts}");
+    assert!(!daemon.log().contains("panicked"));
+}
+
+#[test]
+fn what_is_wrong_with_the_configuration_is_named_and_ends_with_78() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, content: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path.display().to_string()
+    };
+    let typo = file("typo.toml", "[camera]\nsource = \"replay\"\n\n[mqtt]\nhots = \"broker\"\n");
+    let rubbish = file("rubbish.bloom", "no bundle");
+    let other = dir.path().join("other.bloom");
+    let built_in = Bundle::built_in().unwrap();
+    let mut manifest = built_in.manifest().clone();
+    manifest.backbone.sha256 = "0".repeat(64);
+    manifest.backbone.name = "resnet50".into();
+    let skill = built_in.skill();
+    Bundle::new(manifest, skill.head, skill.subspace).write(&other).unwrap();
+    let (other, empty) = (other.display().to_string(), dir.path().join("empty").display().to_string());
+    std::fs::create_dir(&empty).unwrap();
+    let none = dir.path().join("none").display().to_string();
+
+    let replay = |path: &str| format!("camera.source=replay camera.replay.path={path}");
+    let cases = [
+        (format!("--config {typo}"), format!("{typo}:5: unknown setting `mqtt.hots`, did you mean `mqtt.host`?")),
+        (format!("--config {none}"), format!("{none}: No such file or directory")),
+        (format!("model.bundle={none}"), format!("model.bundle: model {none}: No such file or directory")),
+        (format!("model.bundle={rubbish}"), format!("model.bundle: model {rubbish}: no bundle")),
+        (format!("model.bundle={other}"), "was made for the backbone resnet50 (sha256 000000000000…)".into()),
+        (format!("model.backbone={none}"), format!("model.backbone: backbone {none}: No such file")),
+        (replay(&empty), format!("camera: {empty}: no images here")),
+        (replay(&none), format!("camera: {none}: No such file or directory")),
+        (format!("mqtt.credentials_file={none}"), format!("{none}: No such file or directory")),
+        ("mqtt.port=70000".into(), "mqtt.port".into()),
+        ("decide.classes.cactus.enter=0.9".into(), "decide.classes = cactus: the model knows daisy".into()),
+    ];
+    for (arguments, expected) in cases {
+        for command in ["run", "check"] {
+            let mut program = bloomcast();
+            program.arg(command);
+            match arguments.strip_prefix("--config ") {
+                Some(file) => program.args(["--config", file]),
+                None => program.args(arguments.split(' ').flat_map(|setting| ["--set", setting])),
+            };
+            let (code, text) = failure(&mut program);
+            assert_eq!(code, 78, "{arguments}: {text}");
+            assert!(text.starts_with("error: ") && text.contains(&expected), "{arguments}: {text}");
+            assert_eq!(text.trim_end().lines().count(), 1, "one line: {text}");
+        }
+    }
+}
+
+#[test]
+fn check_finds_a_good_configuration_good_and_an_absent_camera_bad() {
+    let Some(folder) = photographs("check_finds_a_good_configuration_good_and_an_absent_camera_bad") else { return };
+    let replay = format!("camera.replay.path={}", folder.display());
+    let good = output(bloomcast().args(["check", "--set", "camera.source=replay", "--set", &replay]));
+    assert!(good.status.success(), "{}", String::from_utf8_lossy(&good.stderr));
+    let text = String::from_utf8(good.stdout).unwrap();
+    assert!(text.contains("daisy, dandelion, roses, sunflowers, tulips") && text.contains("camera: gives frames"));
+
+    let (code, text) = failure(bloomcast().args(["check", "--set", "camera.device=/dev/video-none"]));
+    assert_eq!(code, 78);
+    assert!(text.contains("camera: /dev/video-none: cannot open the camera: No such file"), "{text}");
+    let rpicam = ["check", "--set", "camera.source=rpicam", "--set", "camera.rpicam.command=rpicam-none"];
+    let (code, text) = failure(bloomcast().args(rpicam));
+    assert_eq!(code, 78);
+    assert!(text.contains("camera: rpicam-none: cannot start: No such file"), "{text}");
+}
+
+#[test]
+fn an_absent_camera_is_told_and_tried_again() {
+    let broker = Mosquitto::started(None);
+    let listener = Listener::connect(broker.port);
+    let mut command = bloomcast();
+    command.arg("run");
+    let port = format!("mqtt.port={}", broker.port);
+    for setting in [port.as_str(), "device.name=pi", "camera.device=/dev/video-none", "camera.reopen_ms_min=20"] {
+        command.args(["--set", setting]);
+    }
+    let daemon = Process::start(&mut command);
+    let state = listener.wait("/state", |_| true);
+    assert_eq!((&state["class"], &state["camera_ok"]), (&"unknown".into(), &false.into()));
+    listener.wait("/status", |status| status == "online");
+    daemon.lines_with("/dev/video-none: cannot open the camera", 3);
+    assert!(listener.silent_for(Duration::from_millis(50)), "the same is not told again");
+}
+
+#[test]
+fn a_child_that_writes_motion_jpeg_is_a_camera() {
+    let Some(folder) = photographs("a_child_that_writes_motion_jpeg_is_a_camera") else { return };
+    let broker = Mosquitto::started(None);
+    let listener = Listener::connect(broker.port);
+    let image = clear(&folder, "daisy", 1).remove(0).canonicalize().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let script = dir.path().join("camera.sh");
+    // Ten pictures, then it dies, as a camera whose cable is pulled.
+    let text = format!(
+        "#!/bin/sh\nfor i in 1 2 3 4 5 6 7 8 9 10; do cat '{}'; sleep 0.05; done\necho 'cable pulled' >&2\nexit 1\n",
+        image.display()
+    );
+    std::fs::write(&script, text).unwrap();
+    assert!(Command::new("chmod").arg("+x").arg(&script).status().unwrap().success());
+    let mut command = bloomcast();
+    command.arg("run");
+    let settings = [
+        format!("mqtt.port={}", broker.port),
+        "device.name=pi".into(),
+        "camera.source=rpicam".into(),
+        format!("camera.rpicam.command={}", script.display()),
+        "camera.interval_ms=50".into(),
+        "camera.reopen_ms_min=50".into(),
+        "decide.smoothing_ms=0".into(),
+        "decide.enter_dwell_ms=100".into(),
+    ];
+    for setting in &settings {
+        command.args(["--set", setting]);
+    }
+    let daemon = Process::start(&mut command);
+    for _ in 0..2 {
+        listener.wait("/event", |event| event["class"] == "daisy");
+        // The dead camera sees nothing, and that is an event.
+        listener.wait("/event", |event| event["class"] == "unknown" && event["previous"] == "daisy");
+    }
+    daemon.line("ended with exit status: 1: cable pulled; opening again");
+}
+
+#[test]
+fn a_taken_port_is_named_by_the_demo() {
+    let broker = Mosquitto::started(None);
+    let dir = tempfile::tempdir().unwrap();
+    image::RgbImage::new(8, 8).save(dir.path().join("black.png")).unwrap();
+    let (port, frames) = (broker.port.to_string(), dir.path().display().to_string());
+    let (code, text) = failure(bloomcast().args(["demo", "--port", &port, "--frames", &frames]));
+    assert_eq!(code, 1);
+    assert!(text.contains(&format!("port {port} of 127.0.0.1: Address already in use")), "{text}");
+}
+
+#[test]
+fn the_demo_tells_what_was_replayed() {
+    let Some(folder) = photographs("the_demo_tells_what_was_replayed") else { return };
+    let frames = folder.display().to_string();
+    let demo = output(bloomcast().args(["demo", "--frames", &frames, "--port", &free_port().to_string()]));
+    let text = String::from_utf8(demo.stdout).unwrap();
+    assert!(demo.status.success(), "{text}{}", String::from_utf8_lossy(&demo.stderr));
+    assert!(text.contains("replayed    daisy → dandelion → roses → sunflowers → tulips"), "{text}");
+    assert!(text.contains("100 frames in"), "{text}");
+}

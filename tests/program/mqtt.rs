@@ -1,0 +1,105 @@
+//! A subscriber as any other, and the messages it got.
+
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use bloomcast::mqtt::subscriber::{Message, Subscriber};
+use serde_json::Value;
+
+use super::tools::{PATIENCE, wait_until};
+
+/// A subscription to everything.
+pub struct Listener(Subscriber);
+
+impl Listener {
+    pub fn connect(port: u16) -> Self {
+        Listener(Subscriber::connect("127.0.0.1", port, "#").unwrap())
+    }
+
+    /// Tries until the broker is there.
+    pub fn insist(port: u16) -> Self {
+        let mut subscriber = None;
+        wait_until("the broker", || {
+            subscriber = Subscriber::connect("127.0.0.1", port, "#").ok();
+            subscriber.is_some()
+        });
+        Listener(subscriber.unwrap())
+    }
+
+    /// The next message; an error where the broker is gone.
+    pub fn next(&self) -> Result<Message, String> {
+        match self.0.next(PATIENCE) {
+            Ok(Some(message)) => Ok(message),
+            Ok(None) => panic!("no message within {PATIENCE:?}"),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Waits for a message whose topic ends like this and that `accept`s; gives its JSON (or its text).
+    pub fn wait(&self, topic: &str, accept: impl Fn(&Value) -> bool) -> Value {
+        for _ in 0..10_000 {
+            let message = self.next().unwrap();
+            let value = read(&message.payload);
+            if message.topic.ends_with(topic) && accept(&value) {
+                return value;
+            }
+        }
+        panic!("10,000 messages, none was the one on {topic}");
+    }
+
+    pub fn silent_for(&self, wait: Duration) -> bool {
+        self.0.next(wait).unwrap().is_none()
+    }
+}
+
+fn read(payload: &[u8]) -> Value {
+    serde_json::from_slice(payload).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(payload).into()))
+}
+
+pub fn publish(port: u16, topic: &str, payload: &str) {
+    let status = Command::new("mosquitto_pub")
+        .args(["-p", &port.to_string(), "-q", "1", "-t", topic, "-m", payload])
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+/// `mosquitto_sub` with a persistent session, which connects again by itself; writes payloads to a file.
+pub struct Persistent {
+    child: Child,
+    file: tempfile::NamedTempFile,
+}
+
+impl Persistent {
+    pub fn subscribe(port: u16, topic: &str) -> Self {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let child = Command::new("mosquitto_sub")
+            .args(["-p", &port.to_string(), "-c", "-i", "persistent", "-q", "1", "-t", topic])
+            .stdout(Stdio::from(file.reopen().unwrap()))
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Persistent { child, file }
+    }
+
+    /// The ids of the events so far, in order, each once.
+    pub fn ids(&self) -> Vec<String> {
+        let text = std::fs::read_to_string(self.file.path()).unwrap();
+        let mut ids = Vec::new();
+        for line in text.lines() {
+            let event: Value = serde_json::from_str(line).unwrap();
+            let id = event["id"].as_str().unwrap().to_owned();
+            if !ids.contains(&id) {
+                ids.push(id);
+            }
+        }
+        ids
+    }
+}
+
+impl Drop for Persistent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

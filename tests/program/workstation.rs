@@ -1,0 +1,111 @@
+//! Training, evaluating, timing.
+
+use std::fs;
+use std::path::Path;
+
+use super::tools::{bloomcast, failure, json, of_class, output, photographs};
+
+const CLASSES: [&str; 3] = ["daisy", "roses", "sunflowers"];
+
+/// A small set of real photographs: `skip` of each class left out, then `count` taken.
+fn dataset(from: &Path, to: &Path, skip: usize, count: usize) {
+    for class in CLASSES {
+        fs::create_dir_all(to.join(class)).unwrap();
+        for image in of_class(from, class, skip + count).split_off(skip) {
+            fs::copy(&image, to.join(class).join(image.file_name().unwrap())).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_is_trained_is_what_classifies_and_the_seed_decides_every_byte() {
+    let Some(folder) = photographs("what_is_trained_is_what_classifies_and_the_seed_decides_every_byte") else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    dataset(&folder, &path("train"), 0, 24);
+    dataset(&folder, &path("val"), 24, 8);
+    fs::write(path("train/roses/cut.jpg"), &fs::read(of_class(&folder, "roses", 1).remove(0)).unwrap()[..900]).unwrap();
+    let train = |out: &str, threads: &str| {
+        let run = output(
+            bloomcast()
+                .arg("train")
+                .arg(path("train"))
+                .arg("--val")
+                .arg(path("val"))
+                .arg("--out")
+                .arg(path(out))
+                .args(["--threads", threads, "--name", "garden"])
+                .env("SOURCE_DATE_EPOCH", "1767323045"),
+        );
+        let text = String::from_utf8(run.stderr).unwrap();
+        assert!(run.status.success(), "{text}");
+        assert!(text.contains("cut.jpg: the JPEG is cut short"), "{text}");
+        fs::read(path(out).join("model.bloom")).unwrap()
+    };
+    assert!(train("one", "1") == train("two", "2"), "the same bytes on one thread and on two");
+
+    let model = path("one/model.bloom");
+    let evaluation = json(bloomcast().arg("evaluate").arg(path("val")).arg("--json").arg("--model").arg(&model));
+    let metrics: serde_json::Value = serde_json::from_slice(&fs::read(path("one/metrics.json")).unwrap()).unwrap();
+    assert_eq!(evaluation, metrics, "the run's figures are what evaluate finds");
+    assert_eq!(evaluation["images"], 24);
+    assert!(evaluation["accuracy"].as_f64().unwrap() > 0.7, "{evaluation}");
+    let counted: u64 = evaluation["confusion"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|row| row.as_array().unwrap())
+        .map(|n| n.as_u64().unwrap())
+        .sum();
+    assert_eq!(counted, 24);
+    let answers = json(bloomcast().args(["classify", "--json"]).arg("--model").arg(&model).args(of_class(
+        &path("val"),
+        "roses",
+        1,
+    )));
+    let known: Vec<_> = answers[0]["top"].as_array().unwrap().iter().map(|t| t["class"].as_str().unwrap()).collect();
+    assert!(known.len() == 3 && CLASSES.iter().all(|class| known.contains(class)), "{known:?}");
+}
+
+#[test]
+fn a_dataset_that_is_none_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    fs::create_dir_all(path("one/daisy")).unwrap();
+    fs::create_dir_all(path("two/daisy")).unwrap();
+    fs::create_dir_all(path("two/roses")).unwrap();
+    let train = |dataset: &str| {
+        failure(
+            bloomcast().arg("train").arg(path(dataset)).arg("--val").arg(path(dataset)).arg("--out").arg(path("run")),
+        )
+    };
+    for (dataset, expected) in [
+        ("none", "none: No such file or directory"),
+        ("one", "one: 1 classes, expected 2 to 1000"),
+        ("two", "two/daisy: no images of this class"),
+    ] {
+        let (code, text) = train(dataset);
+        assert!(code == 1 && text.contains(expected), "{code} {text}");
+    }
+    for class in ["daisy", "roses"] {
+        fs::write(path("two").join(class).join("broken.jpg"), "x").unwrap();
+    }
+    let (code, text) = train("two");
+    assert!(code == 1 && text.contains("two: no image of the class daisy could be decoded"), "{code} {text}");
+    assert!(!path("run/model.bloom").exists(), "no bundle that could be taken for a finished one");
+}
+
+#[test]
+fn bench_prints_every_stage() {
+    let report = json(bloomcast().args(["bench", "--json", "--runs", "3"]));
+    assert_eq!(report["threads"], 1);
+    assert!(report["kernels"].is_string());
+    for stage in ["decode", "preprocess", "backbone", "head", "frame"] {
+        let figures = &report["stages"][stage];
+        assert_eq!(figures["runs"], 3, "{stage}");
+        assert!(figures["median_ms"].as_f64().unwrap() > 0.0, "{stage}");
+        assert!(figures["p99_ms"].as_f64() >= figures["median_ms"].as_f64(), "{stage}");
+    }
+}
