@@ -231,7 +231,7 @@ fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
             Ok(prediction) => prediction,
             Err(error) => {
                 failed += 1;
-                eprintln!("error: {}: {error:#}", path.display());
+                eprintln!("error: {}: {error}", path.display());
                 continue;
             }
         };

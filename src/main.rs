@@ -11,7 +11,8 @@ fn main() -> ExitCode {
     match command.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("error: {:#}", failure.error);
+            // Each error names its cause itself.
+            eprintln!("error: {}", failure.error);
             ExitCode::from(failure.code)
         }
     }

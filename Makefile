@@ -1,0 +1,68 @@
+# The targets a person needs. `make demo` on a fresh machine sets up, builds, and shows the program at work.
+
+CARGO ?= cargo
+BIN := target/release/bloomcast
+# A build with more than this machine's Rust is refused by Cargo itself (rust-version in Cargo.toml).
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+# What a bare Debian or Raspberry Pi OS lacks: a linker, libclang for the bindings of the camera, a broker and
+# its clients for the tests.
+PACKAGES := build-essential pkg-config libclang-dev mosquitto mosquitto-clients
+
+.PHONY: all setup build demo test lint licences doc bench model clean
+
+all: build
+
+# Does nothing where all is there.
+setup:
+	@command -v $(CARGO) >/dev/null || { echo "error: cargo is missing; install Rust from https://rustup.rs" >&2; exit 1; }
+	@command -v dpkg-query >/dev/null || { echo "setup: no Debian: install yourself: $(PACKAGES)"; exit 0; }; \
+	missing=; \
+	for package in $(PACKAGES); do \
+	  dpkg-query -W -f='$${db:Status-Status}' $$package 2>/dev/null | grep -qx installed || missing="$$missing $$package"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+	  echo "setup: installing$$missing"; \
+	  $(SUDO) apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	fi
+
+build: setup
+	$(CARGO) build --release --locked
+
+# Photographs are looked for in ../shared/flowers/val, then fetched; where neither works, Debian's desktop
+# backgrounds must do.
+demo: build
+	@$(BIN) demo || { status=$$?; \
+	  { [ -d ../shared/flowers/val ] || [ -d /usr/share/backgrounds/mate ] || ! command -v apt-get >/dev/null; } && exit $$status; \
+	  DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends mate-backgrounds >/dev/null && $(BIN) demo; }
+
+# Unit tests and whole-program tests; a test that lacks its photographs says `skipped:` and is counted here.
+test: setup
+	@mkdir -p target; \
+	{ $(CARGO) test --release --locked 2>&1; echo $$? >target/test-status; } | tee target/test-log; \
+	echo "skipped: $$(grep -c '^skipped: ' target/test-log) tests"; \
+	exit "$$(cat target/test-status)"
+
+lint: setup
+	$(CARGO) fmt --check
+	$(CARGO) clippy --release --locked --all-targets -- -D warnings
+	$(CARGO) clippy --release --locked --no-default-features -- -D warnings
+
+# What may be linked, by deny.toml.
+licences: setup
+	@command -v cargo-deny >/dev/null || $(CARGO) install --quiet --locked cargo-deny@0.20.2
+	$(CARGO) deny check bans licenses sources
+
+doc: setup
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --locked --no-deps --document-private-items
+
+bench: setup
+	$(CARGO) bench --locked
+
+# Trains the model inside the program anew.
+model: build
+	$(BIN) train ../shared/flowers/train --val ../shared/flowers/val --out runs/flowers
+	cp runs/flowers/model.bloom models/flowers.bloom
+
+clean:
+	$(CARGO) clean
