@@ -114,6 +114,7 @@ impl Daemon {
                 Next::Frame(frame) => break frame,
                 Next::Pending if left.is_zero() => return Err(CameraError::Stalled(stall.as_millis()).into()),
                 Next::Pending => {}
+                Next::Broken(reason) => return Err(CameraError::Broken(reason).into()),
                 Next::Ended => return Err(CameraError::Ended.into()),
             }
         };

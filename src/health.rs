@@ -24,7 +24,7 @@ pub struct Counters {
     pub captured: Counter,
     /// Frames that a newer one overwrote before anybody looked.
     pub dropped: Counter,
-    /// Frames that could not be decoded.
+    /// Frames that could not be read or decoded.
     pub broken: Counter,
     /// Frames that were classified.
     pub classified: Counter,

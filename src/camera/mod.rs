@@ -58,6 +58,8 @@ impl Layout {
 /// What [`FrameSource::next`] came back with.
 pub enum Next {
     Frame(Frame),
+    /// A frame that could not be read, and why; the source itself is well.
+    Broken(String),
     /// Nothing within the time given; ask again.
     Pending,
     /// The source has no more frames and never will.

@@ -44,23 +44,24 @@ impl FrameSource for Replay {
             return Ok(Next::Pending);
         }
         self.due += self.pace.interval();
-        // An image that cannot be read is an error once: the next opening goes on behind it.
         let path = self.images[self.next].clone();
         self.next += 1;
-        let bytes = read(&path, self.file_bytes_max)?;
-        Ok(Next::Frame(Frame { captured_at: SystemTime::now(), picture: Picture::Encoded(bytes), origin: Some(path) }))
+        let captured_at = SystemTime::now();
+        Ok(match read(&path, self.file_bytes_max) {
+            Ok(bytes) => Next::Frame(Frame { captured_at, picture: Picture::Encoded(bytes), origin: Some(path) }),
+            Err(reason) => Next::Broken(format!("{}: {reason}", path.display())),
+        })
     }
 
     fn close(&mut self) {}
 }
 
-fn read(path: &Path, bytes_max: u64) -> Result<Vec<u8>, CameraError> {
-    let failed = |reason: String| CameraError::Replay { path: path.into(), reason };
-    let size = fs::metadata(path).map_err(|e| failed(e.to_string()))?.len();
+fn read(path: &Path, bytes_max: u64) -> Result<Vec<u8>, String> {
+    let size = fs::metadata(path).map_err(|e| e.to_string())?.len();
     if size > bytes_max {
-        return Err(failed(format!("{size} bytes, more than the {bytes_max} allowed")));
+        return Err(format!("{size} bytes, more than the {bytes_max} allowed"));
     }
-    fs::read(path).map_err(|e| failed(e.to_string()))
+    fs::read(path).map_err(|e| e.to_string())
 }
 
 /// The images that `path` means: all below a folder, sorted; or those a text file lists, a path a
@@ -166,7 +167,7 @@ mod tests {
             assert_eq!(origin(looped.next(Duration::ZERO).unwrap()).as_ref(), found.first());
         }
         let mut bounded = Replay::new(found, Pace::new(0), false, 3);
-        let error = bounded.next(Duration::ZERO).err().unwrap().to_string();
+        let Next::Broken(error) = bounded.next(Duration::ZERO).unwrap() else { panic!("a giant file is broken") };
         assert!(error.contains("7 bytes, more than the 3 allowed"), "{error}");
     }
 }

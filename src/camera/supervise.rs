@@ -89,6 +89,11 @@ fn read(
                     counters.dropped.add(u64::from(overwrote));
                 }
             }
+            Next::Broken(reason) => {
+                last_frame = Instant::now();
+                counters.broken.add(1);
+                warn!("{reason}; skipped");
+            }
             Next::Pending => {
                 let silent = last_frame.elapsed();
                 if silent >= rules.stall {

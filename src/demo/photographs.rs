@@ -76,6 +76,14 @@ impl Photographs {
         Ok(Photographs { folder: folder.into(), classes, images })
     }
 
+    /// Forgets the folders where one of them is no class of the model: they tell nothing then.
+    pub fn told_by(mut self, labels: &[String]) -> Self {
+        if !self.classes.iter().all(|class| labels.contains(class)) {
+            self.classes.clear();
+        }
+        self
+    }
+
     /// What the photograph shows, by its folder's name.
     pub fn truth<'a>(&self, image: &'a Path) -> Option<&'a str> {
         let name = image.parent()?.file_name()?.to_str()?;
@@ -140,6 +148,11 @@ mod tests {
             found.images.iter().map(|p| p.strip_prefix(dir.path()).unwrap().to_str().unwrap()).collect();
         assert_eq!(names, ["a/1.jpg", "a/3.jpg", "b/1.jpg"]);
         assert_eq!(found.truth(&found.images[2]), Some("b"));
+        let told_by = |labels: [&str; 2]| {
+            let found = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
+            found.told_by(&labels.map(str::to_owned)).classes.len()
+        };
+        assert_eq!((told_by(["b", "a"]), told_by(["b", "c"])), (2, 0));
         let list = fs::read_to_string(found.write_list().unwrap().path()).unwrap();
         assert_eq!(list.lines().count(), 3);
     }

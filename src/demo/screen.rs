@@ -30,7 +30,7 @@ pub fn event(out: &mut dyn Write, event: &Event) -> io::Result<()> {
         event.class,
         bar(event.confidence),
         event.confidence * 100.0,
-        event.latency.as_secs_f64() * 1e3,
+        event.latency().as_secs_f64() * 1e3,
         event.previous
     )
 }
@@ -63,14 +63,16 @@ pub fn summary(out: &mut dyn Write, photographs: &Photographs, outcome: &Outcome
             100.0 * right as f64 / of.max(1) as f64
         )?;
     }
-    let latency = Figures::of(outcome.events.iter().map(|event| event.latency).collect());
-    writeln!(
-        out,
-        "latency     median {:.1} ms, p99 {:.1} ms, from the frame to the subscriber\n",
-        latency.median_ms, latency.p99_ms
-    )?;
+    let latency = Figures::of(outcome.events.iter().map(Event::latency).collect());
+    let overhead = Figures::of(outcome.events.iter().filter_map(|event| event.overhead(&outcome.seen)).collect());
+    writeln!(out, "latency     {}, from the frame to the subscriber", spread(&latency))?;
+    writeln!(out, "            {}, without the backbone's own time\n", spread(&overhead))?;
     let stages: Vec<Stages> = outcome.seen.iter().map(|seen| seen.stages).collect();
     write!(out, "{}", StageReport::of(&stages))
+}
+
+fn spread(figures: &Figures) -> String {
+    format!("median {:.1} ms, p99 {:.1} ms", figures.median_ms, figures.p99_ms)
 }
 
 /// Frames whose best class, and no rejection, is what their folder says; of how many.
