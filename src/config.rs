@@ -13,7 +13,7 @@ use config::{Environment, FileFormat};
 use serde::Deserialize;
 use toml_edit::{Document, Item};
 
-use crate::camera::{Pace, Supervisor};
+use crate::camera::{Pace, PixelFormat, Supervisor};
 use crate::decide::{Rules, Thresholds};
 use crate::mqtt::link::{Credentials, LinkSettings};
 use crate::mqtt::outbox::Limits;
@@ -84,26 +84,6 @@ pub enum Source {
     V4l2,
     Rpicam,
     Replay,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum PixelFormat {
-    Auto,
-    Mjpeg,
-    Yuyv,
-    Rgb,
-}
-
-impl fmt::Display for PixelFormat {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            PixelFormat::Auto => "auto",
-            PixelFormat::Mjpeg => "mjpeg",
-            PixelFormat::Yuyv => "yuyv",
-            PixelFormat::Rgb => "rgb",
-        })
-    }
 }
 
 #[derive(Debug, Clone, Deserialize)]

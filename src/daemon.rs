@@ -20,7 +20,7 @@ use crate::camera::latest::{self, News, Taken};
 use crate::camera::rpicam::{self, Rpicam};
 use crate::camera::{self, CameraError, Frame, FrameSource, Next, Pace, replay};
 use crate::config::{Config, ConfigError, Source};
-use crate::decide::{Decider, Decision};
+use crate::decide::{Decider, Decision, Flicker};
 use crate::health::Counters;
 use crate::mqtt::{Link, LinkSettings, Outbox, Setting, discovery, message, topics::Topics};
 use crate::vision::decode;
@@ -331,22 +331,29 @@ impl Vision {
     /// Does what was asked from afar.
     fn obey(&mut self) {
         while let Ok(setting) = self.orders.try_recv() {
-            match setting {
-                Setting::IntervalMs(ms) => self.pace.set(ms),
-                Setting::Pause(paused) => {
-                    self.voice.paused = paused;
-                    let decision = self.voice.decider.blind(SystemTime::now(), true);
-                    self.say(&Decision { tell: true, ..decision });
-                }
-                rule => {
-                    if let Err(reason) = self.voice.decider.rules_mut().change(rule) {
-                        warn!("the setting {setting:?} is left out: {reason}");
-                        continue;
-                    }
-                }
+            match self.apply(setting) {
+                Ok(()) => info!("set from afar: {setting:?}"),
+                Err(flicker) => warn!("the setting {setting:?} is left out: {flicker}"),
             }
-            info!("set from afar: {setting:?}");
         }
+    }
+
+    fn apply(&mut self, setting: Setting) -> Result<(), Flicker> {
+        let rules = self.voice.decider.rules_mut();
+        match setting {
+            Setting::Enter(enter) => rules.set_enter(enter)?,
+            Setting::Leave(leave) => rules.set_leave(leave)?,
+            Setting::SmoothingMs(ms) => rules.smoothing = Duration::from_millis(ms),
+            Setting::EnterDwellMs(ms) => rules.enter_dwell = Duration::from_millis(ms),
+            Setting::LeaveDwellMs(ms) => rules.leave_dwell = Duration::from_millis(ms),
+            Setting::IntervalMs(ms) => self.pace.set(ms),
+            Setting::Pause(paused) => {
+                self.voice.paused = paused;
+                let decision = self.voice.decider.blind(SystemTime::now(), true);
+                self.say(&Decision { tell: true, ..decision });
+            }
+        }
+        Ok(())
     }
 }
 

@@ -9,7 +9,6 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::mqtt::Setting;
 use crate::vision::Prediction;
 
 /// How many classes a [`Sight`] lists.
@@ -40,27 +39,27 @@ pub struct Thresholds {
     pub leave: f32,
 }
 
+/// Why a threshold was not changed: a class would be entered and left at once, again and again.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("leave must not be above enter, for any class")]
+pub struct Flicker;
+
 impl Rules {
-    /// Changes one rule from afar; refused where a class would flicker.
-    pub fn change(&mut self, setting: Setting) -> Result<(), &'static str> {
-        match setting {
-            Setting::SmoothingMs(ms) => self.smoothing = Duration::from_millis(ms),
-            Setting::EnterDwellMs(ms) => self.enter_dwell = Duration::from_millis(ms),
-            Setting::LeaveDwellMs(ms) => self.leave_dwell = Duration::from_millis(ms),
-            Setting::Enter(enter) => {
-                if self.thresholds.iter().any(|class| class.leave > enter) {
-                    return Err("enter must not be below leave");
-                }
-                self.thresholds.iter_mut().for_each(|class| class.enter = enter);
-            }
-            Setting::Leave(leave) => {
-                if self.thresholds.iter().any(|class| leave > class.enter) {
-                    return Err("leave must not be above enter");
-                }
-                self.thresholds.iter_mut().for_each(|class| class.leave = leave);
-            }
-            Setting::Pause(_) | Setting::IntervalMs(_) => return Err("no rule of deciding"),
+    /// Sets every class's enter threshold, 0–1.
+    pub fn set_enter(&mut self, enter: f32) -> Result<(), Flicker> {
+        if self.thresholds.iter().any(|class| class.leave > enter) {
+            return Err(Flicker);
         }
+        self.thresholds.iter_mut().for_each(|class| class.enter = enter);
+        Ok(())
+    }
+
+    /// Sets every class's leave threshold, 0–1.
+    pub fn set_leave(&mut self, leave: f32) -> Result<(), Flicker> {
+        if self.thresholds.iter().any(|class| leave > class.enter) {
+            return Err(Flicker);
+        }
+        self.thresholds.iter_mut().for_each(|class| class.leave = leave);
         Ok(())
     }
 }
@@ -338,6 +337,16 @@ mod tests {
         rules.thresholds[1] = Thresholds { enter: 0.95, leave: 0.9 };
         let trace = [(0, Some(0.25)), (100, Some(0.04)), (200, Some(0.08)), (300, Some(0.12))];
         assert_eq!(changes(rules, &trace), [(100, B), (300, UNKNOWN)]);
+    }
+
+    #[test]
+    fn thresholds_are_changed_unless_a_class_would_flicker() {
+        let mut rules = rules(0, 0);
+        assert_eq!(rules.set_enter(0.4), Err(Flicker));
+        assert_eq!(rules.set_leave(0.8), Err(Flicker));
+        assert_eq!(rules.thresholds, [Thresholds { enter: 0.7, leave: 0.5 }; 2]);
+        assert_eq!((rules.set_enter(0.9), rules.set_leave(0.8)), (Ok(()), Ok(())));
+        assert_eq!(rules.thresholds, [Thresholds { enter: 0.9, leave: 0.8 }; 2]);
     }
 
     #[test]

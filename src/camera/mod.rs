@@ -11,8 +11,11 @@ pub mod v4l2;
 
 pub use supervise::{Pace, Supervisor, watch};
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
+
+use serde::Deserialize;
 
 /// One picture and the moment it was caught.
 #[derive(Debug, Clone)]
@@ -52,6 +55,27 @@ impl Layout {
             Layout::Yuyv => 2,
             Layout::Rgb | Layout::Bgr => 3,
         }
+    }
+}
+
+/// What a camera may be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PixelFormat {
+    Auto,
+    Mjpeg,
+    Yuyv,
+    Rgb,
+}
+
+impl fmt::Display for PixelFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            PixelFormat::Auto => "auto",
+            PixelFormat::Mjpeg => "mjpeg",
+            PixelFormat::Yuyv => "yuyv",
+            PixelFormat::Rgb => "rgb",
+        })
     }
 }
 

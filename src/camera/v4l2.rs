@@ -12,8 +12,7 @@ use nokhwa::Camera;
 use nokhwa::utils::{CameraFormat, CameraIndex, FrameFormat, RequestedFormat, RequestedFormatType, Resolution};
 use tracing::info;
 
-use super::{CameraError, Frame, FrameSource, Layout, Next, Picture, jpeg};
-use crate::config::PixelFormat;
+use super::{CameraError, Frame, FrameSource, Layout, Next, Picture, PixelFormat, jpeg};
 
 /// What is asked of the camera.
 #[derive(Debug, Clone)]

@@ -237,7 +237,7 @@ fn settings_from_afar_are_obeyed_and_nonsense_is_named() {
     publish(broker.port, "bloomcast/pi/set/pause", "true");
     listener.wait("/state", |state| state["paused"] == true && state["class"] == "unknown");
     publish(broker.port, "bloomcast/pi/set/enter", "0.2");
-    daemon.line("the setting Enter(0.2) is left out: enter must not be below leave");
+    daemon.line("the setting Enter(0.2) is left out: leave must not be above enter");
     publish(broker.port, "bloomcast/pi/set/enter", "lots");
     daemon.line("bloomcast/pi/set/enter: \"lots\": expected a number from 0 to 1");
     publish(broker.port, "bloomcast/pi/set/colour", "red");
