@@ -4,6 +4,7 @@
 //! Every setting stands in `systemd/bloomcast.toml` with its default and its reason. A key that is not
 //! there is refused, by its name and line.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,12 +18,15 @@ use crate::camera::{Pace, PixelFormat, Supervisor};
 use crate::decide::{Rules, Thresholds};
 use crate::mqtt::link::{Credentials, LinkSettings};
 use crate::mqtt::outbox::Limits;
-use crate::mqtt::topics::{DeviceName, Topics};
+use crate::mqtt::topics::{DeviceName, Topics, check_prefix};
 use crate::vision::Labels;
+use crate::vision::decode::{FILE_BYTES_MAX, SIDE_MAX};
 
 /// Every setting with its default and its reason.
 pub const DEFAULTS: &str = include_str!("../systemd/bloomcast.toml");
 
+/// An hour; nothing here is waited for so long.
+const MS_MAX: u64 = 3_600_000;
 /// `BLOOMCAST__CAMERA__DEVICE=/dev/video2`
 const ENV_PREFIX: &str = "BLOOMCAST";
 const ENV_SEPARATOR: &str = "__";
@@ -172,7 +176,9 @@ impl Config {
     /// Reads the layers: `file` where there is one, the process's environment, then `overrides`,
     /// each `key=value` as a flag gave it.
     pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<Self, ConfigError> {
-        Self::layered(file, std::env::vars(), overrides)
+        // A variable that is no text is none of ours.
+        let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+        Self::layered(file, std::env::vars_os().filter_map(text), overrides)
     }
 
     /// The defaults and `settings`, each `key=value`; nothing from outside.
@@ -223,39 +229,40 @@ impl Config {
             Err(ConfigError::Invalid { key, value: value.to_string(), reason: reason.into() })
         };
         self.topics()?;
-        let decide = &self.decide;
+        let (camera, mqtt, decide) = (&self.camera, &self.mqtt, &self.decide);
         for (key, value) in [("decide.enter", decide.enter), ("decide.leave", decide.leave)] {
-            if !(0.0..=1.0).contains(&value) {
-                return invalid(key, &value, "expected 0 to 1");
-            }
-        }
-        for class in decide.classes.keys() {
-            let Thresholds { enter, leave } = self.thresholds(class);
-            if !((0.0..=1.0).contains(&enter) && (0.0..=enter).contains(&leave)) {
-                return invalid("decide.classes", class, "expected 0 ≤ leave ≤ enter ≤ 1");
+            if !(value > 0.0 && value <= 1.0) {
+                return invalid(key, &value, "expected a number above 0, at most 1");
             }
         }
         if decide.leave > decide.enter {
             return invalid("decide.leave", &decide.leave, "expected at most decide.enter, or the class would flicker");
         }
-        let positive: [(&'static str, u64); 14] = [
-            ("camera.stall_ms", self.camera.stall_ms),
-            ("camera.reopen_ms_min", self.camera.reopen_ms_min),
-            ("camera.frame_bytes_max", self.camera.frame_bytes_max),
-            ("camera.width", self.camera.width.into()),
-            ("camera.height", self.camera.height.into()),
-            ("camera.fps", self.camera.fps.into()),
-            ("mqtt.port", self.mqtt.port.into()),
-            ("mqtt.keep_alive_s", self.mqtt.keep_alive_s),
-            ("mqtt.reconnect_ms_min", self.mqtt.reconnect_ms_min),
-            ("mqtt.packet_bytes_max", self.mqtt.packet_bytes_max as u64),
-            ("mqtt.inflight_max", self.mqtt.inflight_max.into()),
-            ("mqtt.outbox_entries_max", self.mqtt.outbox_entries_max as u64),
-            ("mqtt.outbox_bytes_max", self.mqtt.outbox_bytes_max as u64),
-            ("log.counters_interval_s", self.log.counters_interval_s),
+        for class in decide.classes.keys() {
+            let Thresholds { enter, leave } = self.thresholds(class);
+            if !(leave > 0.0 && leave <= enter && enter <= 1.0) {
+                return invalid("decide.classes", class, "expected 0 < leave ≤ enter ≤ 1");
+            }
+        }
+        let ranges: [(&'static str, u64, u64, u64); 15] = [
+            ("camera.stall_ms", camera.stall_ms, 1, MS_MAX),
+            ("camera.interval_ms", camera.interval_ms, 0, MS_MAX),
+            ("camera.reopen_ms_min", camera.reopen_ms_min, 1, MS_MAX),
+            ("camera.frame_bytes_max", camera.frame_bytes_max, 1024, FILE_BYTES_MAX),
+            ("camera.width", camera.width.into(), 1, SIDE_MAX.into()),
+            ("camera.height", camera.height.into(), 1, SIDE_MAX.into()),
+            ("camera.fps", camera.fps.into(), 1, 1000),
+            ("mqtt.port", mqtt.port.into(), 1, u16::MAX.into()),
+            ("mqtt.keep_alive_s", mqtt.keep_alive_s, 1, u16::MAX.into()),
+            ("mqtt.reconnect_ms_min", mqtt.reconnect_ms_min, 1, MS_MAX),
+            ("mqtt.packet_bytes_max", mqtt.packet_bytes_max as u64, 4096, 256 << 20),
+            ("mqtt.inflight_max", mqtt.inflight_max.into(), 1, 1000),
+            ("mqtt.outbox_entries_max", mqtt.outbox_entries_max as u64, 1, 1_000_000),
+            ("mqtt.outbox_bytes_max", mqtt.outbox_bytes_max as u64, 4096, 1 << 30),
+            ("log.counters_interval_s", self.log.counters_interval_s, 1, MS_MAX),
         ];
-        if let Some((key, value)) = positive.iter().find(|(_, value)| *value == 0) {
-            return invalid(key, value, "expected at least 1");
+        if let Some((key, value, min, max)) = ranges.iter().find(|(_, value, min, max)| value < min || value > max) {
+            return invalid(key, value, &format!("expected {min} to {max}"));
         }
         let ordered = [
             ("camera.reopen_ms_max", self.camera.reopen_ms_min, self.camera.reopen_ms_max),
@@ -282,8 +289,10 @@ impl Config {
         let invalid =
             |key, value: &str, reason: String| ConfigError::Invalid { key, value: format!("{value:?}"), reason };
         let device = DeviceName::new(&name).map_err(|e| invalid("device.name", &name, e.to_string()))?;
-        let topics = Topics::new(&self.mqtt.base, &self.mqtt.discovery.prefix, device);
-        topics.map_err(|e| invalid("mqtt.base", &self.mqtt.base, e.to_string()))
+        check_prefix(&self.mqtt.base).map_err(|e| invalid("mqtt.base", &self.mqtt.base, e.to_string()))?;
+        let prefix = &self.mqtt.discovery.prefix;
+        check_prefix(prefix).map_err(|e| invalid("mqtt.discovery.prefix", prefix, e.to_string()))?;
+        Ok(Topics::new(&self.mqtt.base, prefix, device))
     }
 
     /// The thresholds of a class.
@@ -509,19 +518,30 @@ mod tests {
             ("[kamera]\nwidth = 1\n", "b.toml:1: unknown setting `kamera`, did you mean `camera`?"),
             ("zzzzzzzz = 1\n", "b.toml:1: unknown setting `zzzzzzzz`"),
             ("[mqtt]\nport = \"many\"\n", "b.toml:2: mqtt.port: invalid type: string \"many\", expected an integer"),
-            ("[mqtt]\nport = 0\n", "mqtt.port = 0: expected at least 1"),
+            ("[mqtt]\nport = 0\n", "mqtt.port = 0: expected 1 to 65535"),
             (
                 "[decide]\nleave = 0.9\n",
                 "decide.leave = 0.9: expected at most decide.enter, or the class would flicker",
             ),
-            ("[decide]\nenter = 7\n", "decide.enter = 7: expected 0 to 1"),
+            ("[decide]\nenter = 7\n", "decide.enter = 7: expected a number above 0, at most 1"),
             ("[decide.classes.roses]\nentre = 0.9\n", "b.toml:2: unknown setting `decide.classes.roses.entre`"),
-            ("[decide.classes.roses]\nleave = 0.9\n", "decide.classes = roses: expected 0 ≤ leave ≤ enter ≤ 1"),
+            ("[decide.classes.roses]\nleave = 0.9\n", "decide.classes = roses: expected 0 < leave ≤ enter ≤ 1"),
             (
                 "[device]\nname = \"a/b\"\n",
                 "device.name = \"a/b\": expected 1 to 64 letters (a–z, A–Z), digits, - or _",
             ),
             ("[camera]\nsource = \"replay\"\n", "camera.replay.path = \"\": expected a folder or a list of images"),
+            ("[decide]\nleave = 0\n", "decide.leave = 0: expected a number above 0, at most 1"),
+            ("[mqtt]\ninflight_max = 65530\n", "mqtt.inflight_max = 65530: expected 1 to 1000"),
+            ("[mqtt]\nkeep_alive_s = 65536\n", "mqtt.keep_alive_s = 65536: expected 1 to 65535"),
+            (
+                "[mqtt]\nbase = \"a/#\"\n",
+                "mqtt.base = \"a/#\": expected 1 to 128 bytes, levels that are not empty, without +, #, $ at the start or control characters",
+            ),
+            (
+                "[mqtt.discovery]\nprefix = \"/\"\n",
+                "mqtt.discovery.prefix = \"/\": expected 1 to 128 bytes, levels that are not empty, without +, #, $ at the start or control characters",
+            ),
             ("[camera]\nreopen_ms_max = 1\n", "camera.reopen_ms_max = 1: expected at least what the first wait is"),
         ];
         for (text, expected) in cases {

@@ -5,31 +5,32 @@
 //! that what was decided is still said.
 
 use std::future::Future;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{oneshot, watch};
-use tracing::{error, info, warn};
-use uuid::Uuid;
+use tokio::time::timeout;
+use tracing::{info, warn};
 
 use crate::bundle::{Bundle, BundleError};
-use crate::camera::latest::{self, News, Taken};
+use crate::camera::latest;
 use crate::camera::rpicam::{self, Rpicam};
-use crate::camera::{self, CameraError, Frame, FrameSource, Next, Pace, replay};
+use crate::camera::{self, CameraError, FrameSource, Next, Pace, replay};
 use crate::config::{Config, ConfigError, Source};
-use crate::decide::{Decider, Decision, Flicker};
+use crate::decide::Decider;
 use crate::health::Counters;
-use crate::mqtt::{Link, LinkSettings, Outbox, Setting, discovery, message, topics::Topics};
+use crate::mqtt::{Link, LinkSettings, Outbox, discovery, message, topics::Topics};
 use crate::vision::decode;
-use crate::vision::{Backbone, BackboneError, Classifier, Prediction, Stages};
+use crate::vision::{Backbone, BackboneError, Classifier};
+use crate::watcher::{Observer, Voice, Watcher};
 
 /// Settings from afar that wait for the vision thread.
 const ORDERS_MAX: usize = 16;
-/// How often the vision thread looks for settings while no frame comes.
-const IDLE: Duration = Duration::from_millis(200);
+/// How long a stop waits for the vision thread, which may be at a frame, and then for the camera's.
+const VISION_END: Duration = Duration::from_millis(800);
+const CAMERA_END: Duration = Duration::from_millis(300);
 
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
@@ -46,19 +47,6 @@ pub enum DaemonError {
     #[error("the thread {0} panicked; its message stands above")]
     Panicked(&'static str),
 }
-
-/// A frame that was classified, for whoever wants to look on.
-#[derive(Debug, Clone)]
-pub struct Seen {
-    /// The file a replayed frame came from.
-    pub origin: Option<PathBuf>,
-    pub captured_at: SystemTime,
-    pub prediction: Prediction,
-    pub stages: Stages,
-}
-
-/// Called with each frame that was classified, on the vision thread.
-pub type Observer = Box<dyn FnMut(Seen) + Send>;
 
 /// A daemon whose configuration, model and camera settings were found good.
 pub struct Daemon {
@@ -127,6 +115,19 @@ impl Daemon {
     /// Watches, decides and publishes until `stop` is ready or the camera has no more frames. Gives the
     /// final counts.
     pub fn run(self, stop: impl Future<Output = ()>, observer: Observer) -> Result<Arc<Counters>, DaemonError> {
+        let counters = self.counters.clone();
+        let log_interval = Duration::from_secs(self.config.log.counters_interval_s);
+        let (stages, link) = self.start(observer)?;
+        let runtime = runtime()?;
+        let ended = runtime.block_on(conduct(stages, link, stop, log_counters(&counters, log_interval)));
+        // Not dropped: that would wait for a name that is being looked up.
+        runtime.shutdown_background();
+        info!("{counters}");
+        ended.map(|()| counters)
+    }
+
+    /// Makes the channels and starts the threads; the link is for the caller to run.
+    fn start(self, observer: Observer) -> Result<(Stages, Link), DaemonError> {
         let labels = self.classifier.labels().clone();
         let sender = message::Sender {
             device: self.topics.device().to_string(),
@@ -141,68 +142,91 @@ impl Daemon {
         let outbox = Outbox::new(self.config.outbox());
         let (orders, ordered) = mpsc::sync_channel(ORDERS_MAX);
         let (frames, mailbox) = latest::mailbox();
-        let (watching, watched) = oneshot::channel::<()>();
-
-        let mut voice = Voice {
-            decider: self.decider,
-            sender,
-            outbox: outbox.clone(),
-            counters: self.counters.clone(),
-            paused: false,
-        };
-        let blind = voice.decider.blind(SystemTime::now(), false);
-        let (state, newest_state) = watch::channel(voice.sender.state(&blind.sight, false));
-        let mut vision = Vision {
-            mailbox,
-            classifier: self.classifier,
-            voice,
-            state,
-            orders: ordered,
-            pace: self.pace.clone(),
-            observer,
-        };
+        let rules = self.config.supervisor(&self.pace);
+        let patience = Duration::from_millis(self.config.camera.stall_ms);
+        let voice = Voice::new(self.decider, sender, outbox.clone(), self.counters.clone());
+        let (mut watcher, state) =
+            Watcher::new(mailbox, self.classifier, voice, ordered, self.pace, patience, observer);
         let link = Link {
             settings: self.link,
             topics: self.topics,
             fixed,
-            state: newest_state,
+            state,
             outbox,
             orders,
             counters: self.counters.clone(),
         };
+        let (mut source, counters) = (self.source, self.counters);
+        let camera = Stage::spawn("camera", move || camera::watch(source.as_mut(), &rules, &frames, &counters))?;
+        let (stop, stopped) = watch::channel(false);
+        let vision = Stage::spawn("vision", move || watcher.watch(&stopped))?;
+        Ok((Stages { camera, vision, stop }, link))
+    }
+}
 
-        let (mut source, rules, counters) = (self.source, self.config.supervisor(&self.pace), self.counters.clone());
-        let camera = spawn("camera", move || camera::watch(source.as_mut(), &rules, &frames, &counters))?;
-        let (end_vision, ended) = watch::channel(false);
-        let vision = spawn("vision", move || {
-            vision.watch(&ended);
-            drop(watching);
-        })?;
+/// The threads before the link.
+struct Stages {
+    camera: Stage,
+    vision: Stage,
+    stop: watch::Sender<bool>,
+}
 
-        let log_interval = Duration::from_secs(self.config.log.counters_interval_s);
-        let (end_link, link_ended) = watch::channel(false);
-        runtime()?.block_on(async {
-            let link = tokio::spawn(link.run(link_ended));
-            tokio::select! {
-                () = stop => info!("stopping"),
-                // The vision thread is gone, and with it its end of the channel.
-                _ = watched => info!("the camera has no more frames"),
-                () = log_counters(&self.counters, log_interval) => {}
-            }
-            end_vision.send_replace(true);
-            let joined = tokio::task::spawn_blocking(move || (camera.join().is_ok(), vision.join().is_ok())).await;
-            end_link.send_replace(true);
-            if link.await.is_err() {
-                return Err(DaemonError::Panicked("mqtt"));
-            }
-            match joined {
-                Ok((true, true)) => Ok(()),
-                Ok((false, _)) => Err(DaemonError::Panicked("camera")),
-                _ => Err(DaemonError::Panicked("vision")),
-            }
-        })?;
-        info!("{}", self.counters);
-        Ok(self.counters)
+/// Lets the link talk until there is a reason to stop, then ends one stage after the other, none of
+/// which can hold up the farewell for long.
+async fn conduct(
+    mut stages: Stages,
+    link: Link,
+    stop: impl Future<Output = ()>,
+    log: impl Future<Output = ()>,
+) -> Result<(), DaemonError> {
+    let (end_link, link_ended) = watch::channel(false);
+    let mut link = tokio::spawn(link.run(link_ended));
+    tokio::select! {
+        () = stop => info!("stopping"),
+        () = stages.vision.ended() => {}
+        () = log => {}
+        // It ends by itself only where it panicked.
+        _ = &mut link => return Err(DaemonError::Panicked("mqtt")),
+    }
+    stages.stop.send_replace(true);
+    let vision = stages.vision.join(VISION_END).await;
+    let camera = stages.camera.join(CAMERA_END).await;
+    end_link.send_replace(true);
+    link.await.map_err(|_| DaemonError::Panicked("mqtt"))?;
+    vision.and(camera)
+}
+
+/// A thread whose end can be waited for.
+struct Stage {
+    name: &'static str,
+    thread: thread::JoinHandle<()>,
+    done: oneshot::Receiver<()>,
+}
+
+impl Stage {
+    fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<Self, DaemonError> {
+        let (working, done) = oneshot::channel::<()>();
+        let work = move || {
+            // Dropped when the work is over, and when it panics.
+            let _working = working;
+            work();
+        };
+        let thread = thread::Builder::new().name(name.into()).spawn(work);
+        Ok(Stage { name, thread: thread.map_err(|source| DaemonError::Thread { name, source })?, done })
+    }
+
+    async fn ended(&mut self) {
+        // An error means that the other end was dropped, which is the news.
+        let _ = (&mut self.done).await;
+    }
+
+    /// Waits for its end; what takes longer is left behind.
+    async fn join(mut self, patience: Duration) -> Result<(), DaemonError> {
+        if !self.done.is_terminated() && timeout(patience, self.ended()).await.is_err() {
+            warn!("the thread {} does not end; left behind", self.name);
+            return Ok(());
+        }
+        self.thread.join().map_err(|_| DaemonError::Panicked(self.name))
     }
 }
 
@@ -249,10 +273,6 @@ fn source(config: &Config, pace: &Pace) -> Result<Box<dyn FrameSource>, CameraEr
     }
 }
 
-fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<thread::JoinHandle<()>, DaemonError> {
-    thread::Builder::new().name(name.into()).spawn(work).map_err(|source| DaemonError::Thread { name, source })
-}
-
 fn runtime() -> Result<tokio::runtime::Runtime, DaemonError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|source| DaemonError::Thread { name: "mqtt", source })
@@ -263,128 +283,5 @@ async fn log_counters(counters: &Counters, interval: Duration) {
     loop {
         tokio::time::sleep(interval).await;
         info!("{counters}");
-    }
-}
-
-/// The thread from frames to decisions.
-struct Vision {
-    mailbox: latest::Receiver,
-    classifier: Classifier,
-    voice: Voice,
-    state: watch::Sender<Vec<u8>>,
-    orders: mpsc::Receiver<Setting>,
-    pace: Pace,
-    observer: Observer,
-}
-
-impl Vision {
-    /// Works until the camera has ended or `stop` is set.
-    fn watch(&mut self, stop: &watch::Receiver<bool>) {
-        while !*stop.borrow() {
-            self.obey();
-            match self.mailbox.take(IDLE) {
-                Taken::News(News::Frame(_)) if self.voice.paused => {}
-                Taken::News(News::Frame(frame)) => self.look(frame),
-                Taken::News(News::Lost { at, .. }) => {
-                    let decision = self.voice.decider.blind(at, false);
-                    self.say(&decision);
-                }
-                Taken::Nothing => {}
-                Taken::Ended => return,
-            }
-        }
-    }
-
-    fn look(&mut self, frame: Frame) {
-        let began = Instant::now();
-        let picture = match decode::picture(&frame.picture) {
-            Ok(picture) => picture,
-            Err(error) => {
-                self.voice.counters.broken.add(1);
-                let from = frame.origin.map_or(String::new(), |path| format!("{}: ", path.display()));
-                warn!("{from}a frame is broken and skipped: {error}");
-                return;
-            }
-        };
-        let decoded = began.elapsed();
-        let (prediction, stages) = match self.classifier.classify(&picture) {
-            Ok(classified) => classified,
-            Err(error) => return error!("a frame could not be classified: {error}"),
-        };
-        self.voice.counters.classified.add(1);
-        let decision = self.voice.decider.seen(&prediction, frame.captured_at);
-        self.say(&decision);
-        (self.observer)(Seen {
-            origin: frame.origin,
-            captured_at: frame.captured_at,
-            prediction,
-            stages: Stages { decode: decoded, ..stages },
-        });
-    }
-
-    fn say(&mut self, decision: &Decision) {
-        if let Some(state) = self.voice.say(decision) {
-            self.state.send_replace(state);
-        }
-    }
-
-    /// Does what was asked from afar.
-    fn obey(&mut self) {
-        while let Ok(setting) = self.orders.try_recv() {
-            match self.apply(setting) {
-                Ok(()) => info!("set from afar: {setting:?}"),
-                Err(flicker) => warn!("the setting {setting:?} is left out: {flicker}"),
-            }
-        }
-    }
-
-    fn apply(&mut self, setting: Setting) -> Result<(), Flicker> {
-        let rules = self.voice.decider.rules_mut();
-        match setting {
-            Setting::Enter(enter) => rules.set_enter(enter)?,
-            Setting::Leave(leave) => rules.set_leave(leave)?,
-            Setting::SmoothingMs(ms) => rules.smoothing = Duration::from_millis(ms),
-            Setting::EnterDwellMs(ms) => rules.enter_dwell = Duration::from_millis(ms),
-            Setting::LeaveDwellMs(ms) => rules.leave_dwell = Duration::from_millis(ms),
-            Setting::IntervalMs(ms) => self.pace.set(ms),
-            Setting::Pause(paused) => {
-                self.voice.paused = paused;
-                let decision = self.voice.decider.blind(SystemTime::now(), true);
-                self.say(&Decision { tell: true, ..decision });
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Turns decisions into messages.
-struct Voice {
-    decider: Decider,
-    sender: message::Sender,
-    outbox: Outbox,
-    counters: Arc<Counters>,
-    paused: bool,
-}
-
-impl Voice {
-    /// Puts the event of a change into the outbox; gives the state where it is worth telling.
-    fn say(&mut self, decision: &Decision) -> Option<Vec<u8>> {
-        if let Some(previous) = decision.previous {
-            let id = Uuid::now_v7();
-            let labels = &self.sender.labels;
-            info!(
-                "event {id}: {} → {}, confidence {:.2}",
-                labels.name(previous),
-                labels.name(decision.sight.class),
-                decision.sight.confidence
-            );
-            self.counters.events.add(1);
-            let lost = self.outbox.push(self.sender.event(id, &decision.sight, previous));
-            if !lost.is_empty() {
-                self.counters.events_lost.add(lost.len() as u64);
-                error!("the outbox is full: {} events are lost, oldest first; see mqtt.outbox_entries_max", lost.len());
-            }
-        }
-        decision.tell.then(|| self.sender.state(&decision.sight, self.paused))
     }
 }

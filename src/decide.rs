@@ -13,6 +13,8 @@ use crate::vision::Prediction;
 
 /// How many classes a [`Sight`] lists.
 pub const TOP_MAX: usize = 5;
+/// After a longer gap, or a clock that was set, deciding begins anew.
+const GAP_MAX: Duration = Duration::from_secs(60);
 /// A value that moved less than this since it was last told is not worth telling.
 const STEP: f32 = 0.05;
 
@@ -110,6 +112,11 @@ impl Decider {
         Decider { rules, values, last_frame: None, class: None, since: now, pending: None, told: None }
     }
 
+    /// Whether the camera gave frames when it was last heard of.
+    pub fn camera_ok(&self) -> bool {
+        self.told.as_ref().is_some_and(|told| told.camera_ok)
+    }
+
     pub fn rules_mut(&mut self) -> &mut Rules {
         &mut self.rules
     }
@@ -132,8 +139,9 @@ impl Decider {
     }
 
     fn smooth(&mut self, prediction: &Prediction, at: SystemTime) {
-        // A clock that was set back begins anew, as the first frame does.
-        let elapsed = self.last_frame.and_then(|last| at.duration_since(last).ok());
+        // A clock that was set begins anew, as the first frame does: a device without a battery wakes up
+        // in the past.
+        let elapsed = self.last_frame.and_then(|last| at.duration_since(last).ok()).filter(|gap| *gap <= GAP_MAX);
         if elapsed.is_none() {
             self.pending = None;
         }
@@ -307,6 +315,13 @@ mod tests {
                 0,
                 &[(0, Some(0.95)), (3000, Some(0.05))],
                 &[(0, A), (3000, B)],
+            ),
+            (
+                "a clock set forward makes nothing last",
+                300,
+                200,
+                &[(0, Some(0.9)), (100, Some(0.9)), (99_000, Some(0.9)), (99_100, Some(0.9)), (99_200, Some(0.9))],
+                &[(99_200, A)],
             ),
             (
                 "a clock set back begins anew",

@@ -13,6 +13,7 @@
 //! - [`vision`] is the only place that turns pixels into numbers; the trainer calls the same functions.
 //! - [`decide`] is pure: predictions in, events out, no clock, no I/O.
 //! - [`mqtt`] never makes a stage before it wait, and loses no event that was decided.
+//! - [`watcher`] is the stage from frames to decisions, a thread of its own.
 //! - [`daemon`] is the only file that starts the stages' threads and joins them.
 
 pub mod bench;
@@ -27,3 +28,4 @@ pub mod health;
 pub mod mqtt;
 pub mod train;
 pub mod vision;
+pub mod watcher;

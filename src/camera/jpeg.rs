@@ -55,6 +55,8 @@ impl Scanner {
             match bytes[self.at..] {
                 [] | [0xFF] => return Extent::Short,
                 [0xFF, 0xFF, ..] => self.at += 1,
+                // Another picture begins before this one ended.
+                [0xFF, SOI, ..] => return Extent::NotJpeg,
                 [0xFF, EOI, ..] => return Extent::Whole(self.at + 2),
                 [0xFF, 0x01 | 0xD0..=0xD7, ..] => self.at += 2,
                 [0xFF, marker @ 0xC0..=0xFF, high, low, ..] => {
@@ -111,5 +113,6 @@ mod tests {
         assert_eq!(extent(b"\x89PNG"), Extent::NotJpeg);
         assert_eq!(extent(&[0xFF, 0xD8, 0x00, 0x11]), Extent::NotJpeg);
         assert_eq!(extent(&[0xFF, 0xD8, 0xFF, 0xE0, 0, 1, 0]), Extent::NotJpeg);
+        assert_eq!(extent(&[&PICTURE[..16], PICTURE].concat()), Extent::NotJpeg, "cut short by the next one");
     }
 }

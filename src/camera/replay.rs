@@ -16,18 +16,17 @@ pub struct Replay {
     looped: bool,
     file_bytes_max: u64,
     next: usize,
-    due: Instant,
+    last: Option<Instant>,
 }
 
 impl Replay {
     pub fn new(images: Vec<PathBuf>, pace: Pace, looped: bool, file_bytes_max: u64) -> Self {
-        Replay { images, pace, looped, file_bytes_max, next: 0, due: Instant::now() }
+        Replay { images, pace, looped, file_bytes_max, next: 0, last: None }
     }
 }
 
 impl FrameSource for Replay {
     fn open(&mut self) -> Result<(), CameraError> {
-        self.due = Instant::now();
         Ok(())
     }
 
@@ -38,12 +37,14 @@ impl FrameSource for Replay {
             }
             self.next = 0;
         }
-        let early = self.due.saturating_duration_since(Instant::now());
+        // Asked for each time, so that a change of pace counts at once.
+        let elapsed = self.last.map_or(Duration::MAX, |last| last.elapsed());
+        let early = self.pace.interval().saturating_sub(elapsed);
         std::thread::sleep(early.min(wait));
         if early > wait {
             return Ok(Next::Pending);
         }
-        self.due += self.pace.interval();
+        self.last = Some(Instant::now());
         let path = self.images[self.next].clone();
         self.next += 1;
         let captured_at = SystemTime::now();

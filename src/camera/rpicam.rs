@@ -34,7 +34,7 @@ pub struct Rpicam {
 
 struct Running {
     child: Child,
-    frames: Receiver<Frame>,
+    frames: Receiver<Result<Frame, CameraError>>,
     last_words: Receiver<String>,
 }
 
@@ -98,7 +98,7 @@ impl FrameSource for Rpicam {
             None => Err(RecvTimeoutError::Disconnected),
         };
         match received {
-            Ok(frame) => Ok(Next::Frame(frame)),
+            Ok(frame) => Ok(Next::Frame(frame?)),
             Err(RecvTimeoutError::Timeout) => Ok(Next::Pending),
             Err(RecvTimeoutError::Disconnected) => Err(self.obituary()),
         }
@@ -125,7 +125,7 @@ fn listen(stderr: ChildStderr, last_words: &SyncSender<String>) {
 }
 
 /// Cuts the stream into pictures until it ends, is no JPEG any more, or nobody takes them.
-fn cut(mut stream: ChildStdout, frame_bytes_max: usize, frames: &SyncSender<Frame>) {
+fn cut(mut stream: ChildStdout, frame_bytes_max: usize, frames: &SyncSender<Result<Frame, CameraError>>) {
     let mut splitter = Splitter::default();
     let mut chunk = vec![0; 64 * 1024];
     loop {
@@ -136,11 +136,14 @@ fn cut(mut stream: ChildStdout, frame_bytes_max: usize, frames: &SyncSender<Fram
         splitter.push(&chunk[..read], SystemTime::now());
         while let Some((captured_at, bytes)) = splitter.next() {
             let frame = Frame { captured_at, picture: Picture::Encoded(bytes), origin: None };
-            if frames.send(frame).is_err() {
+            if frames.send(Ok(frame)).is_err() {
                 return;
             }
         }
         if splitter.pending() > frame_bytes_max {
+            let reason = format!("a picture of more than the {frame_bytes_max} bytes allowed");
+            // Nobody asks for the reason where nobody listens.
+            let _ = frames.send(Err(CameraError::Broken(reason)));
             return;
         }
     }

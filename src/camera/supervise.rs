@@ -34,7 +34,8 @@ impl Pace {
 /// What the loop goes by.
 #[derive(Debug, Clone)]
 pub struct Supervisor {
-    /// At most one frame in this time goes on to the next stage; none lets every frame pass.
+    /// At most one frame in this time goes on to the next stage. None for a source that keeps its own
+    /// pace: every frame passes, and however slow it is, it has not stalled.
     pub pace: Option<Pace>,
     /// A camera that gave nothing for this long is reopened.
     pub stall: Duration,
@@ -96,7 +97,8 @@ fn read(
             }
             Next::Pending => {
                 let silent = last_frame.elapsed();
-                if silent >= rules.stall {
+                // A source that keeps its own pace may well be slower than that.
+                if rules.pace.is_some() && silent >= rules.stall {
                     return Err(CameraError::Stalled(silent.as_millis()));
                 }
             }
@@ -201,7 +203,7 @@ mod tests {
     #[test]
     fn a_camera_that_fails_or_stalls_is_opened_again_until_it_ends() {
         let rules = Supervisor {
-            pace: None,
+            pace: Some(Pace::new(0)),
             stall: Duration::from_millis(20),
             reopen_min: Duration::from_millis(1),
             reopen_max: Duration::from_millis(2),

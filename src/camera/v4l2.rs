@@ -1,16 +1,22 @@
 //! USB and other V4L2 cameras, through nokhwa; the only file that names it.
 //!
-//! Capture runs on a thread of its own, since a read of a camera that has stalled never comes
-//! back: the supervisor then leaves that thread behind and opens the device anew.
+//! Capture runs on a thread of its own, since a read of a camera that has stalled never comes back by
+//! itself: nokhwa sets no time limit. A signal to that thread breaks the read off, and the device is let
+//! go; without that it would stay busy for ever.
 
+use std::os::unix::thread::JoinHandleExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::thread;
-use std::time::{Duration, SystemTime};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant, SystemTime};
 
+use nix::sys::pthread::pthread_kill;
+use nix::sys::signal::Signal;
 use nokhwa::Camera;
 use nokhwa::utils::{CameraFormat, CameraIndex, FrameFormat, RequestedFormat, RequestedFormatType, Resolution};
-use tracing::info;
+use tracing::{info, warn};
 
 use super::{CameraError, Frame, FrameSource, Layout, Next, Picture, PixelFormat, jpeg};
 
@@ -23,40 +29,50 @@ pub struct Wanted {
     pub format: PixelFormat,
 }
 
+/// How long a capture thread may take to end once it was woken, and how often it is woken.
+const LET_GO: Duration = Duration::from_millis(200);
+const WAKE: Duration = Duration::from_millis(10);
+
 /// A camera by its path, `/dev/video0` or a link under `/dev/v4l/by-id`.
 pub struct V4l2 {
     path: String,
     wanted: Wanted,
-    grabbed: Option<Receiver<Result<Frame, CameraError>>>,
+    capture: Option<Capture>,
+}
+
+struct Capture {
+    thread: JoinHandle<()>,
+    grabbed: Receiver<Result<Frame, CameraError>>,
 }
 
 impl V4l2 {
     pub fn new(path: String, wanted: Wanted) -> Self {
-        V4l2 { path, wanted, grabbed: None }
+        V4l2 { path, wanted, capture: None }
     }
 }
 
 impl FrameSource for V4l2 {
     fn open(&mut self) -> Result<(), CameraError> {
         self.close();
-        let (sender, receiver) = sync_channel(1);
+        let failed = |e: std::io::Error| CameraError::Thread { name: "v4l2", reason: e.to_string() };
+        // Without a handler the signal would end the program. What it sets is of no interest.
+        signal_hook::flag::register(Signal::SIGUSR1 as i32, Arc::new(AtomicBool::new(false))).map_err(failed)?;
+        let (sender, grabbed) = sync_channel(1);
         let (path, wanted) = (self.path.clone(), self.wanted.clone());
-        thread::Builder::new()
-            .name("v4l2".into())
-            .spawn(move || {
-                if let Err(error) = grab(&path, &wanted, &sender) {
-                    // Nobody listens any more where this fails, and then nobody needs the error.
-                    let _ = sender.send(Err(error));
-                }
-            })
-            .map_err(|e| CameraError::Thread { name: "v4l2", reason: e.to_string() })?;
-        self.grabbed = Some(receiver);
+        let capture = move || {
+            if let Err(error) = grab(&path, &wanted, &sender) {
+                // Nobody listens any more where this fails, and then nobody needs the error.
+                let _ = sender.send(Err(error));
+            }
+        };
+        let thread = thread::Builder::new().name("v4l2".into()).spawn(capture).map_err(failed)?;
+        self.capture = Some(Capture { thread, grabbed });
         Ok(())
     }
 
     fn next(&mut self, wait: Duration) -> Result<Next, CameraError> {
         let gone = || CameraError::Read { path: self.path.clone(), reason: "the capture thread ended".into() };
-        match self.grabbed.as_ref().ok_or_else(gone)?.recv_timeout(wait) {
+        match self.capture.as_ref().ok_or_else(gone)?.grabbed.recv_timeout(wait) {
             Ok(Ok(frame)) => Ok(Next::Frame(frame)),
             Ok(Err(error)) => Err(error),
             Err(RecvTimeoutError::Timeout) => Ok(Next::Pending),
@@ -65,8 +81,22 @@ impl FrameSource for V4l2 {
     }
 
     fn close(&mut self) {
-        // The capture thread notices at its next frame, and lets the device go.
-        self.grabbed = None;
+        let Some(Capture { thread, grabbed }) = self.capture.take() else { return };
+        // The thread ends at its next frame, or when the signal breaks its wait for one off.
+        drop(grabbed);
+        let began = Instant::now();
+        while !thread.is_finished() && began.elapsed() < LET_GO {
+            if pthread_kill(thread.as_pthread_t(), Signal::SIGUSR1).is_err() {
+                break;
+            }
+            thread::sleep(WAKE);
+        }
+        if thread.is_finished() {
+            // Its errors were sent, and a panic has printed its message.
+            let _ = thread.join();
+        } else {
+            warn!("{}: the driver does not let the camera go", self.path);
+        }
     }
 }
 
@@ -80,7 +110,10 @@ fn grab(path: &str, wanted: &Wanted, frames: &SyncSender<Result<Frame, CameraErr
         let captured_at =
             buffer.capture_timestamp().map_or_else(SystemTime::now, |since| SystemTime::UNIX_EPOCH + since);
         let picture = picture(buffer.source_frame_format(), buffer.resolution(), buffer.buffer());
-        let Some(picture) = picture else { continue };
+        let picture = picture.ok_or_else(|| CameraError::Read {
+            path: path.into(),
+            reason: format!("a frame of {} bytes, too few for its format", buffer.buffer().len()),
+        })?;
         if frames.send(Ok(Frame { captured_at, picture, origin: None })).is_err() {
             return Ok(());
         }
@@ -90,19 +123,30 @@ fn grab(path: &str, wanted: &Wanted, frames: &SyncSender<Result<Frame, CameraErr
 fn open(path: &str, wanted: &Wanted) -> Result<Camera, CameraError> {
     let failed = |reason: String| CameraError::Open { path: path.into(), reason };
     let index = device_index(path).map_err(failed)?;
-    let any = RequestedFormat::with_formats(RequestedFormatType::None, READABLE);
+    let any = RequestedFormat::with_formats(RequestedFormatType::None, ANY);
     let mut camera = Camera::new(CameraIndex::Index(index), any).map_err(|e| failed(e.to_string()))?;
     let offered = camera.compatible_camera_formats().map_err(|e| failed(e.to_string()))?;
-    let chosen = choose(&offered, wanted).ok_or_else(|| CameraError::Format {
+    // What a camera lists it does not always take: the first that it takes is good.
+    let mut refused = CameraError::Format {
         path: path.into(),
         wanted: match wanted.format {
             PixelFormat::Auto => String::new(),
             format => format!(" as {format}"),
         },
         offered: describe(&offered),
-    })?;
-    let exact = RequestedFormat::with_formats(RequestedFormatType::Exact(chosen), READABLE);
-    camera.set_camera_requset(exact).map_err(|e| failed(e.to_string()))?;
+    };
+    let mut taken = None;
+    for format in nearest_first(&offered, wanted) {
+        let exact = RequestedFormat::with_formats(RequestedFormatType::Exact(format), READABLE);
+        match camera.set_camera_requset(exact) {
+            Ok(_) => {
+                taken = Some(format);
+                break;
+            }
+            Err(error) => refused = failed(format!("{format}: {error}")),
+        }
+    }
+    let chosen = taken.ok_or(refused)?;
     camera.open_stream().map_err(|e| failed(e.to_string()))?;
     info!(
         "{path}: {} gives {} {}×{} at {} frames a second",
@@ -129,22 +173,35 @@ fn device_index(path: &str) -> Result<u32, String> {
 /// than a JPEG to turn into RGB.
 const READABLE: &[FrameFormat] = &[FrameFormat::YUYV, FrameFormat::RAWRGB, FrameFormat::RAWBGR, FrameFormat::MJPEG];
 
-/// The offered format that comes nearest: first one that is fast enough, then the size, then the
-/// rate, then the order of [`READABLE`].
-fn choose(offered: &[CameraFormat], wanted: &Wanted) -> Option<CameraFormat> {
+/// For asking what there is, readable or not.
+const ANY: &[FrameFormat] = &[
+    FrameFormat::YUYV,
+    FrameFormat::RAWRGB,
+    FrameFormat::RAWBGR,
+    FrameFormat::MJPEG,
+    FrameFormat::NV12,
+    FrameFormat::GRAY,
+];
+
+/// The offered formats that can be read, the nearest first: those that are fast enough, then by size,
+/// then by rate, then in the order of [`READABLE`].
+fn nearest_first(offered: &[CameraFormat], wanted: &Wanted) -> Vec<CameraFormat> {
     let asked = |format: FrameFormat| match wanted.format {
         PixelFormat::Auto => READABLE.contains(&format),
         PixelFormat::Mjpeg => format == FrameFormat::MJPEG,
         PixelFormat::Yuyv => format == FrameFormat::YUYV,
         PixelFormat::Rgb => matches!(format, FrameFormat::RAWRGB | FrameFormat::RAWBGR),
     };
-    offered.iter().filter(|f| asked(f.format())).copied().min_by_key(|f| {
+    let mut formats: Vec<CameraFormat> = offered.iter().filter(|f| asked(f.format())).copied().collect();
+    formats.sort_by_key(|f| {
         let too_slow = f.frame_rate() < wanted.fps.min(5);
         let size = f.width().abs_diff(wanted.width) + f.height().abs_diff(wanted.height);
         let rate = f.frame_rate().abs_diff(wanted.fps);
         let order = READABLE.iter().position(|r| *r == f.format());
         (too_slow, size, rate, order)
-    })
+    });
+    formats.dedup();
+    formats
 }
 
 /// The formats and sizes in a line, each once.
@@ -208,10 +265,10 @@ mod tests {
         ];
         for (width, height, fps, pixels, expected) in cases {
             let wanted = Wanted { width, height, fps, format: pixels };
-            assert_eq!(choose(&webcam, &wanted), expected, "{wanted:?}");
+            assert_eq!(nearest_first(&webcam, &wanted).first().copied(), expected, "{wanted:?}");
         }
         let wanted = Wanted { width: 640, height: 480, fps: 30, format: PixelFormat::Auto };
-        assert_eq!(choose(&[format(GRAY, 640, 480, 30)], &wanted), None);
+        assert_eq!(nearest_first(&[format(GRAY, 640, 480, 30)], &wanted), []);
     }
 
     #[test]

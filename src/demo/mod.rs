@@ -14,11 +14,12 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::Value;
 
 use crate::config::{Config, ConfigError};
-use crate::daemon::{Daemon, DaemonError, Seen};
+use crate::daemon::{Daemon, DaemonError};
 use crate::health::Counters;
 use crate::mqtt::message::OFFLINE;
 use crate::mqtt::subscriber::{Subscriber, SubscriberError};
 use crate::vision::UNKNOWN;
+use crate::watcher::Seen;
 use photographs::Photographs;
 
 /// How long the subscriber is listened to once the daemon has ended.

@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn the_device_has_its_entities_with_topics_and_options() {
-        let topics = Topics::new("bloomcast", "homeassistant", DeviceName::new("pi").unwrap()).unwrap();
+        let topics = Topics::new("bloomcast", "homeassistant", DeviceName::new("pi").unwrap());
         let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
         let message: Value = serde_json::from_slice(&device(&topics, &labels)).unwrap();
         let components = message["components"].as_object().unwrap();

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use rumqttc::{
     AsyncClient, ConnectReturnCode, ConnectionError, Event, EventLoop, LastWill, MqttOptions, Outgoing, Packet, QoS,
+    SubscribeReasonCode,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -69,6 +70,8 @@ pub struct Link {
 
 /// Messages besides events that may be under way: the fixed ones, the state, the status.
 const OTHERS_MAX: u16 = 16;
+/// A larger message under `…/set/` breaks the connection; none that means well comes near.
+const INCOMING_BYTES_MAX: usize = 1 << 20;
 /// An MQTT publish's bytes beside topic and payload, at most.
 const PUBLISH_OVERHEAD: usize = 16;
 
@@ -80,10 +83,10 @@ enum Parcel {
     Other,
 }
 
-/// Why a connection ended.
-enum Ended {
-    Stopped,
-    Failed(String),
+/// Why a connection ended, and how long it had stood.
+struct Broken {
+    reason: String,
+    lasted: Duration,
 }
 
 impl Link {
@@ -91,18 +94,19 @@ impl Link {
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut pause = self.settings.reconnect_min;
         loop {
-            let began = Instant::now();
-            let reason = match self.connection(&mut stop).await {
-                Ended::Stopped => break,
-                Ended::Failed(reason) => reason,
+            let lasted = match self.connection(&mut stop).await {
+                Ok(()) => break,
+                Err(Broken { reason, lasted }) => {
+                    let (host, port) = (&self.settings.host, self.settings.port);
+                    warn!("broker {host}:{port}: {reason}");
+                    lasted
+                }
             };
-            self.outbox.rewind();
-            if began.elapsed() >= self.settings.reconnect_max {
+            if lasted >= self.settings.reconnect_max {
                 pause = self.settings.reconnect_min;
             }
             let jittered = pause.mul_f64(0.5 + 0.5 * fastrand::f64());
-            let (host, port) = (&self.settings.host, self.settings.port);
-            warn!("broker {host}:{port}: {reason}; connecting again in {} ms", jittered.as_millis());
+            info!("connecting again in {} ms", jittered.as_millis());
             tokio::select! {
                 () = sleep(jittered) => {}
                 () = stopped(&mut stop) => break,
@@ -110,46 +114,58 @@ impl Link {
             pause = (pause * 2).min(self.settings.reconnect_max);
         }
         if !self.outbox.is_empty() {
+            // There was no connection at the end, or it broke: a last try, in the same time.
+            let _ = timeout(self.settings.farewell, self.last_words()).await;
+        }
+        if !self.outbox.is_empty() {
             error!("{} events were not acknowledged by the broker and are lost", self.outbox.len());
             self.counters.events_lost.add(self.outbox.len() as u64);
         }
     }
 
-    /// One connection, from its first byte to its last.
-    async fn connection(&mut self, stop: &mut watch::Receiver<bool>) -> Ended {
+    /// One connection, from its first byte to its last; `Ok` where it ended because of `stop`.
+    async fn connection(&mut self, stop: &mut watch::Receiver<bool>) -> Result<(), Broken> {
+        self.outbox.rewind();
         let mut wire = Wire::connect(&self.settings, &self.topics);
-        loop {
-            tokio::select! {
-                event = wire.next() => match event {
-                    Ok(Event::Incoming(Packet::ConnAck(_))) => break,
-                    Ok(_) => {}
-                    Err(reason) => return Ended::Failed(reason),
-                },
-                () = stopped(stop) => return Ended::Stopped,
-            }
+        tokio::select! {
+            greeted = wire.greeted() => greeted.map_err(|reason| Broken { reason, lasted: Duration::ZERO })?,
+            () = stopped(stop) => return Ok(()),
         }
+        let began = Instant::now();
         self.counters.connections.add(1);
         info!("connected to {}:{} as {}", self.settings.host, self.settings.port, self.topics.device());
-        match self.talk(&mut wire, stop).await {
-            Err(reason) => Ended::Failed(reason),
-            Ok(()) => Ended::Stopped,
+        self.talk(&mut wire, stop).await.map_err(|reason| Broken { reason, lasted: began.elapsed() })
+    }
+
+    /// Connects once more, only to say what is left.
+    async fn last_words(&mut self) {
+        loop {
+            self.outbox.rewind();
+            let mut wire = Wire::connect(&self.settings, &self.topics);
+            let said = match wire.greeted().await {
+                Ok(()) => self.farewell(&mut wire).await,
+                Err(reason) => Err(reason),
+            };
+            match said {
+                Ok(()) => return,
+                Err(reason) => debug!("{reason}"),
+            }
+            sleep(self.settings.reconnect_min / 2).await;
         }
     }
 
     /// Says everything there is to say until `stop` is set.
     async fn talk(&mut self, wire: &mut Wire, stop: &mut watch::Receiver<bool>) -> Result<(), String> {
-        wire.subscribe(self.topics.set_all())?;
         for (topic, payload) in &self.fixed {
             wire.send(topic, true, payload.clone(), Parcel::Other)?;
         }
         self.send_state(wire)?;
         wire.send(&self.topics.status(), true, ONLINE.into(), Parcel::Other)?;
+        wire.subscribe(self.topics.set_all())?;
         self.send_events(wire)?;
         loop {
             tokio::select! {
-                event = wire.next() => {
-                    self.heard(wire, event?)?;
-                }
+                event = wire.next() => self.heard(wire, event?)?,
                 Ok(()) = self.state.changed(), if !wire.under_way(Parcel::State) => self.send_state(wire)?,
                 () = self.outbox.changed() => self.send_events(wire)?,
                 () = stopped(stop) => break,
@@ -165,15 +181,16 @@ impl Link {
         }
     }
 
-    /// The last events, the last state, `offline`, and the end of the connection.
+    /// The last state, the last events, `offline`, and the end of the connection.
     async fn farewell(&mut self, wire: &mut Wire) -> Result<(), String> {
+        // Asked of the value, not of the channel: its sender may be gone by now.
+        if self.state.borrow().has_changed() {
+            self.send_state(wire)?;
+        }
+        self.send_events(wire)?;
         while !self.outbox.is_empty() {
-            self.send_events(wire)?;
             let event = wire.next().await?;
             self.heard(wire, event)?;
-        }
-        if self.state.has_changed().unwrap_or(false) {
-            self.send_state(wire)?;
         }
         wire.send(&self.topics.status(), true, OFFLINE.into(), Parcel::Other)?;
         while !wire.is_idle() {
@@ -217,6 +234,9 @@ impl Link {
                 self.send_events(wire)?;
             }
             Event::Incoming(Packet::Publish(publish)) => self.order(&publish.topic, &publish.payload),
+            Event::Incoming(Packet::SubAck(ack)) if ack.return_codes.contains(&SubscribeReasonCode::Failure) => {
+                warn!("the broker refuses the subscription to {}: no settings from afar", self.topics.set_all());
+            }
             Event::Incoming(Packet::Disconnect) => return Err("disconnected".into()),
             _ => {}
         }
@@ -267,7 +287,7 @@ impl Wire {
         let mut options = MqttOptions::new(id, settings.host.clone(), settings.port);
         options.set_keep_alive(settings.keep_alive);
         options.set_clean_session(true);
-        options.set_max_packet_size(settings.packet_bytes_max, settings.packet_bytes_max);
+        options.set_max_packet_size(INCOMING_BYTES_MAX, settings.packet_bytes_max);
         options.set_inflight(settings.inflight_max + OTHERS_MAX);
         options.set_last_will(LastWill::new(topics.status(), OFFLINE, QoS::AtLeastOnce, true));
         if let Some(credentials) = &settings.credentials {
@@ -296,6 +316,15 @@ impl Wire {
             }
             Some(Err(error)) => Err(reason(&error)),
             None => Err("the connection's task ended".into()),
+        }
+    }
+
+    /// Waits until the broker took the connection.
+    async fn greeted(&mut self) -> Result<(), String> {
+        loop {
+            if let Event::Incoming(Packet::ConnAck(_)) = self.next().await? {
+                return Ok(());
+            }
         }
     }
 

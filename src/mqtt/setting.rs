@@ -9,7 +9,7 @@ pub enum Setting {
     SmoothingMs(u64),
     EnterDwellMs(u64),
     LeaveDwellMs(u64),
-    /// For every class, 0–1.
+    /// For every class, above 0, at most 1.
     Enter(f32),
     Leave(f32),
 }
@@ -37,7 +37,10 @@ impl Setting {
         let wrong = |expected| SettingError::Value { got: text.chars().take(SHOWN_CHARS_MAX).collect(), expected };
         let ms = || text.parse().ok().filter(|ms| *ms <= MS_MAX).ok_or_else(|| wrong("milliseconds up to 3600000"));
         let share = || {
-            text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or_else(|| wrong("a number from 0 to 1"))
+            text.parse()
+                .ok()
+                .filter(|share| *share > 0.0 && *share <= 1.0)
+                .ok_or_else(|| wrong("a number above 0, at most 1"))
         };
         match name {
             "pause" => match text {

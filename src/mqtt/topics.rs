@@ -7,16 +7,16 @@ use std::fmt;
 pub struct DeviceName(String);
 
 pub const NAME_BYTES_MAX: usize = 64;
-pub const BASE_BYTES_MAX: usize = 128;
+pub const PREFIX_BYTES_MAX: usize = 128;
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TopicError {
     #[error("expected 1 to {NAME_BYTES_MAX} letters (a–z, A–Z), digits, - or _")]
     Name,
     #[error(
-        "expected 1 to {BASE_BYTES_MAX} bytes, levels that are not empty, without +, #, $ at the start or control characters"
+        "expected 1 to {PREFIX_BYTES_MAX} bytes, levels that are not empty, without +, #, $ at the start or control characters"
     )]
-    Base,
+    Prefix,
 }
 
 impl DeviceName {
@@ -39,6 +39,16 @@ impl fmt::Display for DeviceName {
     }
 }
 
+/// What a topic may begin with: levels that are not empty, and nothing that a broker takes for a wildcard.
+pub fn check_prefix(prefix: &str) -> Result<(), TopicError> {
+    let bad = |c: char| c == '+' || c == '#' || c.is_control();
+    let empty_level = prefix.split('/').any(str::is_empty);
+    if empty_level || prefix.len() > PREFIX_BYTES_MAX || prefix.starts_with('$') || prefix.chars().any(bad) {
+        return Err(TopicError::Prefix);
+    }
+    Ok(())
+}
+
 /// The topics of one device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topics {
@@ -48,15 +58,9 @@ pub struct Topics {
 }
 
 impl Topics {
-    pub fn new(base: &str, discovery_prefix: &str, device: DeviceName) -> Result<Self, TopicError> {
-        for prefix in [base, discovery_prefix] {
-            let bad = |c: char| c == '+' || c == '#' || c.is_control();
-            let empty_level = prefix.split('/').any(str::is_empty);
-            if empty_level || prefix.len() > BASE_BYTES_MAX || prefix.starts_with('$') || prefix.chars().any(bad) {
-                return Err(TopicError::Base);
-            }
-        }
-        Ok(Topics { root: format!("{base}/{device}"), discovery_prefix: discovery_prefix.into(), device })
+    /// `base` and `discovery_prefix` as [`check_prefix`] wants them.
+    pub fn new(base: &str, discovery_prefix: &str, device: DeviceName) -> Self {
+        Topics { root: format!("{base}/{device}"), discovery_prefix: discovery_prefix.into(), device }
     }
 
     pub fn device(&self) -> &DeviceName {
@@ -106,11 +110,11 @@ mod tests {
         for bad in ["", "a/b", "a b", "+", "ä", &"x".repeat(65)] {
             assert_eq!(DeviceName::new(bad), Err(TopicError::Name), "{bad}");
         }
-        let topics = |base: &str| Topics::new(base, "homeassistant", DeviceName::new("pi").unwrap());
         for bad in ["", "/a", "a//b", "a/", "a/+", "#", "$SYS", "a\u{7}"] {
-            assert_eq!(topics(bad), Err(TopicError::Base), "{bad}");
+            assert_eq!(check_prefix(bad), Err(TopicError::Prefix), "{bad}");
         }
-        let topics = topics("house/bloomcast").unwrap();
+        assert_eq!(check_prefix("house/bloomcast"), Ok(()));
+        let topics = Topics::new("house/bloomcast", "homeassistant", DeviceName::new("pi").unwrap());
         assert_eq!(topics.state(), "house/bloomcast/pi/state");
         assert_eq!(topics.discovery(), "homeassistant/device/pi/config");
         assert_eq!(topics.setting_of("house/bloomcast/pi/set/pause"), Some("pause"));

@@ -239,7 +239,7 @@ fn settings_from_afar_are_obeyed_and_nonsense_is_named() {
     publish(broker.port, "bloomcast/pi/set/enter", "0.2");
     daemon.line("the setting Enter(0.2) is left out: leave must not be above enter");
     publish(broker.port, "bloomcast/pi/set/enter", "lots");
-    daemon.line("bloomcast/pi/set/enter: \"lots\": expected a number from 0 to 1");
+    daemon.line("bloomcast/pi/set/enter: \"lots\": expected a number above 0, at most 1");
     publish(broker.port, "bloomcast/pi/set/colour", "red");
     daemon.line("bloomcast/pi/set/colour: no such setting");
     publish(broker.port, "bloomcast/pi/set/pause", "false");
