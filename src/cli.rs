@@ -1,7 +1,8 @@
 //! The commands, one function each, no logic.
 //!
-//! Exit codes: 0 done; 1 failed; 2 usage; 78 bad configuration (systemd does not start it again).
+//! Exit codes: 0 done; 1 failed; 2 usage; 78 bad configuration.
 
+use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -17,7 +18,8 @@ use bloomcast::train::session::Progress;
 use bloomcast::train::sgd::Sgd;
 use bloomcast::train::{self, Training, features};
 use bloomcast::vision::{Backbone, Classifier, decode};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, value_parser};
+use serde::Serialize;
 use serde_json::json;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
@@ -103,22 +105,22 @@ struct TrainArgs {
     /// The model's name
     #[arg(long, default_value = "flowers")]
     name: String,
-    #[arg(long, default_value_t = Sgd::default().epochs)]
-    epochs: usize,
-    #[arg(long, default_value_t = Sgd::default().batch)]
-    batch: usize,
-    #[arg(long, default_value_t = Sgd::default().learning_rate)]
+    #[arg(long, default_value_t = Sgd::default().epochs as u64, value_parser = value_parser!(u64).range(1..=100_000))]
+    epochs: u64,
+    #[arg(long, default_value_t = Sgd::default().batch as u64, value_parser = value_parser!(u64).range(1..=100_000))]
+    batch: u64,
+    #[arg(long, default_value_t = Sgd::default().learning_rate, value_parser = not_negative)]
     learning_rate: f32,
-    #[arg(long, default_value_t = Sgd::default().momentum)]
+    #[arg(long, default_value_t = Sgd::default().momentum, value_parser = share)]
     momentum: f32,
-    #[arg(long, default_value_t = Sgd::default().weight_decay)]
+    #[arg(long, default_value_t = Sgd::default().weight_decay, value_parser = not_negative)]
     weight_decay: f32,
-    #[arg(long, default_value_t = Sgd::default().label_smoothing)]
+    #[arg(long, default_value_t = Sgd::default().label_smoothing, value_parser = share)]
     label_smoothing: f32,
     #[arg(long, default_value_t = Sgd::default().seed)]
     seed: u64,
     /// Share of the validation photographs that may be rejected as unknown
-    #[arg(long, default_value_t = 0.01)]
+    #[arg(long, default_value_t = 0.01, value_parser = share)]
     reject: f32,
     /// Threads; all cores where none are named
     #[arg(long)]
@@ -143,8 +145,8 @@ struct BenchArgs {
     #[arg(long)]
     model: Option<PathBuf>,
     /// Frames that are timed
-    #[arg(long, default_value_t = 200)]
-    runs: usize,
+    #[arg(long, default_value_t = 200, value_parser = value_parser!(u64).range(1..=1_000_000))]
+    runs: u64,
     /// A photograph to time instead of the one drawn for it, 640×480
     #[arg(long)]
     image: Option<PathBuf>,
@@ -201,10 +203,11 @@ fn run(args: &ConfigArgs) -> Result<(), Failure> {
 fn check(args: &ConfigArgs) -> Result<(), Failure> {
     let config = Config::load(args.config.as_deref(), &args.set).map_err(Failure::config)?;
     let mut daemon = Daemon::prepare(config).map_err(Failure::config)?;
-    println!("configuration: good");
-    println!("model: {}, {}", daemon.model(), daemon.labels().names().join(", "));
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "configuration: good")?;
+    writeln!(out, "model: {}, {}", daemon.model(), daemon.labels().names().join(", "))?;
     daemon.try_camera().map_err(Failure::config)?;
-    println!("camera: gives frames");
+    writeln!(out, "camera: gives frames")?;
     Ok(())
 }
 
@@ -241,7 +244,8 @@ fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
             let mut top: Vec<_> = labels.names().iter().zip(&prediction.probabilities).collect();
             top.sort_by(|a, b| b.1.total_cmp(a.1));
             let top: Vec<_> = top.iter().map(|(class, p)| json!({ "class": class, "confidence": p })).collect();
-            answers.push(json!({ "file": path, "class": class, "confidence": confidence, "top": top }));
+            answers
+                .push(json!({ "file": path.to_string_lossy(), "class": class, "confidence": confidence, "top": top }));
         } else {
             writeln!(out, "{}: {class} ({:.1} %)", path.display(), confidence * 100.0)?;
         }
@@ -262,8 +266,8 @@ fn train(args: TrainArgs) -> Result<(), Failure> {
         out: args.out.clone(),
         name: args.name,
         sgd: Sgd {
-            epochs: args.epochs,
-            batch: args.batch,
+            epochs: args.epochs as usize,
+            batch: args.batch as usize,
             learning_rate: args.learning_rate,
             momentum: args.momentum,
             weight_decay: args.weight_decay,
@@ -278,8 +282,9 @@ fn train(args: TrainArgs) -> Result<(), Failure> {
     for (path, reason) in &trained.left_out {
         eprintln!("left out: {}: {reason}", path.display());
     }
-    print!("{}", trained.evaluation);
-    println!("{}: trained on {} photographs", args.out.join("model.bloom").display(), trained.train_images);
+    let mut out = std::io::stdout().lock();
+    write!(out, "{}", trained.evaluation)?;
+    writeln!(out, "{}: trained on {} photographs", args.out.join("model.bloom").display(), trained.train_images)?;
     Ok(())
 }
 
@@ -295,22 +300,25 @@ fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     for (path, reason) in &features.left_out {
         eprintln!("left out: {}: {reason}", path.display());
     }
-    let evaluation = train::session::evaluate(&bundle.skill(), &features);
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&evaluation)?);
-    } else {
-        print!("{evaluation}");
+    if features.is_empty() {
+        return Err(anyhow!("{}: no image could be decoded", args.dataset.display()).into());
     }
-    Ok(())
+    show(&train::session::evaluate(&bundle.skill(), &features), args.json)
 }
 
 fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let mut bench = Bench::new(&bundle(args.model.as_deref())?)?;
-    let report = bench.run(args.image.as_deref(), args.runs)?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+    let report = bench.run(args.image.as_deref(), args.runs as usize)?;
+    show(&report, args.json)
+}
+
+/// A result for people, or as the one JSON document on standard output.
+fn show(result: &(impl Serialize + Display), json: bool) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    if json {
+        writeln!(out, "{}", serde_json::to_string_pretty(result)?)?;
     } else {
-        print!("{report}");
+        write!(out, "{result}")?;
     }
     Ok(())
 }
@@ -326,6 +334,15 @@ fn classifier(model: Option<&Path>) -> anyhow::Result<Classifier> {
     Ok(bundle(model)?.classifier(&Backbone::built_in()?)?)
 }
 
+fn share(text: &str) -> Result<f32, String> {
+    text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or_else(|| "expected a number from 0 to 1".into())
+}
+
+fn not_negative(text: &str) -> Result<f32, String> {
+    let number = text.parse().ok().filter(|number: &f32| number.is_finite() && *number >= 0.0);
+    number.ok_or_else(|| "expected a number, 0 or above".into())
+}
+
 fn cores() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
@@ -334,8 +351,10 @@ fn cores() -> usize {
 fn created_at() -> anyhow::Result<SystemTime> {
     match std::env::var("SOURCE_DATE_EPOCH") {
         Ok(seconds) => {
-            let seconds = seconds.parse().map_err(|_| anyhow!("SOURCE_DATE_EPOCH={seconds}: expected seconds"))?;
-            Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
+            // Up to the year 9999, the last that RFC 3339 can write.
+            let parsed = seconds.parse().ok().filter(|seconds| *seconds <= 253_402_300_799);
+            let parsed = parsed.ok_or_else(|| anyhow!("SOURCE_DATE_EPOCH={seconds}: expected seconds since 1970"))?;
+            Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(parsed))
         }
         Err(_) => Ok(SystemTime::now()),
     }

@@ -22,6 +22,8 @@ pub enum ArchiveError {
     Double(String),
     #[error("more than {MEMBERS_MAX} members")]
     TooMany,
+    #[error("{0}: not a member of a bundle")]
+    Unexpected(String),
     #[error("{0} is missing")]
     Missing(String),
 }
@@ -34,6 +36,11 @@ impl Members {
     pub fn take(&mut self, name: &str) -> Result<Vec<u8>, ArchiveError> {
         let at = self.0.iter().position(|(there, _)| there == name);
         at.map(|at| self.0.swap_remove(at).1).ok_or_else(|| ArchiveError::Missing(name.into()))
+    }
+
+    /// Refuses what nobody asked for.
+    pub fn expect_none(&self) -> Result<(), ArchiveError> {
+        self.0.first().map_or(Ok(()), |(name, _)| Err(ArchiveError::Unexpected(name.clone())))
     }
 }
 

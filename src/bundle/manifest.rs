@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::vision::backbone::sha256_hex;
+use crate::vision::labels::NAME_BYTES_MAX;
 use crate::vision::{Labels, Preprocess};
 
 /// The member that holds it.
@@ -113,7 +114,13 @@ impl Manifest {
         if format != FORMAT {
             return Err(format!("format {format}, this program reads {FORMAT}"));
         }
-        serde_json::from_slice(bytes).map_err(|e| e.to_string())
+        let manifest: Self = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        for (key, text) in [("name", &manifest.name), ("backbone.name", &manifest.backbone.name)] {
+            if text.is_empty() || text.len() > NAME_BYTES_MAX || text.chars().any(char::is_control) {
+                return Err(format!("{key}: expected 1 to {NAME_BYTES_MAX} bytes without control characters"));
+            }
+        }
+        Ok(manifest)
     }
 
     pub fn to_json(&self) -> Vec<u8> {

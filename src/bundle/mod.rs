@@ -13,7 +13,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 pub use archive::ArchiveError;
 pub use manifest::{BackboneRef, DatasetRef, Manifest, Metrics, Unknown, UnknownRule};
 
-use crate::vision::backbone::sha256_hex;
+use crate::vision::backbone::{FEATURES, sha256_hex};
 use crate::vision::classifier::Skill;
 use crate::vision::head::HeadError;
 use crate::vision::subspace::SubspaceError;
@@ -71,7 +71,9 @@ impl Bundle {
         let mut members = archive::unpack(bytes).map_err(archive)?;
         let manifest = members.take(manifest::NAME).map_err(archive)?;
         let manifest = Manifest::from_json(&manifest).map_err(|e| content(format!("{}: {e}", manifest::NAME)))?;
+        manifest.preprocess.check().map_err(|e| content(format!("{}: {e}", manifest::NAME)))?;
         let numbers = members.take(HEAD).map_err(archive)?;
+        members.expect_none().map_err(archive)?;
         manifest.check_members(&[(HEAD, &numbers)]).map_err(content)?;
         let (head, subspace) = numbers_from(&manifest, &numbers).map_err(|e| content(format!("{HEAD}: {e}")))?;
         if head.classes() != manifest.classes.names().len() {
@@ -107,6 +109,18 @@ impl Bundle {
     /// The model at work on `backbone`; refused where it was made for another.
     pub fn classifier(&self, backbone: &Backbone) -> Result<Classifier, BundleError> {
         let wanted = &self.manifest.backbone;
+        let preprocess = &self.manifest.preprocess;
+        if preprocess.size as usize != backbone.input_size() || wanted.feature != FEATURES {
+            return Err(BundleError::Content {
+                file: self.file.clone(),
+                reason: format!(
+                    "made for the tensor `{}` of a network that looks at {} pixels; this one's is `{FEATURES}`, of {}",
+                    wanted.feature,
+                    preprocess.size,
+                    backbone.input_size()
+                ),
+            });
+        }
         if wanted.sha256 != backbone.sha256() || wanted.width != backbone.width() {
             let shown = |name: &str, sha256: &str| format!("{name} (sha256 {sha256:.12}…)");
             return Err(BundleError::OtherBackbone {
@@ -234,7 +248,7 @@ mod tests {
         for at in 0..bytes.len() {
             let mut changed = bytes.clone();
             changed[at] ^= 1;
-            // What the manifest says of itself is signed, not hashed; the numbers are hashed.
+            // Nothing vouches for the manifest itself yet; the numbers are hashed.
             if let Ok(read) = Bundle::from_bytes("test", &changed) {
                 assert_eq!(read.head.weight(), whole.head.weight(), "byte {at}");
                 assert_eq!(read.subspace.basis(), whole.subspace.basis(), "byte {at}");
@@ -245,6 +259,35 @@ mod tests {
                 assert_eq!(read.head, whole.head, "cut at {cut}");
             }
         }
+    }
+
+    #[test]
+    fn a_manifest_that_would_blind_or_break_the_daemon_is_refused() {
+        let refused = |change: fn(&mut Manifest)| {
+            let mut bundle = bundle();
+            change(&mut bundle.manifest);
+            Bundle::from_bytes("test", &bundle.to_bytes()).unwrap_err().to_string()
+        };
+        assert!(refused(|m| m.preprocess.size = 0).contains("preprocess.size 0"));
+        assert!(refused(|m| m.preprocess.size = 4_000_000_000).contains("preprocess.size 4000000000"));
+        assert!(refused(|m| m.preprocess.std[1] = 0.0).contains("scale and std above 0"));
+        assert!(refused(|m| m.temperature = 0.0).contains("temperature 0"));
+        assert!(refused(|m| m.unknown.threshold = 2.0).contains("threshold 2"));
+        assert!(refused(|m| m.format = 2).contains("format 2, this program reads 1"));
+        assert!(refused(|m| m.name = "\u{1b}[31m".into()).contains("name"));
+        let mut other_size = bundle();
+        other_size.manifest.preprocess.size = 160;
+        let error = other_size.classifier(&Backbone::built_in().unwrap()).err().unwrap().to_string();
+        assert!(error.contains("looks at 160 pixels"), "{error}");
+    }
+
+    #[test]
+    fn what_the_manifest_does_not_name_is_refused() {
+        let mut members = archive::unpack(&bundle().to_bytes()).unwrap();
+        let (manifest, head) = (members.take(manifest::NAME).unwrap(), members.take(HEAD).unwrap());
+        let stuffed = archive::pack(&[(manifest::NAME, &manifest), (HEAD, &head), ("extra", b"x")]);
+        let error = Bundle::from_bytes("test", &stuffed).unwrap_err().to_string();
+        assert!(error.contains("extra: not a member of a bundle"), "{error}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::camera::{CameraError, replay};
 
@@ -12,6 +13,8 @@ const AT_HAND: &str = "../shared/flowers/val";
 const FLOWER_PHOTOS: &str = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz";
 /// Where Debian's package mate-backgrounds puts its photographs.
 const MATE_BACKGROUNDS: &str = "/usr/share/backgrounds/mate";
+const CONNECT: Duration = Duration::from_secs(10);
+const DOWNLOAD: Duration = Duration::from_secs(1800);
 /// A photograph of a folder without classes is shown so often in a row, for an event to come of it.
 const HOLD: usize = 8;
 
@@ -63,8 +66,7 @@ impl Photographs {
         let mut classes: Vec<String> = all.iter().filter_map(|image| class_of(image)).collect();
         classes.dedup();
         if classes.len() < 2 {
-            let held = all.iter().flat_map(|image| std::iter::repeat_n(image.clone(), HOLD));
-            return Ok(Photographs { folder: folder.into(), classes: Vec::new(), images: held.collect() });
+            return Ok(Photographs { folder: folder.into(), classes: Vec::new(), images: held(&all) });
         }
         let mut images = Vec::new();
         for class in &classes {
@@ -78,8 +80,9 @@ impl Photographs {
 
     /// Forgets the folders where one of them is no class of the model: they tell nothing then.
     pub fn told_by(mut self, labels: &[String]) -> Self {
-        if !self.classes.iter().all(|class| labels.contains(class)) {
+        if !self.classes.is_empty() && !self.classes.iter().all(|class| labels.contains(class)) {
             self.classes.clear();
+            self.images = held(&self.images);
         }
         self
     }
@@ -103,6 +106,10 @@ impl Photographs {
     }
 }
 
+fn held(images: &[PathBuf]) -> Vec<PathBuf> {
+    images.iter().flat_map(|image| std::iter::repeat_n(image.clone(), HOLD)).collect()
+}
+
 fn cache() -> io::Result<PathBuf> {
     let home = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = home("XDG_CACHE_HOME").or_else(|| home("HOME").map(|home| home.join(".cache")));
@@ -116,8 +123,15 @@ fn fetch(cache: &Path, out: &mut dyn Write) -> io::Result<PathBuf> {
     if folder.is_dir() {
         return Ok(folder);
     }
-    let response = ureq::get(FLOWER_PHOTOS).call().map_err(io::Error::other)?;
     writeln!(out, "fetching flower_photos (218 MiB) to {} …", cache.display())?;
+    let agent: ureq::Agent = ureq::Agent::config_builder()
+        .timeout_resolve(Some(CONNECT))
+        .timeout_connect(Some(CONNECT))
+        .timeout_recv_response(Some(CONNECT))
+        .timeout_recv_body(Some(DOWNLOAD))
+        .build()
+        .into();
+    let response = agent.get(FLOWER_PHOTOS).call().map_err(io::Error::other)?;
     fs::create_dir_all(cache)?;
     let part = tempfile::tempdir_in(cache)?;
     let packed = flate2::read::GzDecoder::new(response.into_body().into_reader());
@@ -150,9 +164,11 @@ mod tests {
         assert_eq!(found.truth(&found.images[2]), Some("b"));
         let told_by = |labels: [&str; 2]| {
             let found = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
-            found.told_by(&labels.map(str::to_owned)).classes.len()
+            let found = found.told_by(&labels.map(str::to_owned));
+            (found.classes.len(), found.images.len())
         };
-        assert_eq!((told_by(["b", "a"]), told_by(["b", "c"])), (2, 0));
+        assert_eq!(told_by(["b", "a"]), (2, 3));
+        assert_eq!(told_by(["b", "c"]), (0, 3 * HOLD), "each is held, since none is followed by its like");
         let list = fs::read_to_string(found.write_list().unwrap().path()).unwrap();
         assert_eq!(list.lines().count(), 3);
     }

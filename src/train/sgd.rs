@@ -1,5 +1,5 @@
 //! The head's training: softmax regression by mini-batch stochastic gradient descent with Nesterov
-//! momentum. The same seed gives the same numbers on every machine.
+//! momentum. The same seed gives the same numbers on the same kind of machine.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};

@@ -91,6 +91,11 @@ impl Backbone {
         self.width
     }
 
+    /// Width and height of the input it was loaded for, in pixels.
+    pub fn input_size(&self) -> usize {
+        self.input[2]
+    }
+
     pub fn session(&self) -> Result<Session, BackboneError> {
         let state =
             self.plan.spawn().map_err(|e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") })?;

@@ -139,12 +139,16 @@ fn decode_other(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     let mut limits = Limits::default();
     limits.max_image_width = Some(SIDE_MAX);
     limits.max_image_height = Some(SIDE_MAX);
-    limits.max_alloc = Some(PIXELS_MAX * 8);
+    limits.max_alloc = Some(PIXELS_MAX * 3);
     let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     reader.limits(limits);
     let mut decoder = reader.into_decoder()?;
     let (width, height) = decoder.dimensions();
     check_size(width, height)?;
+    // Sixteen bits a channel, and a channel for what shines through, take more than RGB.
+    if decoder.total_bytes() > PIXELS_MAX * 3 {
+        return Err(DecodeError::TooLarge { width, height });
+    }
     let orientation = decoder.orientation().ok();
     let rgb = DynamicImage::from_decoder(decoder)?.into_rgb8();
     Ok(upright(rgb, orientation))
@@ -164,7 +168,8 @@ fn upright(image: RgbImage, orientation: Option<Orientation>) -> RgbImage {
 fn raw(width: u32, height: u32, layout: Layout, bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     check_size(width, height)?;
     let expected = width as usize * height as usize * layout.bytes_per_pixel();
-    if bytes.len() != expected {
+    // Two pixels share their colour: a row of YUYV is even.
+    if bytes.len() != expected || (layout == Layout::Yuyv && !width.is_multiple_of(2)) {
         return Err(DecodeError::Length { width, height, expected, got: bytes.len() });
     }
     let pixels = match layout {
@@ -216,6 +221,12 @@ pub(crate) mod tests {
         bytes.into_inner()
     }
 
+    /// PNG's checksum (ISO 3309), bit by bit.
+    fn crc32(bytes: &[u8]) -> u32 {
+        let bit = |crc: u32, _| if crc & 1 == 1 { (crc >> 1) ^ 0xEDB8_8320 } else { crc >> 1 };
+        !bytes.iter().fold(u32::MAX, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), bit))
+    }
+
     fn mean_difference(a: &RgbImage, b: &RgbImage) -> f64 {
         assert_eq!(a.dimensions(), b.dimensions());
         let sum: u64 = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
@@ -253,9 +264,12 @@ pub(crate) mod tests {
         let sof = jpeg.windows(2).position(|w| w == [0xFF, 0xC0]).unwrap();
         jpeg[sof + 5..sof + 9].copy_from_slice(&[0x3F, 0xFF, 0x3F, 0xFF]);
         assert!(matches!(encoded(&jpeg), Err(DecodeError::TooLarge { width: 16383, height: 16383 })));
-        let mut png = encode(&gradient(16, 16), ImageFormat::Png);
-        png[16..24].copy_from_slice(&[0, 0, 0xFF, 0xFF, 0, 0, 0xFF, 0xFF]);
-        assert!(encoded(&png).is_err());
+        // A whole header of 16,000 × 16,000 pixels: IHDR, its CRC, and an empty picture.
+        let png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x3e\x80\0\0\x3e\x80\x08\x02\0\0\0\x00\x00\x00\x00\0\0\0\0IDAT\x35\xaf\x06\x1e";
+        let mut png = png.to_vec();
+        let crc = crc32(&png[12..29]).to_be_bytes();
+        png[29..33].copy_from_slice(&crc);
+        assert!(matches!(encoded(&png), Err(DecodeError::TooLarge { width: 16000, height: 16000 })));
     }
 
     #[test]
@@ -294,5 +308,6 @@ pub(crate) mod tests {
         assert_eq!(bgr.as_raw(), &[3, 2, 1, 6, 5, 4]);
         assert!(matches!(raw(2, 2, Layout::Rgb, &[0; 11]), Err(DecodeError::Length { expected: 12, got: 11, .. })));
         assert!(raw(0, 2, Layout::Rgb, &[]).is_err());
+        assert!(raw(1, 1, Layout::Yuyv, &[0; 2]).is_err() && raw(3, 2, Layout::Yuyv, &[0; 12]).is_err());
     }
 }

@@ -11,12 +11,15 @@ pub struct Head {
     temperature: f32,
 }
 
+/// Larger weights are no trained head's, and logits might overflow.
+const NUMBER_MAX: f32 = 1e4;
+
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum HeadError {
     #[error("the head has {weights} weights and {biases} biases, expected {biases} × {width}")]
     Shape { weights: usize, biases: usize, width: usize },
-    #[error("the head holds a number that is not finite")]
-    NotFinite,
+    #[error("the head holds a number that is not finite, or beyond {NUMBER_MAX}")]
+    TooLarge,
     #[error("temperature {0}, expected a number above 0")]
     Temperature(f32),
 }
@@ -27,8 +30,8 @@ impl Head {
         if bias.is_empty() || width.checked_mul(bias.len()) != Some(weight.len()) {
             return Err(HeadError::Shape { weights: weight.len(), biases: bias.len(), width });
         }
-        if !weight.iter().chain(&bias).all(|v| v.is_finite()) {
-            return Err(HeadError::NotFinite);
+        if !weight.iter().chain(&bias).all(|v| v.abs() <= NUMBER_MAX) {
+            return Err(HeadError::TooLarge);
         }
         if !(temperature.is_finite() && temperature > 0.0) {
             return Err(HeadError::Temperature(temperature));
@@ -147,7 +150,8 @@ mod tests {
     fn what_is_no_head_is_refused() {
         assert!(matches!(Head::new(3, vec![0.0; 5], vec![0.0; 2], 1.0), Err(HeadError::Shape { .. })));
         assert!(matches!(Head::new(0, vec![], vec![], 1.0), Err(HeadError::Shape { .. })));
-        assert_eq!(Head::new(1, vec![f32::NAN], vec![0.0], 1.0), Err(HeadError::NotFinite));
+        assert_eq!(Head::new(1, vec![f32::NAN], vec![0.0], 1.0), Err(HeadError::TooLarge));
+        assert_eq!(Head::new(1, vec![3e38], vec![0.0], 1.0), Err(HeadError::TooLarge));
         assert_eq!(Head::new(1, vec![0.0], vec![0.0], 0.0), Err(HeadError::Temperature(0.0)));
     }
 

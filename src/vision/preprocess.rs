@@ -21,6 +21,17 @@ pub struct Preprocess {
     pub layout: TensorLayout,
 }
 
+/// Wider inputs are no network's for a camera.
+const SIZE_MAX: u32 = 1024;
+
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PreprocessError {
+    #[error("preprocess.size {0}, expected 1 to {SIZE_MAX}")]
+    Size(u32),
+    #[error("preprocess: expected finite numbers, scale and std above 0")]
+    Numbers,
+}
+
 /// How a picture that is not square becomes square.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -57,6 +68,18 @@ impl Preprocess {
             std: [0.5; 3],
             layout: TensorLayout::Nchw,
         }
+    }
+
+    /// Refuses what no network was ever trained with, before anything is allocated by it.
+    pub fn check(&self) -> Result<(), PreprocessError> {
+        if !(1..=SIZE_MAX).contains(&self.size) {
+            return Err(PreprocessError::Size(self.size));
+        }
+        let positive = |value: f32| value.is_finite() && value > 0.0;
+        if !positive(self.scale) || !self.std.into_iter().all(positive) || !self.mean.into_iter().all(f32::is_finite) {
+            return Err(PreprocessError::Numbers);
+        }
+        Ok(())
     }
 
     /// Numbers in one input.
@@ -129,6 +152,22 @@ mod tests {
         let close = |a: f32, b: f32| (a - b).abs() < 1e-6;
         assert!(close(at(0, 7, 50), 50.0 / 127.5 - 1.0), "red grows with x");
         assert!(close(at(1, 7, 50), 7.0 / 127.5 - 1.0), "green grows with y");
+    }
+
+    #[test]
+    fn what_would_panic_or_blind_is_refused() {
+        let good = Preprocess::mobilenet_v2();
+        assert_eq!(good.check(), Ok(()));
+        for size in [0, 1025, u32::MAX] {
+            assert_eq!(Preprocess { size, ..good.clone() }.check(), Err(PreprocessError::Size(size)));
+        }
+        for bad in [
+            Preprocess { scale: 0.0, ..good.clone() },
+            Preprocess { std: [1.0, 0.0, 1.0], ..good.clone() },
+            Preprocess { mean: [0.0, f32::INFINITY, 0.0], ..good },
+        ] {
+            assert_eq!(bad.check(), Err(PreprocessError::Numbers));
+        }
     }
 
     #[test]

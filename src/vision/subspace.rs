@@ -1,9 +1,7 @@
 //! Telling flowers from other things: a picture whose features point out of the subspace that the
 //! training photographs span is `unknown`, however sure the softmax is of its best class.
 //!
-//! The measure is the cosine of the angle between the feature vector and the subspace. On other
-//! things it errs less than half as often as the nearest of ten k-means prototypes a class does, at
-//! the same share of rejected flowers.
+//! The measure is the cosine of the angle between the feature vector and the subspace.
 
 use super::head::dot;
 
@@ -63,7 +61,8 @@ impl Subspace {
             return 0.0;
         }
         let shadow: f32 = self.basis.chunks_exact(self.width).map(|row| dot(row, features).powi(2)).sum();
-        (shadow / length).sqrt().min(1.0)
+        // A number that is none stays none, and is known to nobody.
+        (shadow / length).sqrt().clamp(0.0, 1.0)
     }
 
     /// True where a picture of this similarity may be one of the classes.
@@ -84,6 +83,7 @@ mod tests {
         assert!((steep - 0.5f32.sqrt()).abs() < 1e-6, "{steep}");
         assert!(!plane.knows(steep) && plane.knows(0.9));
         assert_eq!(plane.similarity(&[0.0; 3]), 0.0);
+        assert!(!plane.knows(plane.similarity(&[f32::NAN, 1.0, 0.0])));
     }
 
     #[test]

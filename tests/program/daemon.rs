@@ -179,10 +179,13 @@ fn no_event_is_lost_while_rumqttd_is_absent_killed_and_back() {
         let wanted = heard.len() + 4;
         hear(&listener, &mut heard, wanted);
         if round == 1 {
-            // Killed at a moment when what was logged was heard.
+            // Killed at a moment when what was logged was heard: nothing is under way while the daemon
+            // stands still, and this broker would forget what it had taken.
+            daemon.signal("STOP");
             let logged = logged_ids(&daemon).len();
             hear(&listener, &mut heard, logged);
             broker.kill();
+            daemon.signal("CONT");
             daemon.lines_with("connecting again", 3);
             daemon.lines_with(" event ", logged_ids(&daemon).len() + 2);
         } else {
@@ -236,12 +239,15 @@ fn settings_from_afar_are_obeyed_and_nonsense_is_named() {
     listener.wait("/event", |_| true);
     publish(broker.port, "bloomcast/pi/set/pause", "true");
     listener.wait("/state", |state| state["paused"] == true && state["class"] == "unknown");
+    let events = logged_ids(&daemon).len();
+    publish(broker.port, "bloomcast/pi/set/pause", "true");
     publish(broker.port, "bloomcast/pi/set/enter", "0.2");
     daemon.line("the setting Enter(0.2) is left out: leave must not be above enter");
     publish(broker.port, "bloomcast/pi/set/enter", "lots");
     daemon.line("bloomcast/pi/set/enter: \"lots\": expected a number above 0, at most 1");
     publish(broker.port, "bloomcast/pi/set/colour", "red");
     daemon.line("bloomcast/pi/set/colour: no such setting");
+    assert_eq!(logged_ids(&daemon).len(), events, "nothing happens while it is paused");
     publish(broker.port, "bloomcast/pi/set/pause", "false");
     listener.wait("/state", |state| state["paused"] == false && state["class"] != "unknown");
 }
@@ -257,6 +263,21 @@ fn a_replay_that_ends_ends_the_program_when_all_was_said() {
     assert!(counts.contains("captured=16 "), "{counts}");
     let logged = logged_ids(&daemon).len();
     assert!(counts.contains(&format!("events={logged} acknowledged={logged} events_lost=0")), "{counts}");
+}
+
+#[test]
+fn what_is_left_at_the_end_is_said_on_a_last_connection() {
+    let Some(folder) = photographs("what_is_left_at_the_end_is_said_on_a_last_connection") else { return };
+    let mut broker = Mosquitto::prepare(None);
+    let (_dir, images) = turns(&folder);
+    // It would not come back by itself before the replay is over.
+    let settings = ["camera.replay.looped=false", "mqtt.reconnect_ms_min=20000", "mqtt.reconnect_ms_max=20000"];
+    let mut daemon = Process::start(&mut daemon(broker.port, &images, &settings));
+    daemon.line("connecting again");
+    broker.start();
+    assert!(daemon.ended(super::tools::PATIENCE).success(), "{}", daemon.log());
+    let (counts, logged) = (daemon.line(" captured="), logged_ids(&daemon).len());
+    assert!(logged > 0 && counts.contains(&format!("acknowledged={logged} events_lost=0")), "{counts}");
 }
 
 #[test]

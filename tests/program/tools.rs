@@ -169,7 +169,7 @@ pub fn photographs(test: &str) -> Option<PathBuf> {
         return Some(folder);
     }
     // Past the capture of a test's output.
-    let _ = writeln!(std::io::stderr(), "skipped: {test}: no photographs in ../shared/flowers/val");
+    let _ = writeln!(std::io::stderr(), "\nskipped: {test}: no photographs in ../shared/flowers/val");
     None
 }
 
