@@ -99,11 +99,10 @@ fn a_dataset_that_is_none_is_named() {
 
 #[test]
 fn settings_that_make_no_sense_are_a_mistake_in_usage() {
-    for wrong in
-        [["--batch", "0"], ["--epochs", "0"], ["--reject", "nan"], ["--reject", "5"], ["--learning-rate", "-1"]]
-    {
-        let (code, text) = failure(bloomcast().args(["train", "x", "--val", "y", "--out", "z"]).args(wrong));
-        assert!(code == 2 && text.contains(wrong[0]), "{wrong:?}: {code} {text}");
+    for wrong in ["--batch=0", "--epochs=0", "--reject=nan", "--reject=5", "--learning-rate=-1"] {
+        let (code, text) = failure(bloomcast().args(["train", "x", "--val", "y", "--out", "z", wrong]));
+        let flag = wrong.split('=').next().unwrap();
+        assert!(code == 2 && text.contains(&format!("for '{flag}")), "{wrong}: {code} {text}");
     }
     assert_eq!(failure(bloomcast().args(["bench", "--runs", "0"])).0, 2);
 }
