@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
 
+use crate::bundle::Bundle;
 use crate::config::{Config, ConfigError};
 use crate::daemon::{Daemon, DaemonError};
 use crate::health::Counters;
@@ -76,12 +77,11 @@ struct Outcome {
 /// Plays the photographs through and prints what comes out at the other end. An error where the
 /// folders' names tell what is shown and the events tell something else.
 pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
-    let photographs = Photographs::find(options.frames.as_deref(), options.per_class, out)?;
+    let labels = Bundle::built_in().map_err(DaemonError::Bundle)?.manifest().classes.names().to_vec();
+    let photographs = Photographs::find(options.frames.as_deref(), options.per_class, out)?.told_by(&labels);
     let port = broker::start(options.port)?;
     let list = photographs.write_list()?;
     let daemon = Daemon::prepare(config(port, &list, options.interval_ms)?)?;
-    let labels = daemon.labels().names().to_vec();
-    let photographs = photographs.told_by(&labels);
     screen::opening(out, port, &photographs, &daemon.model())?;
 
     let subscriber = Subscriber::connect("127.0.0.1", port, &format!("bloomcast/{DEVICE}/#"))?;

@@ -65,8 +65,13 @@ pub fn summary(out: &mut dyn Write, photographs: &Photographs, outcome: &Outcome
     }
     let latency = Figures::of(outcome.events.iter().map(Event::latency).collect());
     let overhead = Figures::of(outcome.events.iter().filter_map(|event| event.overhead(&outcome.seen)).collect());
-    writeln!(out, "latency     {}, from the frame to the subscriber", spread(&latency))?;
-    writeln!(out, "            {}, without the backbone's own time\n", spread(&overhead))?;
+    if outcome.events.is_empty() {
+        writeln!(out, "latency     no event came: the photographs show nothing that the model is sure of")?;
+    } else {
+        writeln!(out, "latency     {}, from the frame to the subscriber", spread(&latency))?;
+        writeln!(out, "            {}, without the backbone's own time", spread(&overhead))?;
+    }
+    writeln!(out)?;
     let stages: Vec<Stages> = outcome.seen.iter().map(|seen| seen.stages).collect();
     write!(out, "{}", StageReport::of(&stages))
 }

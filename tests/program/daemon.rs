@@ -445,6 +445,23 @@ fn a_taken_port_is_named_by_the_demo() {
 }
 
 #[test]
+fn the_demo_holds_photographs_whose_folders_tell_nothing() {
+    let Some(folder) = photographs("the_demo_holds_photographs_whose_folders_tell_nothing") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    for (name, class) in [("holiday", "daisy"), ("garden", "sunflowers")] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+        std::fs::copy(clear(&folder, class, 1).remove(0), dir.path().join(name).join("1.jpg")).unwrap();
+    }
+    let demo = output(bloomcast().arg("demo").arg("--frames").arg(dir.path()));
+    let text = String::from_utf8(demo.stdout).unwrap();
+    assert!(demo.status.success(), "{text}{}", String::from_utf8_lossy(&demo.stderr));
+    let events: Vec<&str> = text.lines().filter(|line| line.contains(" after the frame ")).collect();
+    assert!(events.iter().any(|line| line.contains("  sunflowers ")), "{text}");
+    assert!(events.iter().any(|line| line.contains("  daisy ")), "{text}");
+    assert!(!text.contains("accuracy"), "nothing is known of what they show: {text}");
+}
+
+#[test]
 fn the_demo_tells_what_was_replayed() {
     let Some(folder) = photographs("the_demo_tells_what_was_replayed") else { return };
     let frames = folder.display().to_string();
