@@ -4,15 +4,15 @@
 //! Every setting stands in `systemd/bloomcast.toml` with its default and its reason. A key that is not
 //! there is refused, by its name and line.
 
+mod layers;
+
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use config::{Environment, FileFormat};
 use serde::Deserialize;
-use toml_edit::{Document, Item};
 
 use crate::camera::{Pace, PixelFormat, Supervisor};
 use crate::decide::{Rules, Thresholds};
@@ -23,13 +23,10 @@ use crate::vision::Labels;
 use crate::vision::decode::{FILE_BYTES_MAX, SIDE_MAX};
 
 /// Every setting with its default and its reason.
-pub const DEFAULTS: &str = include_str!("../systemd/bloomcast.toml");
+pub const DEFAULTS: &str = include_str!("../../systemd/bloomcast.toml");
 
 /// An hour; nothing here is waited for so long.
 const MS_MAX: u64 = 3_600_000;
-/// `BLOOMCAST__CAMERA__DEVICE=/dev/video2`
-const ENV_PREFIX: &str = "BLOOMCAST";
-const ENV_SEPARATOR: &str = "__";
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -191,35 +188,7 @@ impl Config {
         environment: impl Iterator<Item = (String, String)>,
         overrides: &[String],
     ) -> Result<Self, ConfigError> {
-        let mut builder = config::Config::builder().add_source(config::File::from_str(DEFAULTS, FileFormat::Toml));
-        let mut lines = None;
-        if let Some(path) = file {
-            let text =
-                fs::read_to_string(path).map_err(|e| ConfigError::Read { path: path.into(), reason: e.to_string() })?;
-            refuse_unknown_keys(path, &text)?;
-            builder = builder.add_source(config::File::from_str(&text, FileFormat::Toml));
-            lines = Some((path, text));
-        }
-        let ours: std::collections::HashMap<String, String> =
-            environment.filter(|(name, _)| name.starts_with(&format!("{ENV_PREFIX}{ENV_SEPARATOR}"))).collect();
-        for name in ours.keys() {
-            let key = name[ENV_PREFIX.len() + ENV_SEPARATOR.len()..].to_lowercase().replace(ENV_SEPARATOR, ".");
-            refuse_unknown(&key, format!("the environment's {name}"))?;
-        }
-        let environment = Environment::with_prefix(ENV_PREFIX)
-            .prefix_separator(ENV_SEPARATOR)
-            .separator(ENV_SEPARATOR)
-            .source(Some(ours));
-        builder = builder.add_source(environment);
-        for text in overrides {
-            let (key, value) = text.split_once('=').ok_or_else(|| {
-                ConfigError::Value(format!("--set {text}: expected KEY=VALUE, like camera.device=/dev/video2"))
-            })?;
-            refuse_unknown(key, format!("--set {text}"))?;
-            builder = builder.set_override(key, value).map_err(|e| ConfigError::Value(e.to_string()))?;
-        }
-        let merged = builder.build().map_err(|e| ConfigError::Value(e.to_string()))?;
-        let config: Config = merged.try_deserialize().map_err(|e| wrong_value(&e, lines.as_ref()))?;
+        let config: Config = layers::merge(DEFAULTS, file, environment, overrides)?;
         config.validate()?;
         Ok(config)
     }
@@ -370,105 +339,6 @@ fn credentials(path: &Path) -> Result<Option<Credentials>, ConfigError> {
     }
 }
 
-/// Walks the file's keys beside the defaults' and names the first one that is not there.
-fn refuse_unknown_keys(path: &Path, text: &str) -> Result<(), ConfigError> {
-    let document = Document::parse(text).map_err(|e| {
-        let place = match e.span() {
-            Some(span) => format!("{}:{}", path.display(), line_of(text, span.start)),
-            None => path.display().to_string(),
-        };
-        ConfigError::Syntax { place, reason: e.message().trim().to_owned() }
-    })?;
-    let mut stack = vec![(String::new(), document.as_table() as &dyn toml_edit::TableLike)];
-    while let Some((prefix, table)) = stack.pop() {
-        for (name, item) in table.iter() {
-            let key = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
-            let span = table.get_key_value(name).and_then(|(key, _)| key.span()).or(item.span());
-            let line = span.map_or(1, |span| line_of(text, span.start));
-            refuse_unknown(&key, format!("{}:{line}", path.display()))?;
-            if let Some(inner) = item.as_table_like() {
-                stack.push((key, inner));
-            }
-        }
-    }
-    Ok(())
-}
-
-fn line_of(text: &str, offset: usize) -> usize {
-    text.as_bytes()[..offset.min(text.len())].iter().filter(|byte| **byte == b'\n').count() + 1
-}
-
-/// Every key of the defaults, and the thresholds of single classes, whose names are free.
-fn refuse_unknown(key: &str, place: String) -> Result<(), ConfigError> {
-    let known = known_keys();
-    if known.iter().any(|known| known == key) {
-        return Ok(());
-    }
-    if let Some(class) = key.strip_prefix("decide.classes.") {
-        let setting = class.rsplit_once('.').map(|(_, setting)| setting);
-        if matches!(setting, None | Some("enter" | "leave")) {
-            return Ok(());
-        }
-    }
-    if key == "decide.classes" {
-        return Ok(());
-    }
-    let nearest = known.iter().min_by_key(|known| distance(known, key)).filter(|known| distance(known, key) <= 3);
-    let hint = nearest.map_or(String::new(), |nearest| format!(", did you mean `{nearest}`?"));
-    Err(ConfigError::Unknown { place, key: key.into(), hint })
-}
-
-fn known_keys() -> Vec<String> {
-    fn collect(prefix: &str, table: &dyn toml_edit::TableLike, keys: &mut Vec<String>) {
-        for (name, item) in table.iter() {
-            let key = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
-            if let Some(inner) = Item::as_table_like(item) {
-                collect(&key, inner, keys);
-            }
-            keys.push(key);
-        }
-    }
-    let defaults = Document::parse(DEFAULTS).expect("the defaults inside the program are TOML");
-    let mut keys = Vec::new();
-    collect("", defaults.as_table(), &mut keys);
-    keys
-}
-
-/// How many letters must be changed, put in or taken out (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let changed = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
-/// Names the key of a value that does not fit, and its line where it stands in the file.
-fn wrong_value(error: &config::ConfigError, file: Option<&(&Path, String)>) -> ConfigError {
-    let (key, reason) = match error {
-        config::ConfigError::At { key: Some(key), error, .. } => (key, error.to_string()),
-        config::ConfigError::Type { key: Some(key), unexpected, expected, .. } => {
-            (key, format!("invalid type: {unexpected}, expected {expected}"))
-        }
-        other => return ConfigError::Value(other.to_string()),
-    };
-    let place = file.and_then(|(path, text)| {
-        let document = Document::parse(text.as_str()).ok()?;
-        let mut item = document.as_item();
-        for name in key.split('.') {
-            item = item.get(name)?;
-        }
-        Some(format!("{}:{}: ", path.display(), line_of(text, item.span()?.start)))
-    });
-    ConfigError::Value(format!("{}{key}: {reason}", place.unwrap_or_default()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -556,6 +426,10 @@ mod tests {
             error.starts_with("the environment's BLOOMCAST__CAMERA__WIDHT: unknown setting `camera.widht`"),
             "{error}"
         );
+        let error = load("[mqtt]\nport = 1\n", &[("BLOOMCAST__MQTT__PORT", "many")], &[]).unwrap_err();
+        assert!(error.starts_with("the environment's BLOOMCAST__MQTT__PORT: mqtt.port: invalid type"), "{error}");
+        let error = load("", &[("BLOOMCAST__MQTT__PORT", "1")], &["mqtt.port=many"]).unwrap_err();
+        assert!(error.starts_with("--set mqtt.port=many: mqtt.port: invalid type"), "{error}");
         let error = load("", &[], &["camera.widht=1"]).unwrap_err();
         assert!(error.starts_with("--set camera.widht=1: unknown setting"), "{error}");
         assert!(load("", &[], &["camera.width"]).unwrap_err().contains("expected KEY=VALUE"));
