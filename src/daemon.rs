@@ -231,7 +231,7 @@ impl Stage {
 }
 
 /// The model and the network it stands on, as the configuration says.
-pub fn load_model(config: &Config) -> Result<(Bundle, Backbone), DaemonError> {
+fn load_model(config: &Config) -> Result<(Bundle, Backbone), DaemonError> {
     let path = &config.model.bundle;
     let bundle = if path.as_os_str().is_empty() { Bundle::built_in()? } else { Bundle::read(path)? };
     let path = &config.model.backbone;
