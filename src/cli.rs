@@ -16,7 +16,7 @@ use bloomcast::daemon::Daemon;
 use bloomcast::train::dataset::Dataset;
 use bloomcast::train::session::Progress;
 use bloomcast::train::sgd::Sgd;
-use bloomcast::train::{self, Training, features};
+use bloomcast::train::{self, Training, Val, features, inspect};
 use bloomcast::vision::{Backbone, Classifier, decode};
 use clap::{Args, Parser, Subcommand, value_parser};
 use serde::Serialize;
@@ -47,6 +47,9 @@ enum Command {
     Classify(ClassifyArgs),
     /// Train a model on a folder of photographs, one folder a class
     Train(TrainArgs),
+    /// Look at photographs before learning from them
+    #[command(subcommand)]
+    Dataset(DatasetCommand),
     /// Loss, accuracy, per-class figures and confusion of a model on photographs
     Evaluate(EvaluateArgs),
     /// Time a frame, stage by stage, on this machine
@@ -96,9 +99,12 @@ struct ClassifyArgs {
 struct TrainArgs {
     /// Photographs to learn from, one folder a class
     dataset: PathBuf,
-    /// Photographs to measure on, the same classes
-    #[arg(long)]
-    val: PathBuf,
+    /// Photographs to measure on, the same classes; a share of the dataset where none are named
+    #[arg(long, conflicts_with = "val_fraction")]
+    val: Option<PathBuf>,
+    /// That share; a photograph's content alone decides whether it belongs to it
+    #[arg(long, default_value_t = 0.2, value_parser = share)]
+    val_fraction: f32,
     /// Where the run is written: model.bloom and metrics.json
     #[arg(long)]
     out: PathBuf,
@@ -125,6 +131,24 @@ struct TrainArgs {
     /// Threads; all cores where none are named
     #[arg(long)]
     threads: Option<usize>,
+}
+
+#[derive(Debug, Subcommand)]
+enum DatasetCommand {
+    /// Find broken, tiny and doubled images, and those that look the same in both sets: exit 1 where there are any
+    Check(DatasetCheckArgs),
+}
+
+#[derive(Debug, Args)]
+struct DatasetCheckArgs {
+    /// Photographs to learn from, one folder a class
+    dataset: PathBuf,
+    /// Photographs to measure on
+    #[arg(long)]
+    val: Option<PathBuf>,
+    /// One JSON document on standard output
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -185,6 +209,7 @@ impl Cli {
             Command::Demo(args) => demo(args),
             Command::Classify(args) => classify(&args),
             Command::Train(args) => train(args),
+            Command::Dataset(DatasetCommand::Check(args)) => dataset_check(&args),
             Command::Evaluate(args) => evaluate(&args),
             Command::Bench(args) => bench(&args),
         }
@@ -262,7 +287,7 @@ fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
 fn train(args: TrainArgs) -> Result<(), Failure> {
     let training = Training {
         dataset: args.dataset,
-        val: args.val,
+        val: args.val.map_or(Val::Fraction(args.val_fraction.into()), Val::Folder),
         out: args.out.clone(),
         name: args.name,
         sgd: Sgd {
@@ -286,6 +311,22 @@ fn train(args: TrainArgs) -> Result<(), Failure> {
     write!(out, "{}", trained.evaluation)?;
     writeln!(out, "{}: trained on {} photographs", args.out.join("model.bloom").display(), trained.train_images)?;
     Ok(())
+}
+
+fn dataset_check(args: &DatasetCheckArgs) -> Result<(), Failure> {
+    let dataset = Dataset::read(&args.dataset)?;
+    let val = args.val.as_deref().map(Dataset::read).transpose()?;
+    if let (Some(val), Some(path)) = (&val, &args.val) {
+        val.expect_classes(&dataset.classes, path)?;
+    }
+    let of = dataset.images.len() + val.as_ref().map_or(0, |val| val.images.len());
+    let progress = |done| show_progress(Progress::Features { done, of });
+    let found = inspect::inspect(&dataset, val.as_ref(), cores(), &progress);
+    show(&found, args.json)?;
+    match found.findings.len() {
+        0 => Ok(()),
+        n => Err(anyhow!("{n} of {} images need a look", found.images).into()),
+    }
 }
 
 fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
@@ -367,7 +408,7 @@ fn show_progress(progress: Progress) {
         return;
     }
     let (line, last) = match progress {
-        Progress::Features { done, of } => (format!("features {done}/{of}"), done == of),
+        Progress::Features { done, of } => (format!("images {done}/{of}"), done == of),
         Progress::Epoch { epoch, of, loss } => (format!("epoch {epoch}/{of}, loss {loss:.4}"), epoch == of),
     };
     // A terminal that is gone is no reason to stop.

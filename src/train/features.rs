@@ -1,13 +1,16 @@
 //! What the frozen backbone says of every photograph, computed on all cores.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 
 use sha2::{Digest, Sha256};
 
 use super::dataset::Labelled;
+use super::pool;
 use crate::vision::{Backbone, BackboneError, Preprocess, Preprocessor, decode};
+
+/// A photograph with a shorter side shows nothing that could be learned.
+pub const SIDE_MIN: u32 = 32;
 
 /// Features and labels of a set of photographs, in the order of the set.
 #[derive(Debug, Clone, Default)]
@@ -20,7 +23,9 @@ pub struct Features {
     pub classes: Vec<usize>,
     /// SHA-256 of each row's file.
     pub contents: Vec<[u8; 32]>,
-    /// What could not be decoded, and why.
+    /// Each row's file.
+    pub paths: Vec<PathBuf>,
+    /// What is not used, and why.
     pub left_out: Vec<(PathBuf, String)>,
 }
 
@@ -41,13 +46,74 @@ impl Features {
     pub fn rows(&self) -> impl Iterator<Item = &[f32]> {
         self.values.chunks_exact(self.width)
     }
+
+    fn push(&mut self, row: &[f32], class: usize, content: [u8; 32], path: PathBuf) {
+        self.values.extend_from_slice(row);
+        self.classes.push(class);
+        self.contents.push(content);
+        self.paths.push(path);
+    }
+
+    /// Those rows that `keep` wants; the reasons it gives for the others are kept.
+    fn filtered(self, keep: impl Fn(usize) -> Result<(), String>) -> Self {
+        let mut kept = Features { width: self.width, left_out: self.left_out.clone(), ..Features::default() };
+        for i in 0..self.len() {
+            match keep(i) {
+                Ok(()) => kept.push(self.row(i), self.classes[i], self.contents[i], self.paths[i].clone()),
+                Err(reason) => kept.left_out.push((self.paths[i].clone(), reason)),
+            }
+        }
+        kept
+    }
+
+    /// Leaves out what stands there more than once: of equal files of one class all but the first, of equal
+    /// files of different classes all, and what stands in `other` as well.
+    pub fn without_doubles(self, other: Option<&Features>) -> Self {
+        let mut of_content: HashMap<[u8; 32], Vec<usize>> = HashMap::new();
+        for (i, content) in self.contents.iter().enumerate() {
+            of_content.entry(*content).or_default().push(i);
+        }
+        let elsewhere: HashMap<&[u8; 32], &PathBuf> =
+            other.map(|other| other.contents.iter().zip(&other.paths).collect()).unwrap_or_default();
+        let (classes, contents, paths) = (self.classes.clone(), self.contents.clone(), self.paths.clone());
+        self.filtered(|i| {
+            if let Some(path) = elsewhere.get(&contents[i]) {
+                return Err(format!("the same file as {}", path.display()));
+            }
+            let equal = &of_content[&contents[i]];
+            if let Some(rival) = equal.iter().find(|rival| classes[**rival] != classes[i]) {
+                return Err(format!("the same file as {}, of another class", paths[*rival].display()));
+            }
+            if equal[0] != i {
+                return Err(format!("the same file as {}", paths[equal[0]].display()));
+            }
+            Ok(())
+        })
+    }
+
+    /// Splits off about the given share, 0–1, for validation. A photograph's content alone decides where it
+    /// belongs: adding others moves none, and each class gives its share.
+    pub fn split(self, share: f64) -> (Self, Self) {
+        let in_val: Vec<bool> = self.contents.iter().map(|content| place(content) < share).collect();
+        let mut train = Features { width: self.width, left_out: self.left_out.clone(), ..Features::default() };
+        let mut val = Features { width: self.width, ..Features::default() };
+        for (i, in_val) in in_val.into_iter().enumerate() {
+            let side = if in_val { &mut val } else { &mut train };
+            side.push(self.row(i), self.classes[i], self.contents[i], self.paths[i].clone());
+        }
+        (train, val)
+    }
 }
 
-/// One photograph's vector and hash, or why there is none.
-type Extracted = Result<(Vec<f32>, [u8; 32]), String>;
+/// A number from 0 to 1 that follows from a file's content.
+fn place(content: &[u8; 32]) -> f64 {
+    let [a, b, c, d, e, f, ..] = *content;
+    // 48 bits, which f64 holds exactly.
+    u64::from_be_bytes([0, 0, a, b, c, d, e, f]) as f64 / (1u64 << 48) as f64
+}
 
 /// Decodes each photograph once and runs the backbone on it, on `threads` threads. `progress` is told
-/// how many are done, from whichever thread did the last one.
+/// how many are done.
 pub fn extract(
     backbone: &Backbone,
     preprocess: &Preprocess,
@@ -55,51 +121,91 @@ pub fn extract(
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<Features, BackboneError> {
-    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let work = || -> Result<Vec<(usize, Extracted)>, BackboneError> {
-        let mut session = backbone.session()?;
-        let mut preprocessor = Preprocessor::new(preprocess.clone());
-        let mut input = vec![0.0; preprocess.input_len()];
-        let mut extracted = Vec::new();
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            let Some(image) = images.get(i) else { return Ok(extracted) };
-            let one = match decode::read_file(&image.path).and_then(|b| Ok((decode::encoded(&b)?, b))) {
-                Ok((pixels, bytes)) => {
-                    preprocessor.run(&pixels, &mut input);
-                    Ok((session.features(&input)?, Sha256::digest(&bytes).into()))
-                }
-                Err(error) => Err(error.to_string()),
-            };
-            extracted.push((i, one));
-            progress(done.fetch_add(1, Ordering::Relaxed) + 1);
-        }
+    let init = || {
+        let preprocessor = Preprocessor::new(preprocess.clone());
+        Ok((backbone.session()?, preprocessor, vec![0.0; preprocess.input_len()]))
     };
-    let mut extracted = thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads.max(1))
-            .map(|n| {
-                let builder = thread::Builder::new().name(format!("features-{n}"));
-                builder.spawn_scoped(scope, work).expect("the system gives a thread a core")
-            })
-            .collect();
-        let mut all = Vec::with_capacity(images.len());
-        for worker in workers {
-            all.extend(worker.join().expect("a worker returns its errors")?);
-        }
-        Ok::<_, BackboneError>(all)
-    })?;
-    extracted.sort_by_key(|(i, _)| *i);
-
+    let extracted = pool::map(
+        images.len(),
+        threads,
+        "features",
+        init,
+        |(session, preprocessor, input), i| {
+            let (pixels, content) = match read(&images[i]) {
+                Ok(read) => read,
+                Err(reason) => return Ok(Err(reason)),
+            };
+            preprocessor.run(&pixels, input);
+            Ok(Ok((session.features(input)?, content)))
+        },
+        progress,
+    )?;
     let mut features = Features { width: backbone.width(), ..Features::default() };
-    for (i, one) in extracted {
+    for (image, one) in images.iter().zip(extracted) {
         match one {
-            Ok((values, content)) => {
-                features.values.extend(values);
-                features.classes.push(images[i].class);
-                features.contents.push(content);
-            }
-            Err(reason) => features.left_out.push((images[i].path.clone(), reason)),
+            Ok((row, content)) => features.push(&row, image.class, content, image.path.clone()),
+            Err(reason) => features.left_out.push((image.path.clone(), reason)),
         }
     }
     Ok(features)
+}
+
+/// A photograph's pixels and the SHA-256 of its file; or why it is of no use.
+pub fn read(image: &Labelled) -> Result<(image::RgbImage, [u8; 32]), String> {
+    let bytes = decode::read_file(&image.path).map_err(|e| e.to_string())?;
+    let pixels = decode::encoded(&bytes).map_err(|e| e.to_string())?;
+    let (width, height) = pixels.dimensions();
+    if width.min(height) < SIDE_MIN {
+        return Err(format!("{width}×{height} pixels, fewer than {SIDE_MIN} a side"));
+    }
+    Ok((pixels, Sha256::digest(&bytes).into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn features(rows: &[(u8, usize)]) -> Features {
+        let mut features = Features { width: 1, ..Features::default() };
+        for (i, (content, class)) in rows.iter().enumerate() {
+            features.push(&[f32::from(*content)], *class, Sha256::digest([*content]).into(), format!("{i}.jpg").into());
+        }
+        features
+    }
+
+    fn names(features: &Features) -> Vec<String> {
+        features.paths.iter().map(|path| path.display().to_string()).collect()
+    }
+
+    #[test]
+    fn doubles_are_left_out_and_named() {
+        let set = features(&[(1, 0), (1, 0), (2, 0), (2, 1), (3, 1)]).without_doubles(None);
+        assert_eq!(names(&set), ["0.jpg", "4.jpg"]);
+        assert_eq!(set.values, [1.0, 3.0]);
+        let reasons: Vec<_> = set.left_out.iter().map(|(path, why)| format!("{}: {why}", path.display())).collect();
+        assert_eq!(
+            reasons,
+            [
+                "1.jpg: the same file as 0.jpg",
+                "2.jpg: the same file as 3.jpg, of another class",
+                "3.jpg: the same file as 2.jpg, of another class",
+            ]
+        );
+        let val = features(&[(3, 1)]);
+        assert_eq!(names(&set.without_doubles(Some(&val))), ["0.jpg"], "what is measured on is not learned from");
+    }
+
+    #[test]
+    fn a_split_is_about_the_share_and_adding_moves_nothing() {
+        let rows: Vec<(u8, usize)> = (0..=200).map(|i| (i, usize::from(i % 2))).collect();
+        let (train, val) = features(&rows).split(0.2);
+        assert_eq!(train.len() + val.len(), 201);
+        assert!((25..=55).contains(&val.len()), "{} of 201", val.len());
+        let more: Vec<(u8, usize)> = (0..=250).map(|i| (i, usize::from(i % 2))).collect();
+        let (_, more_val) = features(&more).split(0.2);
+        assert!(val.contents.iter().all(|content| more_val.contents.contains(content)));
+        assert!(more_val.contents[..val.len()] == val.contents, "and in the same order");
+        let (all, none) = features(&rows).split(0.0);
+        assert_eq!((all.len(), none.len()), (201, 0));
+    }
 }

@@ -24,11 +24,19 @@ use crate::vision::{Backbone, BackboneError, Head, Labels, Preprocess, Subspace}
 /// things pass; with more, the bundle grows and nothing is gained.
 const RANK: usize = 128;
 
+/// What a run measures on.
+#[derive(Debug, Clone)]
+pub enum Val {
+    Folder(PathBuf),
+    /// A share of the dataset, 0–1, told apart by the photographs' contents.
+    Fraction(f64),
+}
+
 /// What a run is asked for.
 #[derive(Debug, Clone)]
 pub struct Training {
     pub dataset: PathBuf,
-    pub val: PathBuf,
+    pub val: Val,
     pub out: PathBuf,
     pub name: String,
     pub sgd: Sgd,
@@ -64,8 +72,8 @@ pub enum TrainError {
     Dataset(#[from] DatasetError),
     #[error(transparent)]
     Backbone(#[from] BackboneError),
-    #[error("{path}: no image of the class {class} could be decoded")]
-    NothingLeft { path: PathBuf, class: String },
+    #[error("{path}: of the class {class} no image is left to {purpose}")]
+    NothingLeft { path: PathBuf, class: String, purpose: &'static str },
     #[error("training gave no usable head: {0}; a smaller learning rate may help")]
     Diverged(#[from] HeadError),
     #[error("training gave no usable subspace: {0}")]
@@ -79,21 +87,10 @@ pub enum TrainError {
 /// Trains a head on frozen features and writes `OUT/model.bloom` and `OUT/metrics.json`.
 pub fn train(training: &Training, progress: &(dyn Fn(Progress) + Sync)) -> Result<Trained, TrainError> {
     let dataset = Dataset::read(&training.dataset)?;
-    let val = Dataset::read(&training.val)?;
-    val.expect_classes(&dataset.classes, &training.val)?;
     let writable = |e: std::io::Error| TrainError::Write { path: training.out.clone(), reason: e.to_string() };
     fs::create_dir_all(&training.out).map_err(writable)?;
-
     let (backbone, preprocess) = (Backbone::built_in()?, Preprocess::mobilenet_v2());
-    let of = dataset.images.len() + val.images.len();
-    let features_of = |set: &Dataset, path: &Path, before: usize| -> Result<Features, TrainError> {
-        let tell = |done| progress(Progress::Features { done: before + done, of });
-        let features = extract(&backbone, &preprocess, &set.images, training.threads, &tell)?;
-        every_class_is_there(&features, &dataset.classes, path)?;
-        Ok(features)
-    };
-    let train_features = features_of(&dataset, &training.dataset, 0)?;
-    let val_features = features_of(&val, &training.val, dataset.images.len())?;
+    let (train_features, val_features) = features(training, &dataset, &backbone, &preprocess, progress)?;
 
     let classes = dataset.classes.names().len();
     let layer = sgd::fit(&train_features, classes, &training.sgd, &mut |epoch, loss| {
@@ -114,16 +111,51 @@ pub fn train(training: &Training, progress: &(dyn Fn(Progress) + Sync)) -> Resul
     Ok(Trained { bundle, evaluation, train_images, left_out })
 }
 
+/// Of the photographs to learn from, and of those to measure on; none stands in both.
+fn features(
+    training: &Training,
+    dataset: &Dataset,
+    backbone: &Backbone,
+    preprocess: &Preprocess,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<(Features, Features), TrainError> {
+    let extract_of = |set: &Dataset, before: usize, of: usize| {
+        let tell = |done| progress(Progress::Features { done: before + done, of });
+        Ok::<_, TrainError>(extract(backbone, preprocess, &set.images, training.threads, &tell)?.without_doubles(None))
+    };
+    let (train, val, val_path) = match &training.val {
+        Val::Folder(path) => {
+            let set = Dataset::read(path)?;
+            set.expect_classes(&dataset.classes, path)?;
+            let of = dataset.images.len() + set.images.len();
+            let (train, val) = (extract_of(dataset, 0, of)?, extract_of(&set, dataset.images.len(), of)?);
+            (train.without_doubles(Some(&val)), val, path)
+        }
+        Val::Fraction(share) => {
+            let (train, val) = extract_of(dataset, 0, dataset.images.len())?.split(*share);
+            (train, val, &training.dataset)
+        }
+    };
+    every_class_is_there(&train, &dataset.classes, &training.dataset, "learn from")?;
+    every_class_is_there(&val, &dataset.classes, val_path, "measure on")?;
+    Ok((train, val))
+}
+
 /// The figures of a skill on photographs whose features are known.
 pub fn evaluate(skill: &Skill, features: &Features) -> Evaluation {
     let predictions: Vec<_> = features.rows().map(|row| skill.judge(row)).collect();
     Evaluation::new(&skill.labels, &predictions, &features.classes)
 }
 
-fn every_class_is_there(features: &Features, labels: &Labels, path: &Path) -> Result<(), TrainError> {
+fn every_class_is_there(
+    features: &Features,
+    labels: &Labels,
+    path: &Path,
+    purpose: &'static str,
+) -> Result<(), TrainError> {
     for (class, name) in labels.names().iter().enumerate() {
         if !features.classes.contains(&class) {
-            return Err(TrainError::NothingLeft { path: path.into(), class: name.clone() });
+            return Err(TrainError::NothingLeft { path: path.into(), class: name.clone(), purpose });
         }
     }
     Ok(())

@@ -93,8 +93,33 @@ fn a_dataset_that_is_none_is_named() {
         fs::write(path("two").join(class).join("broken.jpg"), "x").unwrap();
     }
     let (code, text) = train("two");
-    assert!(code == 1 && text.contains("two: no image of the class daisy could be decoded"), "{code} {text}");
+    assert!(code == 1 && text.contains("two: of the class daisy no image is left to learn from"), "{code} {text}");
     assert!(!path("run/model.bloom").exists(), "no bundle that could be taken for a finished one");
+}
+
+#[test]
+fn a_share_of_the_photographs_is_split_off_and_doubles_are_left_out() {
+    let Some(folder) = photographs("a_share_of_the_photographs_is_split_off_and_doubles_are_left_out") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    dataset(&folder, &path("photos"), 0, 20);
+    let double = of_class(&folder, "daisy", 1).remove(0);
+    fs::copy(&double, path("photos/daisy/zz-again.jpg")).unwrap();
+    let run = output(bloomcast().arg("train").arg(path("photos")).arg("--out").arg(path("run")));
+    let text = String::from_utf8(run.stderr).unwrap();
+    assert!(run.status.success(), "{text}");
+    assert!(text.contains("zz-again.jpg: the same file as "), "{text}");
+    let metrics: serde_json::Value = serde_json::from_slice(&fs::read(path("run/metrics.json")).unwrap()).unwrap();
+    let held_out = metrics["images"].as_u64().unwrap();
+    assert!((4..=24).contains(&held_out), "about a fifth of 60: {held_out}");
+
+    let check = output(bloomcast().args(["dataset", "check", "--json"]).arg(path("photos")));
+    assert_eq!(check.status.code(), Some(1), "something was found");
+    let found: serde_json::Value = serde_json::from_slice(&check.stdout).unwrap();
+    assert_eq!((&found["images"], found["findings"].as_array().unwrap().len()), (&61.into(), 1));
+    assert!(found["findings"][0]["file"].as_str().unwrap().ends_with("zz-again.jpg"));
+    fs::remove_file(path("photos/daisy/zz-again.jpg")).unwrap();
+    assert!(output(bloomcast().args(["dataset", "check"]).arg(path("photos"))).status.success());
 }
 
 #[test]
