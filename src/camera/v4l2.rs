@@ -16,6 +16,7 @@ use nix::sys::pthread::pthread_kill;
 use nix::sys::signal::Signal;
 use nokhwa::Camera;
 use nokhwa::utils::{CameraFormat, CameraIndex, FrameFormat, RequestedFormat, RequestedFormatType, Resolution};
+use signal_hook::SigId;
 use tracing::{info, warn};
 
 use super::{CameraError, Frame, FrameSource, Layout, Next, Picture, PixelFormat, jpeg};
@@ -38,6 +39,8 @@ pub struct V4l2 {
     path: String,
     wanted: Wanted,
     capture: Option<Capture>,
+    /// The handler of the signal that wakes a capture, from the first opening on.
+    handler: Option<SigId>,
 }
 
 struct Capture {
@@ -47,7 +50,7 @@ struct Capture {
 
 impl V4l2 {
     pub fn new(path: String, wanted: Wanted) -> Self {
-        V4l2 { path, wanted, capture: None }
+        V4l2 { path, wanted, capture: None, handler: None }
     }
 }
 
@@ -55,8 +58,11 @@ impl FrameSource for V4l2 {
     fn open(&mut self) -> Result<(), CameraError> {
         self.close();
         let failed = |e: std::io::Error| CameraError::Thread { name: "v4l2", reason: e.to_string() };
-        // Without a handler the signal would end the program. What it sets is of no interest.
-        signal_hook::flag::register(Signal::SIGUSR1 as i32, Arc::new(AtomicBool::new(false))).map_err(failed)?;
+        if self.handler.is_none() {
+            // Without a handler the signal would end the program. What it sets is of no interest.
+            let handler = signal_hook::flag::register(Signal::SIGUSR1 as i32, Arc::new(AtomicBool::new(false)));
+            self.handler = Some(handler.map_err(failed)?);
+        }
         let (sender, grabbed) = sync_channel(1);
         let (path, wanted) = (self.path.clone(), self.wanted.clone());
         let capture = move || {

@@ -93,9 +93,9 @@ impl Link {
     /// Keeps connecting until `stop` is set (or its sender dropped), then says farewell.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let mut pause = self.settings.reconnect_min;
-        loop {
+        let wire = loop {
             let lasted = match self.connection(&mut stop).await {
-                Ok(()) => break,
+                Ok(wire) => break wire,
                 Err(Broken { reason, lasted }) => {
                     let (host, port) = (&self.settings.host, self.settings.port);
                     warn!("broker {host}:{port}: {reason}");
@@ -109,13 +109,13 @@ impl Link {
             info!("connecting again in {} ms", jittered.as_millis());
             tokio::select! {
                 () = sleep(jittered) => {}
-                () = stopped(&mut stop) => break,
+                () = stopped(&mut stop) => break None,
             }
             pause = (pause * 2).min(self.settings.reconnect_max);
-        }
-        if !self.outbox.is_empty() {
-            // There was no connection at the end, or it broke: a last try, in the same time.
-            let _ = timeout(self.settings.farewell, self.last_words()).await;
+        };
+        let farewell = self.settings.farewell;
+        if timeout(farewell, self.last_words(wire)).await.is_err() {
+            warn!("the broker did not take the farewell within {} ms", farewell.as_millis());
         }
         if !self.outbox.is_empty() {
             error!("{} events were not acknowledged by the broker and are lost", self.outbox.len());
@@ -123,34 +123,46 @@ impl Link {
         }
     }
 
-    /// One connection, from its first byte to its last; `Ok` where it ended because of `stop`.
-    async fn connection(&mut self, stop: &mut watch::Receiver<bool>) -> Result<(), Broken> {
-        self.outbox.rewind();
-        let mut wire = Wire::connect(&self.settings, &self.topics);
+    /// One connection until it breaks, or until `stop` is set; then what stands of it.
+    async fn connection(&mut self, stop: &mut watch::Receiver<bool>) -> Result<Option<Wire>, Broken> {
+        let mut wire = self.dial();
         tokio::select! {
             greeted = wire.greeted() => greeted.map_err(|reason| Broken { reason, lasted: Duration::ZERO })?,
-            () = stopped(stop) => return Ok(()),
+            () = stopped(stop) => return Ok(None),
         }
         let began = Instant::now();
         self.counters.connections.add(1);
         info!("connected to {}:{} as {}", self.settings.host, self.settings.port, self.topics.device());
-        self.talk(&mut wire, stop).await.map_err(|reason| Broken { reason, lasted: began.elapsed() })
+        match self.talk(&mut wire, stop).await {
+            Ok(()) => Ok(Some(wire)),
+            Err(reason) => Err(Broken { reason, lasted: began.elapsed() }),
+        }
     }
 
-    /// Connects once more, only to say what is left.
-    async fn last_words(&mut self) {
-        loop {
-            self.outbox.rewind();
-            let mut wire = Wire::connect(&self.settings, &self.topics);
+    /// Begins a new connection, on which nothing is under way.
+    fn dial(&self) -> Wire {
+        self.outbox.rewind();
+        Wire::connect(&self.settings, &self.topics)
+    }
+
+    /// Says farewell on the connection that stands. Where there is none, or it breaks, and events are left,
+    /// connects again to say them, until somebody's patience is over.
+    async fn last_words(&mut self, wire: Option<Wire>) {
+        if let Some(mut wire) = wire
+            && let Err(reason) = self.farewell(&mut wire).await
+        {
+            debug!("{reason}");
+        }
+        while !self.outbox.is_empty() {
+            let mut wire = self.dial();
             let said = match wire.greeted().await {
                 Ok(()) => self.farewell(&mut wire).await,
                 Err(reason) => Err(reason),
             };
-            match said {
-                Ok(()) => return,
-                Err(reason) => debug!("{reason}"),
+            if let Err(reason) = said {
+                debug!("{reason}");
+                sleep(self.settings.reconnect_min / 2).await;
             }
-            sleep(self.settings.reconnect_min / 2).await;
         }
     }
 
@@ -168,15 +180,7 @@ impl Link {
                 event = wire.next() => self.heard(wire, event?)?,
                 Ok(()) = self.state.changed(), if !wire.under_way(Parcel::State) => self.send_state(wire)?,
                 () = self.outbox.changed() => self.send_events(wire)?,
-                () = stopped(stop) => break,
-            }
-        }
-        let farewell = self.settings.farewell;
-        match timeout(farewell, self.farewell(wire)).await {
-            Ok(said) => said,
-            Err(_) => {
-                warn!("the broker did not take the farewell within {} ms", farewell.as_millis());
-                Ok(())
+                () = stopped(stop) => return Ok(()),
             }
         }
     }

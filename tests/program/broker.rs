@@ -47,6 +47,10 @@ impl Mosquitto {
         wait_for_port(self.port);
     }
 
+    pub fn signal(&self, name: &str) {
+        self.process.as_ref().expect("was started").signal(name);
+    }
+
     pub fn kill(&mut self) {
         self.process.take().expect("was started").kill();
     }

@@ -281,6 +281,23 @@ fn what_is_left_at_the_end_is_said_on_a_last_connection() {
 }
 
 #[test]
+fn a_broker_that_stands_still_does_not_hold_up_the_end() {
+    let Some(folder) = photographs("a_broker_that_stands_still_does_not_hold_up_the_end") else { return };
+    let broker = Mosquitto::started(None);
+    let (_dir, images) = turns(&folder);
+    let mut daemon = Process::start(&mut daemon(broker.port, &images, &[]));
+    daemon.line("connected to");
+    broker.signal("STOP");
+    // What is decided from now on is acknowledged by nobody.
+    let events = logged_ids(&daemon).len() + 1;
+    daemon.lines_with(" event ", events);
+    daemon.signal("TERM");
+    assert_eq!(daemon.ended(Duration::from_secs(2)).code(), Some(0), "{}", daemon.log());
+    daemon.line("the broker did not take the farewell within 1000 ms");
+    daemon.line("events were not acknowledged by the broker and are lost");
+}
+
+#[test]
 fn broken_and_giant_images_are_counted_and_skipped() {
     let Some(folder) = photographs("broken_and_giant_images_are_counted_and_skipped") else { return };
     let broker = Mosquitto::started(None);
