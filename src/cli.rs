@@ -304,9 +304,7 @@ fn train(args: TrainArgs) -> Result<(), Failure> {
         created_at: created_at()?,
     };
     let trained = train::train(&training, &show_progress)?;
-    for (path, reason) in &trained.left_out {
-        eprintln!("left out: {}: {reason}", path.display());
-    }
+    name_left_out(&trained.left_out);
     let mut out = std::io::stdout().lock();
     write!(out, "{}", trained.evaluation)?;
     writeln!(out, "{}: trained on {} photographs", args.out.join("model.bloom").display(), trained.train_images)?;
@@ -332,15 +330,13 @@ fn dataset_check(args: &DatasetCheckArgs) -> Result<(), Failure> {
 fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let bundle = bundle(args.model.as_deref())?;
     let backbone = Backbone::built_in()?;
-    bundle.classifier(&backbone)?;
+    bundle.expect(&backbone)?;
     let dataset = Dataset::read(&args.dataset)?;
     dataset.expect_classes(&bundle.manifest().classes, &args.dataset)?;
     let of = dataset.images.len();
     let progress = |done| show_progress(Progress::Features { done, of });
     let features = features::extract(&backbone, &bundle.manifest().preprocess, &dataset.images, cores(), &progress)?;
-    for (path, reason) in &features.left_out {
-        eprintln!("left out: {}: {reason}", path.display());
-    }
+    name_left_out(&features.left_out);
     if features.is_empty() {
         return Err(anyhow!("{}: no image could be decoded", args.dataset.display()).into());
     }
@@ -351,6 +347,12 @@ fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let mut bench = Bench::new(&bundle(args.model.as_deref())?)?;
     let report = bench.run(args.image.as_deref(), args.runs as usize)?;
     show(&report, args.json)
+}
+
+fn name_left_out(left_out: &[(PathBuf, String)]) {
+    for (path, reason) in left_out {
+        eprintln!("left out: {}: {reason}", path.display());
+    }
 }
 
 /// A result for people, or as the one JSON document on standard output.

@@ -70,7 +70,7 @@ impl Watcher {
             self.obey();
             match self.mailbox.take(IDLE) {
                 Taken::News(News::Frame(frame)) => self.look(frame),
-                Taken::News(News::Lost { at, .. }) => self.see_nothing(at, false),
+                Taken::News(News::Lost { at }) => self.see_nothing(at, false),
                 Taken::Nothing => {}
                 Taken::Ended => return info!("the camera has no more frames"),
             }

@@ -120,6 +120,7 @@ impl Manifest {
                 return Err(format!("{key}: expected 1 to {NAME_BYTES_MAX} bytes without control characters"));
             }
         }
+        manifest.preprocess.check().map_err(|e| e.to_string())?;
         Ok(manifest)
     }
 

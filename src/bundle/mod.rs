@@ -71,7 +71,6 @@ impl Bundle {
         let mut members = archive::unpack(bytes).map_err(archive)?;
         let manifest = members.take(manifest::NAME).map_err(archive)?;
         let manifest = Manifest::from_json(&manifest).map_err(|e| content(format!("{}: {e}", manifest::NAME)))?;
-        manifest.preprocess.check().map_err(|e| content(format!("{}: {e}", manifest::NAME)))?;
         let numbers = members.take(HEAD).map_err(archive)?;
         members.expect_none().map_err(archive)?;
         manifest.check_members(&[(HEAD, &numbers)]).map_err(content)?;
@@ -108,6 +107,12 @@ impl Bundle {
 
     /// The model at work on `backbone`; refused where it was made for another.
     pub fn classifier(&self, backbone: &Backbone) -> Result<Classifier, BundleError> {
+        self.expect(backbone)?;
+        Ok(Classifier::new(backbone, self.skill())?)
+    }
+
+    /// Refuses a backbone that the model was not made for.
+    pub fn expect(&self, backbone: &Backbone) -> Result<(), BundleError> {
         let wanted = &self.manifest.backbone;
         let preprocess = &self.manifest.preprocess;
         if preprocess.size as usize != backbone.input_size() || wanted.feature != FEATURES {
@@ -129,7 +134,7 @@ impl Bundle {
                 given: shown(backbone.name(), backbone.sha256()),
             });
         }
-        Ok(Classifier::new(backbone, self.skill())?)
+        Ok(())
     }
 
     /// What the classifier needs of it.

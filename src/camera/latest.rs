@@ -12,7 +12,6 @@ pub enum News {
     /// The camera gives no frames since `at`; it is being reopened.
     Lost {
         at: SystemTime,
-        reason: String,
     },
 }
 

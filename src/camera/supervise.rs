@@ -57,7 +57,7 @@ pub fn watch(source: &mut dyn FrameSource, rules: &Supervisor, mailbox: &Sender,
         }
         counters.camera_failures.add(1);
         warn!("{error}; opening again in {} ms", pause.as_millis());
-        let lost = News::Lost { at: SystemTime::now(), reason: error.to_string() };
+        let lost = News::Lost { at: SystemTime::now() };
         if mailbox.publish(lost).is_err() || mailbox.closed_within(pause) {
             return;
         }

@@ -2,14 +2,15 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 use config::builder::DefaultState;
 use config::{ConfigBuilder, Environment, FileFormat};
 use serde::de::DeserializeOwned;
-use toml_edit::{Document, Item};
+use toml_edit::{Document, TableLike};
 
-use super::{ConfigError, DEFAULTS};
+use super::ConfigError;
 
 /// `BLOOMCAST__CAMERA__DEVICE=/dev/video2`
 const ENV_PREFIX: &str = "BLOOMCAST";
@@ -23,23 +24,24 @@ pub fn merge<T: DeserializeOwned>(
     environment: impl Iterator<Item = (String, String)>,
     overrides: &[String],
 ) -> Result<T, ConfigError> {
-    let mut places = Places::default();
+    let (known, mut places) = (Known::of(defaults), Places::default());
     let mut builder = config::Config::builder().add_source(config::File::from_str(defaults, FileFormat::Toml));
     if let Some(path) = file {
         let text =
             fs::read_to_string(path).map_err(|e| ConfigError::Read { path: path.into(), reason: e.to_string() })?;
-        refuse_unknown_keys(path, &text)?;
+        known.expect_file(path, &text)?;
         builder = builder.add_source(config::File::from_str(&text, FileFormat::Toml));
         places.file = Some((path, text));
     }
-    builder = builder.add_source(variables(environment, &mut places)?);
-    builder = flags(builder, overrides, &mut places)?;
+    builder = builder.add_source(variables(environment, &known, &mut places)?);
+    builder = flags(builder, overrides, &known, &mut places)?;
     let merged = builder.build().map_err(|e| ConfigError::Value(e.to_string()))?;
     merged.try_deserialize().map_err(|e| places.wrong_value(&e))
 }
 
 fn variables(
     environment: impl Iterator<Item = (String, String)>,
+    known: &Known,
     places: &mut Places<'_>,
 ) -> Result<Environment, ConfigError> {
     let prefix = format!("{ENV_PREFIX}{ENV_SEPARATOR}");
@@ -47,7 +49,7 @@ fn variables(
     for name in ours.keys() {
         let key = name[prefix.len()..].to_lowercase().replace(ENV_SEPARATOR, ".");
         let place = format!("the environment's {name}");
-        refuse_unknown(&key, place.clone())?;
+        known.expect(&key, || place.clone())?;
         places.outer.push((key, place));
     }
     let source = Environment::with_prefix(ENV_PREFIX).prefix_separator(ENV_SEPARATOR).separator(ENV_SEPARATOR);
@@ -57,6 +59,7 @@ fn variables(
 fn flags(
     mut builder: ConfigBuilder<DefaultState>,
     overrides: &[String],
+    known: &Known,
     places: &mut Places<'_>,
 ) -> Result<ConfigBuilder<DefaultState>, ConfigError> {
     for text in overrides {
@@ -64,7 +67,7 @@ fn flags(
         let (key, value) = text.split_once('=').ok_or_else(|| {
             ConfigError::Value(format!("{place}: expected KEY=VALUE, like camera.device=/dev/video2"))
         })?;
-        refuse_unknown(key, place.clone())?;
+        known.expect(key, || place.clone())?;
         builder = builder.set_override(key, value).map_err(|e| ConfigError::Value(e.to_string()))?;
         places.outer.push((key.to_owned(), place));
     }
@@ -109,68 +112,65 @@ impl Places<'_> {
     }
 }
 
-/// Walks the file's keys beside the defaults' and names the first one that is not there.
-fn refuse_unknown_keys(path: &Path, text: &str) -> Result<(), ConfigError> {
-    let document = Document::parse(text).map_err(|e| {
-        let place = match e.span() {
+/// Every key of the defaults.
+struct Known(Vec<String>);
+
+impl Known {
+    fn of(defaults: &str) -> Self {
+        let defaults = Document::parse(defaults).expect("the defaults inside the program are TOML");
+        let mut keys = Vec::new();
+        walk("", defaults.as_table(), &mut |key, _| keys.push(key.to_owned()));
+        Known(keys)
+    }
+
+    /// Names the first key of a file that is not among them, with its line.
+    fn expect_file(&self, path: &Path, text: &str) -> Result<(), ConfigError> {
+        let at = |span: Option<Range<usize>>| match span {
             Some(span) => format!("{}:{}", path.display(), line_of(text, span.start)),
             None => path.display().to_string(),
         };
-        ConfigError::Syntax { place, reason: e.message().trim().to_owned() }
-    })?;
-    let mut stack = vec![(String::new(), document.as_table() as &dyn toml_edit::TableLike)];
-    while let Some((prefix, table)) = stack.pop() {
-        for (name, item) in table.iter() {
-            let key = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
-            let span = table.get_key_value(name).and_then(|(key, _)| key.span()).or(item.span());
-            let line = span.map_or(1, |span| line_of(text, span.start));
-            refuse_unknown(&key, format!("{}:{line}", path.display()))?;
-            if let Some(inner) = item.as_table_like() {
-                stack.push((key, inner));
+        let document = Document::parse(text)
+            .map_err(|e| ConfigError::Syntax { place: at(e.span()), reason: e.message().trim().to_owned() })?;
+        let mut found = Ok(());
+        walk("", document.as_table(), &mut |key, span| {
+            if found.is_ok() {
+                found = self.expect(key, || at(span));
             }
+        });
+        found
+    }
+
+    /// Refuses a key that is neither among them nor a threshold of a single class, whose names are free.
+    fn expect(&self, key: &str, place: impl FnOnce() -> String) -> Result<(), ConfigError> {
+        let threshold = |class: &str| matches!(class.rsplit_once('.'), None | Some((_, "enter" | "leave")));
+        let free = key == "decide.classes" || key.strip_prefix("decide.classes.").is_some_and(threshold);
+        if free || self.0.iter().any(|known| known == key) {
+            return Ok(());
+        }
+        let nearest = self
+            .0
+            .iter()
+            .map(|known| (distance(known, key), known))
+            .min_by_key(|(far, _)| *far)
+            .filter(|(far, _)| *far <= 3);
+        let hint = nearest.map_or(String::new(), |(_, nearest)| format!(", did you mean `{nearest}`?"));
+        Err(ConfigError::Unknown { place: place(), key: key.into(), hint })
+    }
+}
+
+/// Visits every key below `table`, a table's before those in it, each with its place in the text.
+fn walk(prefix: &str, table: &dyn TableLike, visit: &mut dyn FnMut(&str, Option<Range<usize>>)) {
+    for (name, item) in table.iter() {
+        let key = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
+        visit(&key, table.get_key_value(name).and_then(|(key, _)| key.span()).or(item.span()));
+        if let Some(inner) = item.as_table_like() {
+            walk(&key, inner, visit);
         }
     }
-    Ok(())
 }
 
 fn line_of(text: &str, offset: usize) -> usize {
     text.as_bytes()[..offset.min(text.len())].iter().filter(|byte| **byte == b'\n').count() + 1
-}
-
-/// Every key of the defaults, and the thresholds of single classes, whose names are free.
-fn refuse_unknown(key: &str, place: String) -> Result<(), ConfigError> {
-    let known = known_keys();
-    if known.iter().any(|known| known == key) {
-        return Ok(());
-    }
-    if let Some(class) = key.strip_prefix("decide.classes.") {
-        let setting = class.rsplit_once('.').map(|(_, setting)| setting);
-        if matches!(setting, None | Some("enter" | "leave")) {
-            return Ok(());
-        }
-    }
-    if key == "decide.classes" {
-        return Ok(());
-    }
-    let nearest = known.iter().min_by_key(|known| distance(known, key)).filter(|known| distance(known, key) <= 3);
-    let hint = nearest.map_or(String::new(), |nearest| format!(", did you mean `{nearest}`?"));
-    Err(ConfigError::Unknown { place, key: key.into(), hint })
-}
-
-fn known_keys() -> Vec<String> {
-    fn collect(prefix: &str, table: &dyn toml_edit::TableLike, keys: &mut Vec<String>) {
-        for (name, item) in table.iter() {
-            let key = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
-            if let Some(inner) = Item::as_table_like(item) {
-                collect(&key, inner, keys);
-            }
-            keys.push(key);
-        }
-    }
-    let defaults = Document::parse(DEFAULTS).expect("the defaults inside the program are TOML");
-    let mut keys = Vec::new();
-    collect("", defaults.as_table(), &mut keys);
-    keys
 }
 
 /// How many letters must be changed, put in or taken out (Levenshtein).

@@ -54,54 +54,48 @@ impl Features {
         self.paths.push(path);
     }
 
-    /// Those rows that `keep` wants; the reasons it gives for the others are kept.
-    fn filtered(self, keep: impl Fn(usize) -> Result<(), String>) -> Self {
-        let mut kept = Features { width: self.width, left_out: self.left_out.clone(), ..Features::default() };
-        for i in 0..self.len() {
-            match keep(i) {
-                Ok(()) => kept.push(self.row(i), self.classes[i], self.contents[i], self.paths[i].clone()),
-                Err(reason) => kept.left_out.push((self.paths[i].clone(), reason)),
-            }
+    /// Some of the rows, in the order given; nothing is left out of them.
+    fn subset(&self, rows: impl Iterator<Item = usize>) -> Self {
+        let mut subset = Features { width: self.width, ..Features::default() };
+        for i in rows {
+            subset.push(self.row(i), self.classes[i], self.contents[i], self.paths[i].clone());
         }
-        kept
+        subset
     }
 
     /// Leaves out what stands there more than once: of equal files of one class all but the first, of equal
     /// files of different classes all, and what stands in `other` as well.
     pub fn without_doubles(self, other: Option<&Features>) -> Self {
-        let mut of_content: HashMap<[u8; 32], Vec<usize>> = HashMap::new();
+        let mut of_content: HashMap<&[u8; 32], Vec<usize>> = HashMap::new();
         for (i, content) in self.contents.iter().enumerate() {
-            of_content.entry(*content).or_default().push(i);
+            of_content.entry(content).or_default().push(i);
         }
         let elsewhere: HashMap<&[u8; 32], &PathBuf> =
             other.map(|other| other.contents.iter().zip(&other.paths).collect()).unwrap_or_default();
-        let (classes, contents, paths) = (self.classes.clone(), self.contents.clone(), self.paths.clone());
-        self.filtered(|i| {
-            if let Some(path) = elsewhere.get(&contents[i]) {
-                return Err(format!("the same file as {}", path.display()));
+        let double = |i: usize| -> Option<String> {
+            if let Some(path) = elsewhere.get(&self.contents[i]) {
+                return Some(format!("the same file as {}", path.display()));
             }
-            let equal = &of_content[&contents[i]];
-            if let Some(rival) = equal.iter().find(|rival| classes[**rival] != classes[i]) {
-                return Err(format!("the same file as {}, of another class", paths[*rival].display()));
+            let equal = &of_content[&self.contents[i]];
+            if let Some(rival) = equal.iter().find(|rival| self.classes[**rival] != self.classes[i]) {
+                return Some(format!("the same file as {}, of another class", self.paths[*rival].display()));
             }
-            if equal[0] != i {
-                return Err(format!("the same file as {}", paths[equal[0]].display()));
-            }
-            Ok(())
-        })
+            (equal[0] != i).then(|| format!("the same file as {}", self.paths[equal[0]].display()))
+        };
+        let doubles: Vec<Option<String>> = (0..self.len()).map(double).collect();
+        let mut kept = self.subset((0..self.len()).filter(|i| doubles[*i].is_none()));
+        let named = self.paths.into_iter().zip(doubles).filter_map(|(path, reason)| Some((path, reason?)));
+        kept.left_out = self.left_out.into_iter().chain(named).collect();
+        kept
     }
 
     /// Splits off about the given share, 0–1, for validation. A photograph's content alone decides where it
     /// belongs: adding others moves none, and each class gives its share.
     pub fn split(self, share: f64) -> (Self, Self) {
-        let in_val: Vec<bool> = self.contents.iter().map(|content| place(content) < share).collect();
-        let mut train = Features { width: self.width, left_out: self.left_out.clone(), ..Features::default() };
-        let mut val = Features { width: self.width, ..Features::default() };
-        for (i, in_val) in in_val.into_iter().enumerate() {
-            let side = if in_val { &mut val } else { &mut train };
-            side.push(self.row(i), self.classes[i], self.contents[i], self.paths[i].clone());
-        }
-        (train, val)
+        let in_val = |i: &usize| place(&self.contents[*i]) < share;
+        let (val, train): (Vec<usize>, Vec<usize>) = (0..self.len()).partition(in_val);
+        let train = Features { left_out: self.left_out.clone(), ..self.subset(train.into_iter()) };
+        (train, self.subset(val.into_iter()))
     }
 }
 

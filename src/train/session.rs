@@ -174,7 +174,7 @@ fn subspace(training: &Training, train: &Features, val: &Features) -> Result<Sub
     similarities.sort_by(f32::total_cmp);
     let rejected = (training.reject * similarities.len() as f32) as usize;
     let threshold = similarities[rejected.min(similarities.len() - 1)];
-    Subspace::new(train.width, open.basis().to_vec(), threshold)
+    open.with_threshold(threshold)
 }
 
 fn manifest(

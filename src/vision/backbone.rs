@@ -42,7 +42,6 @@ pub struct Backbone {
 pub struct Session {
     name: String,
     input: [usize; 4],
-    width: usize,
     state: State,
 }
 
@@ -99,7 +98,7 @@ impl Backbone {
     pub fn session(&self) -> Result<Session, BackboneError> {
         let state =
             self.plan.spawn().map_err(|e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") })?;
-        Ok(Session { name: self.name.clone(), input: self.input, width: self.width, state })
+        Ok(Session { name: self.name.clone(), input: self.input, state })
     }
 }
 
@@ -113,11 +112,6 @@ fn load(mut onnx: &[u8], input: [usize; 4]) -> TractResult<Arc<Plan>> {
 }
 
 impl Session {
-    /// Numbers in one feature vector.
-    pub fn width(&self) -> usize {
-        self.width
-    }
-
     /// in: `[3, size, size]` f32 as [`super::Preprocessor::run`] writes it; out: `[width]` f32.
     pub fn features(&mut self, input: &[f32]) -> Result<Vec<f32>, BackboneError> {
         self.try_features(input).map_err(|e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") })

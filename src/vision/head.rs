@@ -61,12 +61,6 @@ impl Head {
         self.temperature
     }
 
-    /// The same layer with another temperature.
-    pub fn with_temperature(mut self, temperature: f32) -> Result<Self, HeadError> {
-        self.temperature = temperature;
-        Head::new(self.width, self.weight, self.bias, temperature)
-    }
-
     /// in: `[width]`; out: `[classes]`, before the temperature.
     ///
     /// # Panics

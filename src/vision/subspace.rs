@@ -41,6 +41,11 @@ impl Subspace {
         Ok(Subspace { width, basis, threshold })
     }
 
+    /// The same directions with another threshold.
+    pub fn with_threshold(self, threshold: f32) -> Result<Self, SubspaceError> {
+        Self::new(self.width, self.basis, threshold)
+    }
+
     pub fn width(&self) -> usize {
         self.width
     }

@@ -16,26 +16,28 @@ fn turns(folder: &Path) -> (tempfile::TempDir, std::path::PathBuf) {
     list(&[clear(folder, "daisy", 8), clear(folder, "sunflowers", 8)].concat())
 }
 
+/// A daemon called `pi`, with these settings.
+fn run<'a>(port: u16, settings: impl IntoIterator<Item = &'a str>) -> Command {
+    let mut command = bloomcast();
+    command.args(["run", "--set", "device.name=pi", "--set", &format!("mqtt.port={port}")]);
+    command.args(settings.into_iter().flat_map(|setting| ["--set", setting]));
+    command
+}
+
 /// A daemon that replays `images` fast and decides fast.
 fn daemon(port: u16, images: &Path, settings: &[&str]) -> Command {
-    let mut command = bloomcast();
-    command.arg("run");
+    let images = format!("camera.replay.path={}", images.display());
     let common = [
-        "device.name=pi".to_owned(),
-        "camera.source=replay".into(),
-        format!("camera.replay.path={}", images.display()),
-        "camera.interval_ms=60".into(),
-        "decide.smoothing_ms=120".into(),
-        "decide.enter_dwell_ms=60".into(),
-        "decide.leave_dwell_ms=400".into(),
-        format!("mqtt.port={port}"),
-        "mqtt.reconnect_ms_min=200".into(),
-        "mqtt.reconnect_ms_max=400".into(),
+        "camera.source=replay",
+        &images,
+        "camera.interval_ms=60",
+        "decide.smoothing_ms=120",
+        "decide.enter_dwell_ms=60",
+        "decide.leave_dwell_ms=400",
+        "mqtt.reconnect_ms_min=200",
+        "mqtt.reconnect_ms_max=400",
     ];
-    for setting in common.iter().map(String::as_str).chain(settings.iter().copied()) {
-        command.args(["--set", setting]);
-    }
-    command
+    run(port, common.into_iter().chain(settings.iter().copied()))
 }
 
 /// The ids of the events that the daemon logged.
@@ -397,13 +399,8 @@ fn check_finds_a_good_configuration_good_and_an_absent_camera_bad() {
 fn an_absent_camera_is_told_and_tried_again() {
     let broker = Mosquitto::started(None);
     let listener = Listener::connect(broker.port);
-    let mut command = bloomcast();
-    command.arg("run");
-    let port = format!("mqtt.port={}", broker.port);
-    for setting in [port.as_str(), "device.name=pi", "camera.device=/dev/video-none", "camera.reopen_ms_min=20"] {
-        command.args(["--set", setting]);
-    }
-    let daemon = Process::start(&mut command);
+    let settings = ["camera.device=/dev/video-none", "camera.reopen_ms_min=20"];
+    let daemon = Process::start(&mut run(broker.port, settings));
     let state = listener.wait("/state", |_| true);
     assert_eq!((&state["class"], &state["camera_ok"]), (&"unknown".into(), &false.into()));
     listener.wait("/status", |status| status == "online");
@@ -426,22 +423,16 @@ fn a_child_that_writes_motion_jpeg_is_a_camera() {
     );
     std::fs::write(&script, text).unwrap();
     assert!(Command::new("chmod").arg("+x").arg(&script).status().unwrap().success());
-    let mut command = bloomcast();
-    command.arg("run");
+    let command = format!("camera.rpicam.command={}", script.display());
     let settings = [
-        format!("mqtt.port={}", broker.port),
-        "device.name=pi".into(),
-        "camera.source=rpicam".into(),
-        format!("camera.rpicam.command={}", script.display()),
-        "camera.interval_ms=50".into(),
-        "camera.reopen_ms_min=50".into(),
-        "decide.smoothing_ms=0".into(),
-        "decide.enter_dwell_ms=100".into(),
+        "camera.source=rpicam",
+        &command,
+        "camera.interval_ms=50",
+        "camera.reopen_ms_min=50",
+        "decide.smoothing_ms=0",
+        "decide.enter_dwell_ms=100",
     ];
-    for setting in &settings {
-        command.args(["--set", setting]);
-    }
-    let daemon = Process::start(&mut command);
+    let daemon = Process::start(&mut run(broker.port, settings));
     for _ in 0..2 {
         listener.wait("/event", |event| event["class"] == "daisy");
         // The dead camera sees nothing, and that is an event.
