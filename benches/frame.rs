@@ -2,7 +2,7 @@
 
 use bloomcast::bench::drawn_jpeg;
 use bloomcast::bundle::Bundle;
-use bloomcast::vision::{Backbone, Preprocess, Preprocessor, decode};
+use bloomcast::vision::{Network, Preprocess, Preprocessor, decode};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 fn stages(c: &mut Criterion) {
@@ -11,13 +11,13 @@ fn stages(c: &mut Criterion) {
     let spec = Preprocess::mobilenet_v2();
     let mut input = vec![0.0; spec.input_len()];
     let mut preprocessor = Preprocessor::new(spec);
-    let backbone = Backbone::built_in().unwrap();
+    let backbone = Network::built_in().unwrap().features(None).unwrap();
     let mut session = backbone.session().unwrap();
     preprocessor.run(&image, &mut input);
     let features = session.features(&input).unwrap();
     let bundle = Bundle::built_in().unwrap();
     let skill = bundle.skill();
-    let mut classifier = bundle.classifier(&backbone).unwrap();
+    let mut classifier = bundle.classifier(None).unwrap();
 
     let mut group = c.benchmark_group("frame");
     group.sample_size(30);

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::bundle::{Bundle, BundleError};
 use crate::vision::decode::{self, DecodeError};
-use crate::vision::{Backbone, BackboneError, Classifier, Stages};
+use crate::vision::{BackboneError, Classifier, Stages};
 
 /// Frames before the first that counts: caches and clocks are warm then.
 const WARM_UP: usize = 5;
@@ -106,7 +106,7 @@ pub struct Bench {
 
 impl Bench {
     pub fn new(bundle: &Bundle) -> Result<Self, BenchError> {
-        Ok(Bench { classifier: bundle.classifier(&Backbone::built_in()?)? })
+        Ok(Bench { classifier: bundle.classifier(None)? })
     }
 
     /// Decodes and classifies one picture `runs` times: `image`, or a drawn one of 640×480.

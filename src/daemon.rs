@@ -5,6 +5,7 @@
 //! that what was decided is still said.
 
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
@@ -23,7 +24,7 @@ use crate::decide::Decider;
 use crate::health::Counters;
 use crate::mqtt::{Link, LinkSettings, Outbox, discovery, message, topics::Topics};
 use crate::vision::decode;
-use crate::vision::{Backbone, BackboneError, Classifier};
+use crate::vision::{BackboneError, Classifier};
 use crate::watcher::{Observer, Voice, Watcher};
 
 /// Settings from afar that wait for the vision thread.
@@ -37,7 +38,7 @@ pub enum DaemonError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error("model.bundle: {0}")]
-    Bundle(#[from] BundleError),
+    Bundle(BundleError),
     #[error("model.backbone: {0}")]
     Backbone(#[from] BackboneError),
     #[error("camera: {0}")]
@@ -64,8 +65,7 @@ pub struct Daemon {
 impl Daemon {
     /// Loads the model and checks what can be checked without the camera and the broker.
     pub fn prepare(config: Config) -> Result<Self, DaemonError> {
-        let (bundle, backbone) = load_model(&config)?;
-        let classifier = bundle.classifier(&backbone)?;
+        let (bundle, classifier) = load_model(&config)?;
         let rules = config.rules(classifier.labels())?;
         let pace = Pace::new(config.camera.interval_ms);
         Ok(Daemon {
@@ -230,17 +230,23 @@ impl Stage {
     }
 }
 
-/// The model and the network it stands on, as the configuration says.
-fn load_model(config: &Config) -> Result<(Bundle, Backbone), DaemonError> {
-    let path = &config.model.bundle;
-    let bundle = if path.as_os_str().is_empty() { Bundle::built_in()? } else { Bundle::read(path)? };
-    let path = &config.model.backbone;
-    let backbone = if path.as_os_str().is_empty() {
-        Backbone::built_in()?
-    } else {
-        Backbone::from_file(path, &bundle.manifest().preprocess)?
-    };
-    Ok((bundle, backbone))
+/// The model that the configuration names, and the model at work.
+fn load_model(config: &Config) -> Result<(Bundle, Classifier), DaemonError> {
+    fn named(path: &Path) -> Option<&Path> {
+        (!path.as_os_str().is_empty()).then_some(path)
+    }
+    let bundle = named(&config.model.bundle).map_or_else(Bundle::built_in, Bundle::read)?;
+    let classifier = bundle.classifier(named(&config.model.backbone))?;
+    Ok((bundle, classifier))
+}
+
+impl From<BundleError> for DaemonError {
+    fn from(error: BundleError) -> Self {
+        match error {
+            BundleError::Backbone(error) => DaemonError::Backbone(error),
+            error => DaemonError::Bundle(error),
+        }
+    }
 }
 
 fn source(config: &Config, pace: &Pace) -> Result<Box<dyn FrameSource>, CameraError> {

@@ -29,3 +29,13 @@ pub mod mqtt;
 pub mod train;
 pub mod vision;
 pub mod watcher;
+
+use std::path::PathBuf;
+
+/// Where the user's programs keep what they can make again: `$XDG_CACHE_HOME/bloomcast`, else
+/// `~/.cache/bloomcast`.
+pub fn user_cache() -> Option<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache")));
+    base.map(|base| base.join("bloomcast"))
+}

@@ -4,8 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-/// A head of a thousand classes with a wide backbone stays below these.
-pub const FILE_BYTES_MAX: u64 = 64 << 20;
+/// A bundle that carries a ResNet50 stays below these.
+pub const FILE_BYTES_MAX: u64 = 128 << 20;
 pub const MEMBERS_MAX: usize = 8;
 
 #[derive(Debug, thiserror::Error)]
@@ -33,9 +33,13 @@ pub enum ArchiveError {
 pub struct Members(Vec<(String, Vec<u8>)>);
 
 impl Members {
-    pub fn take(&mut self, name: &str) -> Result<Vec<u8>, ArchiveError> {
+    pub fn take(&mut self, name: &str) -> Option<Vec<u8>> {
         let at = self.0.iter().position(|(there, _)| there == name);
-        at.map(|at| self.0.swap_remove(at).1).ok_or_else(|| ArchiveError::Missing(name.into()))
+        at.map(|at| self.0.swap_remove(at).1)
+    }
+
+    pub fn require(&mut self, name: &str) -> Result<Vec<u8>, ArchiveError> {
+        self.take(name).ok_or_else(|| ArchiveError::Missing(name.into()))
     }
 
     /// Refuses what nobody asked for.

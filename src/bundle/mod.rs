@@ -1,28 +1,29 @@
 //! A trained model in one file, `.bloom`: what it is, what it was made for, and its numbers.
 //!
-//! A tar of `manifest.json` and `head.safetensors`. The manifest names every other member with its
-//! size and SHA-256.
+//! A tar of `manifest.json`, `head.safetensors`, and where they belong to it `tail.safetensors`, a
+//! fine-tuned last convolution, and `backbone.onnx`, the network it was made for. The manifest names every
+//! other member with its size and SHA-256.
 
 pub mod archive;
 pub mod manifest;
+mod numbers;
 
+use std::borrow::Cow;
 use std::path::Path;
-
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 
 pub use archive::ArchiveError;
 pub use manifest::{BackboneRef, DatasetRef, Manifest, Metrics, Unknown, UnknownRule};
 
-use crate::vision::backbone::{FEATURES, sha256_hex};
+use crate::vision::backbone::{self, sha256_hex};
 use crate::vision::classifier::Skill;
-use crate::vision::head::HeadError;
-use crate::vision::subspace::SubspaceError;
-use crate::vision::{Backbone, BackboneError, Classifier, Head, Subspace};
+use crate::vision::{Backbone, BackboneError, Classifier, Head, Network, Subspace, Tail};
 
 /// The model inside this program: five flowers.
 pub const BUILT_IN: &[u8] = include_bytes!("../../models/flowers.bloom");
 
 const HEAD: &str = "head.safetensors";
+const TAIL: &str = "tail.safetensors";
+const BACKBONE: &str = "backbone.onnx";
 
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
@@ -43,14 +44,24 @@ pub struct Bundle {
     file: String,
     sha256: String,
     manifest: Manifest,
-    head: Head,
-    subspace: Subspace,
+    parts: Parts,
+}
+
+/// What a bundle holds beside its manifest.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Parts {
+    pub head: Head,
+    pub subspace: Subspace,
+    /// A fine-tuned last convolution; the backbone's own where there is none.
+    pub tail: Option<Tail>,
+    /// The ONNX file of a backbone that devices do not have.
+    pub backbone: Option<Vec<u8>>,
 }
 
 impl Bundle {
     /// Puts a trained model together; `manifest.members` is filled in when it is written.
-    pub fn new(manifest: Manifest, head: Head, subspace: Subspace) -> Self {
-        Bundle { file: "just trained".into(), sha256: String::new(), manifest, head, subspace }
+    pub fn new(manifest: Manifest, parts: Parts) -> Self {
+        Bundle { file: "just trained".into(), sha256: String::new(), manifest, parts }
     }
 
     /// The model inside this program.
@@ -69,25 +80,36 @@ impl Bundle {
         let archive = |source| BundleError::Archive { file: file.into(), source };
         let content = |reason: String| BundleError::Content { file: file.into(), reason };
         let mut members = archive::unpack(bytes).map_err(archive)?;
-        let manifest = members.take(manifest::NAME).map_err(archive)?;
+        let manifest = members.require(manifest::NAME).map_err(archive)?;
         let manifest = Manifest::from_json(&manifest).map_err(|e| content(format!("{}: {e}", manifest::NAME)))?;
-        let numbers = members.take(HEAD).map_err(archive)?;
+        let head = members.require(HEAD).map_err(archive)?;
+        let (tail, backbone) = (members.take(TAIL), members.take(BACKBONE));
         members.expect_none().map_err(archive)?;
-        manifest.check_members(&[(HEAD, &numbers)]).map_err(content)?;
-        let (head, subspace) = numbers_from(&manifest, &numbers).map_err(|e| content(format!("{HEAD}: {e}")))?;
+        manifest.check_members(&present(&head, tail.as_deref(), backbone.as_deref())).map_err(content)?;
+        let (head, subspace) =
+            numbers::head_from(&manifest, &head).map_err(|e| content(format!("{HEAD}: {e}")))?;
+        let tail = tail.map(|tail| numbers::tail_from(&tail)).transpose();
+        let tail = tail.map_err(|e| content(format!("{TAIL}: {e}")))?;
+        if let Some(tail) = tail.as_ref().filter(|tail| tail.outputs() != head.width()) {
+            return Err(content(format!("{TAIL} gives {} features, {HEAD} takes {}", tail.outputs(), head.width())));
+        }
         if head.classes() != manifest.classes.names().len() {
             let (rows, names) = (head.classes(), manifest.classes.names().len());
             return Err(content(format!("{HEAD} has {rows} classes, {} names {names}", manifest::NAME)));
         }
-        Ok(Bundle { file: file.into(), sha256: sha256_hex(bytes), manifest, head, subspace })
+        let parts = Parts { head, subspace, tail, backbone };
+        Ok(Bundle { file: file.into(), sha256: sha256_hex(bytes), manifest, parts })
     }
 
     /// The whole file's bytes.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let numbers = numbers_to_bytes(&self.head, &self.subspace);
+        let head = numbers::head_to_bytes(&self.parts.head, &self.parts.subspace);
+        let tail = self.parts.tail.as_ref().map(numbers::tail_to_bytes);
+        let members = present(&head, tail.as_deref(), self.parts.backbone.as_deref());
         let mut manifest = self.manifest.clone();
-        manifest.set_members(&[(HEAD, &numbers)]);
-        archive::pack(&[(manifest::NAME, &manifest.to_json()), (HEAD, &numbers)])
+        manifest.set_members(&members);
+        let manifest = manifest.to_json();
+        archive::pack(&[&[(manifest::NAME, manifest.as_slice())], &members[..]].concat())
     }
 
     /// Writes the file whole or not at all.
@@ -105,105 +127,63 @@ impl Bundle {
         &self.sha256
     }
 
-    /// The model at work on `backbone`; refused where it was made for another.
-    pub fn classifier(&self, backbone: &Backbone) -> Result<Classifier, BundleError> {
-        self.expect(backbone)?;
-        Ok(Classifier::new(backbone, self.skill())?)
+    /// The model at work: on the network it carries, else on that in `file`, else on the one inside the program;
+    /// refused where it was made for another.
+    pub fn classifier(&self, file: Option<&Path>) -> Result<Classifier, BundleError> {
+        Ok(Classifier::new(&self.backbone(&self.network(file)?)?, self.skill())?)
     }
 
-    /// Refuses a backbone that the model was not made for.
-    pub fn expect(&self, backbone: &Backbone) -> Result<(), BundleError> {
-        let wanted = &self.manifest.backbone;
-        let preprocess = &self.manifest.preprocess;
-        if preprocess.size as usize != backbone.input_size() || wanted.feature != FEATURES {
-            return Err(BundleError::Content {
-                file: self.file.clone(),
-                reason: format!(
-                    "made for the tensor `{}` of a network that looks at {} pixels; this one's is `{FEATURES}`, of {}",
-                    wanted.feature,
-                    preprocess.size,
-                    backbone.input_size()
-                ),
-            });
+    /// What gives the features that the head looks at.
+    pub fn backbone(&self, network: &Network) -> Result<Backbone, BundleError> {
+        let backbone = network.features(self.parts.tail.as_ref())?;
+        if backbone.width() != self.parts.head.width() {
+            let (wide, wanted) = (backbone.width(), self.parts.head.width());
+            return Err(self.content(format!("{HEAD} takes {wanted} features, the backbone gives {wide}")));
         }
-        if wanted.sha256 != backbone.sha256() || wanted.width != backbone.width() {
-            let shown = |name: &str, sha256: &str| format!("{name} (sha256 {sha256:.12}…)");
+        Ok(backbone)
+    }
+
+    /// The network it was made for: the one it carries, or that in `file`, or the one inside the program.
+    pub fn network(&self, file: Option<&Path>) -> Result<Network, BundleError> {
+        let (wanted, preprocess) = (&self.manifest.backbone, &self.manifest.preprocess);
+        let feature = Some(wanted.feature.as_str());
+        let given = |name: &str, sha256: &str| format!("{name} (sha256 {sha256:.12}…)");
+        let (name, onnx): (String, Cow<'static, [u8]>) = match (&self.parts.backbone, file) {
+            (Some(onnx), _) => (wanted.name.clone(), onnx.clone().into()),
+            (None, Some(path)) => (path.display().to_string(), backbone::read_file(path)?.into()),
+            (None, None) => (backbone::MOBILENET_V2_NAME.to_owned(), backbone::MOBILENET_V2.into()),
+        };
+        let sha256 = sha256_hex(&onnx);
+        if wanted.sha256 != sha256 {
             return Err(BundleError::OtherBackbone {
                 file: self.file.clone(),
-                wanted: shown(&wanted.name, &wanted.sha256),
-                given: shown(backbone.name(), backbone.sha256()),
+                wanted: given(&wanted.name, &wanted.sha256),
+                given: given(&name, &sha256),
             });
         }
-        Ok(())
+        Ok(Network::from_bytes(&name, onnx, preprocess, feature)?)
+    }
+
+    fn content(&self, reason: String) -> BundleError {
+        BundleError::Content { file: self.file.clone(), reason }
     }
 
     /// What the classifier needs of it.
     pub fn skill(&self) -> Skill {
         Skill {
             labels: self.manifest.classes.clone(),
-            head: self.head.clone(),
-            subspace: self.subspace.clone(),
+            head: self.parts.head.clone(),
+            subspace: self.parts.subspace.clone(),
             preprocess: self.manifest.preprocess.clone(),
         }
     }
 }
 
-#[derive(Debug, thiserror::Error)]
-enum NumbersError {
-    #[error("{0}")]
-    Format(#[from] safetensors::SafeTensorError),
-    #[error("{name} is {got:?} {dtype:?}, expected {expected} F32")]
-    Shape { name: &'static str, got: Vec<usize>, dtype: Dtype, expected: String },
-    #[error("{0}")]
-    Head(#[from] HeadError),
-    #[error("{0}")]
-    Subspace(#[from] SubspaceError),
-}
-
-/// `weight` `[classes, width]`, `bias` `[classes]`, `subspace` `[rank, width]`, all f32.
-fn numbers_from(manifest: &Manifest, bytes: &[u8]) -> Result<(Head, Subspace), NumbersError> {
-    let tensors = SafeTensors::deserialize(bytes)?;
-    let width = manifest.backbone.width;
-    let matrix = |name: &'static str| -> Result<Vec<f32>, NumbersError> {
-        let tensor = tensors.tensor(name)?;
-        match *tensor.shape() {
-            [_, columns] if columns == width && tensor.dtype() == Dtype::F32 => Ok(floats(tensor.data())),
-            _ => Err(shape(name, &tensor, format!("n × {width}"))),
-        }
-    };
-    let bias = tensors.tensor("bias")?;
-    if bias.shape().len() != 1 || bias.dtype() != Dtype::F32 {
-        return Err(shape("bias", &bias, "n".into()));
-    }
-    let head = Head::new(width, matrix("weight")?, floats(bias.data()), manifest.temperature)?;
-    let subspace = Subspace::new(width, matrix("subspace")?, manifest.unknown.threshold)?;
-    Ok((head, subspace))
-}
-
-fn shape(name: &'static str, tensor: &TensorView<'_>, expected: String) -> NumbersError {
-    NumbersError::Shape { name, got: tensor.shape().to_vec(), dtype: tensor.dtype(), expected }
-}
-
-fn numbers_to_bytes(head: &Head, subspace: &Subspace) -> Vec<u8> {
-    let width = head.width();
-    let tensors = [
-        ("weight", vec![head.classes(), width], little_endian(head.weight())),
-        ("bias", vec![head.classes()], little_endian(head.bias())),
-        ("subspace", vec![subspace.basis().len() / width, width], little_endian(subspace.basis())),
-    ];
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
-        (*name, view.expect("the shape was made from the numbers"))
-    });
-    serialize(views, None).expect("three small tensors can be written")
-}
-
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-}
-
-fn little_endian(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+/// The members beside the manifest, by name.
+fn present<'a>(head: &'a [u8], tail: Option<&'a [u8]>, backbone: Option<&'a [u8]>) -> Vec<(&'static str, &'a [u8])> {
+    let optional = [(TAIL, tail), (BACKBONE, backbone)];
+    let optional = optional.into_iter().filter_map(|(name, content)| Some((name, content?)));
+    std::iter::once((HEAD, head)).chain(optional).collect()
 }
 
 #[cfg(test)]
@@ -232,36 +212,48 @@ mod tests {
             members: Default::default(),
         };
         let head = Head::new(4, vec![0.5; 8], vec![0.1, 0.2], 1.5).unwrap();
-        Bundle::new(manifest, head, Subspace::new(4, basis, 0.5).unwrap())
+        let subspace = Subspace::new(4, basis, 0.5).unwrap();
+        Bundle::new(manifest, Parts { head, subspace, tail: None, backbone: None })
+    }
+
+    /// With everything that a bundle may hold.
+    fn full() -> Bundle {
+        let mut full = bundle();
+        full.parts.tail = Some(Tail::new(2, vec![0.25; 8], vec![0.5; 4]).unwrap());
+        full.parts.backbone = Some(b"a network".to_vec());
+        full
     }
 
     #[test]
     fn what_is_written_is_read_and_written_the_same() {
-        let bytes = bundle().to_bytes();
-        let read = Bundle::from_bytes("test", &bytes).unwrap();
-        assert_eq!(read.head, bundle().head);
-        assert_eq!(read.subspace, bundle().subspace);
-        assert_eq!(read.manifest.classes, bundle().manifest.classes);
-        assert_eq!(read.to_bytes(), bytes);
-        assert_eq!(read.sha256().len(), 64);
+        for whole in [bundle(), full()] {
+            let bytes = whole.to_bytes();
+            let read = Bundle::from_bytes("test", &bytes).unwrap();
+            assert_eq!(read.parts, whole.parts);
+            assert_eq!(read.manifest.classes, whole.manifest.classes);
+            assert_eq!(read.to_bytes(), bytes);
+            assert_eq!(read.sha256().len(), 64);
+        }
     }
 
     #[test]
     fn every_changed_bit_and_every_cut_is_refused_or_harmless() {
-        let whole = bundle();
+        let whole = full();
         let bytes = whole.to_bytes();
         for at in 0..bytes.len() {
             let mut changed = bytes.clone();
             changed[at] ^= 1;
             // Nothing vouches for the manifest itself yet; the numbers are hashed.
             if let Ok(read) = Bundle::from_bytes("test", &changed) {
+                let (read, whole) = (read.parts, &whole.parts);
                 assert_eq!(read.head.weight(), whole.head.weight(), "byte {at}");
                 assert_eq!(read.subspace.basis(), whole.subspace.basis(), "byte {at}");
+                assert_eq!((&read.tail, &read.backbone), (&whole.tail, &whole.backbone), "byte {at}");
             }
         }
         for cut in (0..bytes.len()).step_by(97) {
             if let Ok(read) = Bundle::from_bytes("test", &bytes[..cut]) {
-                assert_eq!(read.head, whole.head, "cut at {cut}");
+                assert_eq!(read.parts, whole.parts, "cut at {cut}");
             }
         }
     }
@@ -282,14 +274,23 @@ mod tests {
         assert!(refused(|m| m.name = "\u{1b}[31m".into()).contains("name"));
         let mut other_size = bundle();
         other_size.manifest.preprocess.size = 160;
-        let error = other_size.classifier(&Backbone::built_in().unwrap()).err().unwrap().to_string();
-        assert!(error.contains("looks at 160 pixels"), "{error}");
+        other_size.manifest.backbone.sha256 = sha256_hex(backbone::MOBILENET_V2);
+        let error = other_size.classifier(None).err().unwrap().to_string();
+        assert!(error.contains("looks at 224 pixels, not 160"), "{error}");
+        let mut narrow = other_size;
+        narrow.manifest.preprocess.size = 224;
+        let error = narrow.classifier(None).err().unwrap().to_string();
+        assert!(error.contains("takes 4 features, the backbone gives 1280"), "{error}");
+        let mut wide = full();
+        wide.parts.tail = Some(Tail::new(1, vec![0.0; 5], vec![0.0; 5]).unwrap());
+        let error = Bundle::from_bytes("test", &wide.to_bytes()).unwrap_err().to_string();
+        assert!(error.contains("tail.safetensors gives 5 features, head.safetensors takes 4"), "{error}");
     }
 
     #[test]
     fn what_the_manifest_does_not_name_is_refused() {
         let mut members = archive::unpack(&bundle().to_bytes()).unwrap();
-        let (manifest, head) = (members.take(manifest::NAME).unwrap(), members.take(HEAD).unwrap());
+        let (manifest, head) = (members.require(manifest::NAME).unwrap(), members.require(HEAD).unwrap());
         let stuffed = archive::pack(&[(manifest::NAME, &manifest), (HEAD, &head), ("extra", b"x")]);
         let error = Bundle::from_bytes("test", &stuffed).unwrap_err().to_string();
         assert!(error.contains("extra: not a member of a bundle"), "{error}");
@@ -311,8 +312,7 @@ mod tests {
 
     #[test]
     fn a_model_for_another_backbone_is_refused_by_name() {
-        let backbone = Backbone::built_in().unwrap();
-        let error = bundle().classifier(&backbone).err().unwrap().to_string();
+        let error = bundle().classifier(None).err().unwrap().to_string();
         assert!(error.contains("made for the backbone b") && error.contains("mobilenet_v2_1.0_224"), "{error}");
     }
 }

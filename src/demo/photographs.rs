@@ -47,7 +47,7 @@ impl Photographs {
         if let Ok(found) = Self::read(Path::new(AT_HAND), per_class) {
             return Ok(found);
         }
-        let fetched = cache().and_then(|cache| fetch(&cache, out)).map_err(|error| error.to_string());
+        let fetched = crate::user_cache().ok_or_else(|| io::Error::other("no home directory")).and_then(|cache| fetch(&cache, out)).map_err(|error| error.to_string());
         match fetched {
             Ok(folder) => Self::read(&folder, per_class).map_err(|e| PhotographsError::Nowhere(e.to_string())),
             Err(reason) => {
@@ -108,12 +108,6 @@ impl Photographs {
 
 fn held(images: &[PathBuf]) -> Vec<PathBuf> {
     images.iter().flat_map(|image| std::iter::repeat_n(image.clone(), HOLD)).collect()
-}
-
-fn cache() -> io::Result<PathBuf> {
-    let home = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let base = home("XDG_CACHE_HOME").or_else(|| home("HOME").map(|home| home.join(".cache")));
-    base.map(|base| base.join("bloomcast")).ok_or_else(|| io::Error::other("no home directory"))
 }
 
 /// Downloads and unpacks flower_photos once; a run that was broken off leaves no folder behind that

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::vision::head::argmax;
 use crate::vision::{Labels, Prediction};
@@ -12,7 +12,7 @@ const BINS: usize = 15;
 
 /// The figures of a model on labelled photographs. Accuracy, loss and calibration look at the best
 /// class, rejected or not; `unknown` says how many were rejected.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     pub images: usize,
     /// Share whose best class is right, 0–1.
@@ -28,7 +28,7 @@ pub struct Evaluation {
     pub confusion: Vec<Vec<usize>>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ClassFigures {
     pub class: String,
     /// Photographs of this class.

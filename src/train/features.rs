@@ -1,205 +1,249 @@
-//! What the frozen backbone says of every photograph, computed on all cores.
+//! What the backbone says of every photograph, and of other views of it, computed on all cores.
 
-use std::collections::HashMap;
-use std::path::PathBuf;
+use std::borrow::Cow;
+use std::io;
+use std::path::Path;
+use std::sync::Mutex;
 
-use sha2::{Digest, Sha256};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use image::RgbImage;
 
-use super::dataset::Labelled;
+use super::augment::{self, Views};
+use super::cache::Cache;
+use super::photographs::{Finding, Photograph};
 use super::pool;
-use crate::vision::{Backbone, BackboneError, Preprocess, Preprocessor, decode};
+use crate::vision::backbone::{Session, channels_last, sha256_hex};
+use crate::vision::preprocess::{self, Preprocess, Preprocessor};
+use crate::vision::{Backbone, BackboneError, Network, decode};
 
 /// A photograph with a shorter side shows nothing that could be learned.
 pub const SIDE_MIN: u32 = 32;
 
-/// Features and labels of a set of photographs, in the order of the set.
+/// Features, or maps, of a set of photographs, in the order of the set.
 #[derive(Debug, Clone, Default)]
 pub struct Features {
-    /// Numbers in one vector.
+    /// Numbers in one row.
     pub width: usize,
-    /// `[images, width]`, a photograph a row.
-    pub values: Vec<f32>,
-    /// The class of each row.
-    pub classes: Vec<usize>,
-    /// SHA-256 of each row's file.
-    pub contents: Vec<[u8; 32]>,
-    /// Each row's file.
-    pub paths: Vec<PathBuf>,
-    /// What is not used, and why.
-    pub left_out: Vec<(PathBuf, String)>,
+    /// Rows of each photograph; the first is of the photograph as it is.
+    pub views: usize,
+    /// `[views, width]` of each photograph.
+    pub values: Vec<Values>,
+    pub images: Vec<Photograph>,
+    /// What could not be decoded.
+    pub left_out: Vec<Finding>,
+}
+
+/// Numbers in one of two precisions.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Values {
+    Single(Vec<f32>),
+    Half(Vec<f16>),
 }
 
 impl Features {
     pub fn len(&self) -> usize {
-        self.classes.len()
+        self.images.len()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.classes.is_empty()
+        self.images.is_empty()
     }
 
-    /// The vector of photograph `i`, `[width]`.
-    pub fn row(&self, i: usize) -> &[f32] {
-        &self.values[i * self.width..(i + 1) * self.width]
+    pub fn class(&self, i: usize) -> usize {
+        self.images[i].class
     }
 
-    pub fn rows(&self) -> impl Iterator<Item = &[f32]> {
-        self.values.chunks_exact(self.width)
+    pub fn classes(&self) -> Vec<usize> {
+        self.images.iter().map(|image| image.class).collect()
     }
 
-    fn push(&mut self, row: &[f32], class: usize, content: [u8; 32], path: PathBuf) {
-        self.values.extend_from_slice(row);
-        self.classes.push(class);
-        self.contents.push(content);
-        self.paths.push(path);
-    }
-
-    /// Some of the rows, in the order given; nothing is left out of them.
-    fn subset(&self, rows: impl Iterator<Item = usize>) -> Self {
-        let mut subset = Features { width: self.width, ..Features::default() };
-        for i in rows {
-            subset.push(self.row(i), self.classes[i], self.contents[i], self.paths[i].clone());
+    /// A view of photograph `i`, `[width]`.
+    pub fn row(&self, i: usize, view: usize) -> Cow<'_, [f32]> {
+        let range = view * self.width..(view + 1) * self.width;
+        match &self.values[i] {
+            Values::Single(values) => Cow::Borrowed(&values[range]),
+            Values::Half(values) => Cow::Owned(values[range].to_f32_vec()),
         }
-        subset
     }
 
-    /// Leaves out what stands there more than once: of equal files of one class all but the first, of equal
-    /// files of different classes all, and what stands in `other` as well.
-    pub fn without_doubles(self, other: Option<&Features>) -> Self {
-        let mut of_content: HashMap<&[u8; 32], Vec<usize>> = HashMap::new();
-        for (i, content) in self.contents.iter().enumerate() {
-            of_content.entry(content).or_default().push(i);
+    /// Each photograph as it is.
+    pub fn rows(&self) -> impl Iterator<Item = Cow<'_, [f32]>> {
+        (0..self.len()).map(|i| self.row(i, 0))
+    }
+}
+
+impl Values {
+    fn to_bytes(&self) -> Vec<u8> {
+        match self {
+            Values::Single(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Values::Half(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         }
-        let elsewhere: HashMap<&[u8; 32], &PathBuf> =
-            other.map(|other| other.contents.iter().zip(&other.paths).collect()).unwrap_or_default();
-        let double = |i: usize| -> Option<String> {
-            if let Some(path) = elsewhere.get(&self.contents[i]) {
-                return Some(format!("the same file as {}", path.display()));
+    }
+
+    fn from_bytes(bytes: &[u8], precision: Precision) -> Self {
+        match precision {
+            Precision::Single => {
+                Values::Single(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
             }
-            let equal = &of_content[&self.contents[i]];
-            if let Some(rival) = equal.iter().find(|rival| self.classes[**rival] != self.classes[i]) {
-                return Some(format!("the same file as {}, of another class", self.paths[*rival].display()));
+            Precision::Half => {
+                Values::Half(bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect())
             }
-            (equal[0] != i).then(|| format!("the same file as {}", self.paths[equal[0]].display()))
+        }
+    }
+}
+
+/// How exact the numbers are kept: single for what is measured, half for maps that are learned from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Precision {
+    Single,
+    Half,
+}
+
+impl Precision {
+    fn bytes(self) -> usize {
+        match self {
+            Precision::Single => 4,
+            Precision::Half => 2,
+        }
+    }
+}
+
+/// What is computed of a photograph.
+pub struct Extractor<'a> {
+    pub network: &'a Network,
+    pub backbone: &'a Backbone,
+    /// Channels where the backbone gives a map; none where it gives features.
+    pub map: Option<usize>,
+    pub preprocess: &'a Preprocess,
+    pub precision: Precision,
+    pub views: Views,
+    /// Where what was computed is kept; nothing is kept where it is none.
+    pub cache: Option<&'a Path>,
+    pub threads: usize,
+}
+
+/// What went wrong with the cache, if anything; training goes on without it.
+pub type CacheTrouble = Option<io::Error>;
+
+impl Extractor<'_> {
+    /// Decodes each photograph that is not cached, once, and runs the backbone on its views. `progress` is told
+    /// how many are done.
+    pub fn run(
+        &self,
+        images: &[Photograph],
+        progress: &(dyn Fn(usize) + Sync),
+    ) -> Result<(Features, CacheTrouble), BackboneError> {
+        let (cache, trouble) = match self.cache.map(|root| Cache::open(root, &self.kind())).transpose() {
+            Ok(cache) => (cache, None),
+            Err(error) => (None, Some(error)),
         };
-        let doubles: Vec<Option<String>> = (0..self.len()).map(double).collect();
-        let mut kept = self.subset((0..self.len()).filter(|i| doubles[*i].is_none()));
-        let named = self.paths.into_iter().zip(doubles).filter_map(|(path, reason)| Some((path, reason?)));
-        kept.left_out = self.left_out.into_iter().chain(named).collect();
-        kept
-    }
-
-    /// Splits off about the given share, 0–1, for validation. A photograph's content alone decides where it
-    /// belongs: adding others moves none, and each class gives its share.
-    pub fn split(self, share: f64) -> (Self, Self) {
-        let in_val = |i: &usize| place(&self.contents[*i]) < share;
-        let (val, train): (Vec<usize>, Vec<usize>) = (0..self.len()).partition(in_val);
-        let train = Features { left_out: self.left_out.clone(), ..self.subset(train.into_iter()) };
-        (train, self.subset(val.into_iter()))
-    }
-}
-
-/// A number from 0 to 1 that follows from a file's content.
-fn place(content: &[u8; 32]) -> f64 {
-    let [a, b, c, d, e, f, ..] = *content;
-    // 48 bits, which f64 holds exactly.
-    u64::from_be_bytes([0, 0, a, b, c, d, e, f]) as f64 / (1u64 << 48) as f64
-}
-
-/// Decodes each photograph once and runs the backbone on it, on `threads` threads. `progress` is told
-/// how many are done.
-pub fn extract(
-    backbone: &Backbone,
-    preprocess: &Preprocess,
-    images: &[Labelled],
-    threads: usize,
-    progress: &(dyn Fn(usize) + Sync),
-) -> Result<Features, BackboneError> {
-    let init = || {
-        let preprocessor = Preprocessor::new(preprocess.clone());
-        Ok((backbone.session()?, preprocessor, vec![0.0; preprocess.input_len()]))
-    };
-    let extracted = pool::map(
-        images.len(),
-        threads,
-        "features",
-        init,
-        |(session, preprocessor, input), i| {
-            let (pixels, content) = match read(&images[i]) {
-                Ok(read) => read,
-                Err(reason) => return Ok(Err(reason)),
+        let trouble = Mutex::new(trouble);
+        let work = |worker: &mut Option<Worker>, i: usize| {
+            let cached = cache.as_ref().and_then(|cache| cache.read(&images[i].content));
+            let row_bytes = self.backbone.width() * self.precision.bytes();
+            let mut bytes = cached.unwrap_or_default();
+            // A file of more views serves for fewer, and one of fewer is added to.
+            bytes.truncate(self.views.count.min(bytes.len() / row_bytes) * row_bytes);
+            let have = bytes.len() / row_bytes;
+            if have == self.views.count {
+                return Ok(Ok(Values::from_bytes(&bytes, self.precision)));
+            }
+            let worker = match worker {
+                Some(worker) => worker,
+                None => worker.insert(Worker::new(self)?),
             };
-            preprocessor.run(&pixels, input);
-            Ok(Ok((session.features(input)?, content)))
-        },
-        progress,
-    )?;
-    let mut features = Features { width: backbone.width(), ..Features::default() };
-    for (image, one) in images.iter().zip(extracted) {
-        match one {
-            Ok((row, content)) => features.push(&row, image.class, content, image.path.clone()),
-            Err(reason) => features.left_out.push((image.path.clone(), reason)),
+            let pixels = match read(&images[i].path) {
+                Ok(pixels) => pixels,
+                Err(problem) => return Ok(Err(problem)),
+            };
+            for view in have..self.views.count {
+                bytes.extend(self.row(worker, &pixels, &images[i], view)?.to_bytes());
+            }
+            if let Some(Err(error)) = cache.as_ref().map(|cache| cache.write(&images[i].content, &bytes)) {
+                trouble.lock().expect("nothing panics with the lock held").get_or_insert(error);
+            }
+            Ok(Ok(Values::from_bytes(&bytes, self.precision)))
+        };
+        let extracted = pool::map(images.len(), self.threads, "features", || Ok(None), work, progress)?;
+        let mut features = Features { width: self.backbone.width(), views: self.views.count, ..Features::default() };
+        for (image, one) in images.iter().zip(extracted) {
+            match one {
+                Ok(values) => {
+                    features.values.push(values);
+                    features.images.push(image.clone());
+                }
+                Err(problem) => features.left_out.push(Finding { file: image.path.clone(), problem }),
+            }
         }
+        Ok((features, trouble.into_inner().expect("nothing panics with the lock held")))
     }
-    Ok(features)
+
+    /// Names everything that decides the numbers beside the photograph. The number of views is not part of it.
+    fn kind(&self) -> String {
+        let preprocess = serde_json::to_string(self.preprocess).expect("a preprocessing can be written as JSON");
+        let tensor = if self.map.is_some() { "map" } else { "features" };
+        let feature = &self.network.anatomy().feature;
+        let views = match self.views.count {
+            1 => String::new(),
+            _ => format!("views {} of seed {}", augment::VERSION, self.views.seed),
+        };
+        let all = format!(
+            "{} {feature} {tensor} {preprocess} {} {:?} {views}",
+            self.network.sha256(),
+            preprocess::VERSION,
+            self.precision
+        );
+        format!("{tensor}-{:.16}", sha256_hex(all.as_bytes()))
+    }
+
+    fn row(
+        &self,
+        worker: &mut Worker,
+        pixels: &RgbImage,
+        image: &Photograph,
+        view: usize,
+    ) -> Result<Values, BackboneError> {
+        let Worker { session, preprocessor, input } = worker;
+        if view == 0 {
+            preprocessor.run(pixels, input);
+        } else {
+            preprocessor.run(&self.views.view(pixels, &image.content, view, self.preprocess.size), input);
+        }
+        let mut row = session.features(input)?;
+        if let Some(channels) = self.map {
+            row = channels_last(&row, channels);
+        }
+        Ok(match self.precision {
+            Precision::Single => Values::Single(row),
+            Precision::Half => Values::Half(row.into_iter().map(f16::from_f32).collect()),
+        })
+    }
 }
 
-/// A photograph's pixels and the SHA-256 of its file; or why it is of no use.
-pub fn read(image: &Labelled) -> Result<(image::RgbImage, [u8; 32]), String> {
-    let bytes = decode::read_file(&image.path).map_err(|e| e.to_string())?;
-    let pixels = decode::encoded(&bytes).map_err(|e| e.to_string())?;
+/// One thread's session and buffers.
+struct Worker {
+    session: Session,
+    preprocessor: Preprocessor,
+    input: Vec<f32>,
+}
+
+impl Worker {
+    fn new(of: &Extractor<'_>) -> Result<Self, BackboneError> {
+        Ok(Worker {
+            session: of.backbone.session()?,
+            preprocessor: Preprocessor::new(of.preprocess.clone()),
+            input: vec![0.0; of.preprocess.input_len()],
+        })
+    }
+}
+
+/// A photograph's pixels; or why it is of no use.
+pub fn read(path: &Path) -> Result<RgbImage, String> {
+    let pixels = decode::file(path).map_err(|e| e.to_string())?;
     let (width, height) = pixels.dimensions();
     if width.min(height) < SIDE_MIN {
         return Err(format!("{width}×{height} pixels, fewer than {SIDE_MIN} a side"));
     }
-    Ok((pixels, Sha256::digest(&bytes).into()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn features(rows: &[(u8, usize)]) -> Features {
-        let mut features = Features { width: 1, ..Features::default() };
-        for (i, (content, class)) in rows.iter().enumerate() {
-            features.push(&[f32::from(*content)], *class, Sha256::digest([*content]).into(), format!("{i}.jpg").into());
-        }
-        features
-    }
-
-    fn names(features: &Features) -> Vec<String> {
-        features.paths.iter().map(|path| path.display().to_string()).collect()
-    }
-
-    #[test]
-    fn doubles_are_left_out_and_named() {
-        let set = features(&[(1, 0), (1, 0), (2, 0), (2, 1), (3, 1)]).without_doubles(None);
-        assert_eq!(names(&set), ["0.jpg", "4.jpg"]);
-        assert_eq!(set.values, [1.0, 3.0]);
-        let reasons: Vec<_> = set.left_out.iter().map(|(path, why)| format!("{}: {why}", path.display())).collect();
-        assert_eq!(
-            reasons,
-            [
-                "1.jpg: the same file as 0.jpg",
-                "2.jpg: the same file as 3.jpg, of another class",
-                "3.jpg: the same file as 2.jpg, of another class",
-            ]
-        );
-        let val = features(&[(3, 1)]);
-        assert_eq!(names(&set.without_doubles(Some(&val))), ["0.jpg"], "what is measured on is not learned from");
-    }
-
-    #[test]
-    fn a_split_is_about_the_share_and_adding_moves_nothing() {
-        let rows: Vec<(u8, usize)> = (0..=200).map(|i| (i, usize::from(i % 2))).collect();
-        let (train, val) = features(&rows).split(0.2);
-        assert_eq!(train.len() + val.len(), 201);
-        assert!((25..=55).contains(&val.len()), "{} of 201", val.len());
-        let more: Vec<(u8, usize)> = (0..=250).map(|i| (i, usize::from(i % 2))).collect();
-        let (_, more_val) = features(&more).split(0.2);
-        assert!(val.contents.iter().all(|content| more_val.contents.contains(content)));
-        assert!(more_val.contents[..val.len()] == val.contents, "and in the same order");
-        let (all, none) = features(&rows).split(0.0);
-        assert_eq!((all.len(), none.len()), (201, 0));
-    }
+    Ok(pixels)
 }

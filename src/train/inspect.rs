@@ -1,16 +1,14 @@
 //! What is wrong with a folder of photographs, before anything is learned from it.
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fmt;
-use std::path::PathBuf;
 
 use image::imageops::{self, FilterType};
 use serde::Serialize;
 
 use super::dataset::Dataset;
-use super::features::read;
-use super::pool;
+use super::photographs::{Finding, Photographs};
+use super::{features, pool};
 
 /// Two photographs whose fingerprints differ in no more bits look the same.
 const NEAR_BITS_MAX: u32 = 10;
@@ -31,20 +29,8 @@ pub struct Count {
     pub images: usize,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Finding {
-    pub file: PathBuf,
-    pub problem: String,
-}
-
 /// 256 bits: whether each pixel of a 17 × 16 grey copy is darker than its right neighbour.
 type Fingerprint = [u64; 4];
-
-/// A photograph that could be read.
-struct Look {
-    content: [u8; 32],
-    fingerprint: Fingerprint,
-}
 
 /// Looks at every photograph of `dataset`, and of `val` where there is one. Finds what cannot be read or
 /// is too small, what stands there twice, and what looks the same in both.
@@ -54,48 +40,42 @@ pub fn inspect(
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Inspection {
-    let images: Vec<_> = dataset.images.iter().chain(val.iter().flat_map(|val| &val.images)).collect();
-    let look = |(): &mut (), i: usize| -> Result<Result<Look, String>, Infallible> {
-        Ok(read(images[i]).map(|(pixels, content)| Look { content, fingerprint: fingerprint(&pixels) }))
-    };
+    let read = |set: &Dataset| Photographs::read(set, threads, &|_| {}).without_doubles(None);
+    let val_photographs = val.map(read).unwrap_or_default();
+    let photographs = read(dataset).without_doubles(Some(&val_photographs));
+    let (train, val_kept) = (photographs.kept.len(), val_photographs.kept);
+    let images: Vec<_> = photographs.kept.iter().chain(&val_kept).collect();
+    let look = |(): &mut (), i: usize| Ok::<_, Infallible>(features::read(&images[i].path).map(|p| fingerprint(&p)));
     let Ok(looks) = pool::map(images.len(), threads, "inspect", || Ok(()), look, progress);
 
-    let mut findings = Vec::new();
-    let mut first: HashMap<[u8; 32], usize> = HashMap::new();
+    let mut findings = [photographs.left_out, val_photographs.left_out].concat();
     for (i, look) in looks.iter().enumerate() {
         let problem = match look {
-            Err(reason) => Some(reason.clone()),
-            Ok(look) => match *first.entry(look.content).or_insert(i) {
-                same if same == i => near(&looks, dataset.images.len(), i)
-                    .map(|other| format!("looks like {}", images[other].path.display())),
-                same if images[same].class != images[i].class => {
-                    Some(format!("the same file as {}, of another class", images[same].path.display()))
-                }
-                same => Some(format!("the same file as {}", images[same].path.display())),
-            },
+            Err(problem) => Some(problem.clone()),
+            Ok(mine) if i >= train => {
+                near(&looks[..train], mine).map(|other| format!("looks like {}", images[other].path.display()))
+            }
+            Ok(_) => None,
         };
         findings.extend(problem.map(|problem| Finding { file: images[i].path.clone(), problem }));
     }
+    findings.sort_by(|a, b| a.file.cmp(&b.file));
+    let all = || dataset.images.iter().chain(val.iter().flat_map(|val| &val.images));
     let count = |(class, name): (usize, &String)| Count {
         class: name.clone(),
-        images: images.iter().filter(|image| image.class == class).count(),
+        images: all().filter(|image| image.class == class).count(),
     };
     Inspection {
-        images: images.len(),
+        images: all().count(),
         classes: dataset.classes.names().iter().enumerate().map(count).collect(),
         findings,
     }
 }
 
-/// For a photograph of the validation set, which begins at `val`: the one of the others that looks most
-/// like it, where one looks the same.
-fn near(looks: &[Result<Look, String>], val: usize, i: usize) -> Option<usize> {
-    if i < val {
-        return None;
-    }
-    let mine = looks[i].as_ref().ok()?.fingerprint;
-    let differ = |other: &Look| -> u32 { mine.iter().zip(other.fingerprint).map(|(a, b)| (a ^ b).count_ones()).sum() };
-    let others = looks[..val].iter().enumerate().filter_map(|(at, look)| Some((at, differ(look.as_ref().ok()?))));
+/// The one that looks most like `mine`, where one looks the same.
+fn near(looks: &[Result<Fingerprint, String>], mine: &Fingerprint) -> Option<usize> {
+    let differ = |other: &Fingerprint| -> u32 { mine.iter().zip(other).map(|(a, b)| (a ^ b).count_ones()).sum() };
+    let others = looks.iter().enumerate().filter_map(|(at, look)| Some((at, differ(look.as_ref().ok()?))));
     others.min_by_key(|(_, bits)| *bits).filter(|(_, bits)| *bits <= NEAR_BITS_MAX).map(|(at, _)| at)
 }
 
@@ -166,7 +146,8 @@ mod tests {
         assert_eq!(
             findings,
             [
-                "train/daisy/again.png: the same file as train/daisy/a.png",
+                "train/daisy/a.png: the same file as train/roses/daisy.png, of another class",
+                "train/daisy/again.png: the same file as train/roses/daisy.png, of another class",
                 "train/daisy/cut.jpg: the JPEG is cut short: no end marker",
                 "train/daisy/tiny.png: 60×20 pixels, fewer than 32 a side",
                 "train/roses/daisy.png: the same file as train/daisy/a.png, of another class",

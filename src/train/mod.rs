@@ -1,13 +1,21 @@
 //! Teaching: from a folder of photographs to a bundle.
 
+pub mod augment;
+pub mod cache;
 pub mod calibrate;
 pub mod dataset;
 pub mod evaluate;
 pub mod features;
+pub mod head;
 pub mod inspect;
+pub mod photographs;
 pub mod pool;
+pub mod record;
 pub mod session;
+pub mod settings;
 pub mod sgd;
 pub mod subspace;
+pub mod tail;
 
-pub use session::{TrainError, Training, Val, train};
+pub use session::{TrainError, Trained, train};
+pub use settings::{Recipe, Settings};

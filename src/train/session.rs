@@ -1,47 +1,48 @@
-//! A training run: photographs in, a bundle and its figures out.
+//! A training run: photographs in, a bundle and what there is to say of it out.
 
-use std::fs;
+use std::convert::Infallible;
+use std::fmt;
+use std::mem::take;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use humantime::format_rfc3339_millis;
+use serde::{Deserialize, Serialize};
 
+use super::augment::Views;
 use super::calibrate;
 use super::dataset::{Dataset, DatasetError, fingerprint};
 use super::evaluate::Evaluation;
-use super::features::{Features, extract};
-use super::sgd::{self, Layer, Sgd};
+use super::features::{CacheTrouble, Extractor, Features, Precision};
+use super::head::HeadLearner;
+use super::photographs::{Finding, Photograph, Photographs};
+use super::pool;
+use super::record::{Record, RecordError};
+use super::settings::{FineTune, Settings, SettingsError};
+use super::sgd::{self, Epoch, Group};
 use super::subspace;
+use super::tail::TailLearner;
 use crate::bundle::manifest::FORMAT;
 use crate::bundle::{BackboneRef, Bundle, BundleError, DatasetRef, Manifest, Metrics, Unknown, UnknownRule};
-use crate::vision::backbone::FEATURES;
 use crate::vision::classifier::Skill;
-use crate::vision::head::HeadError;
+use crate::vision::head::{HeadError, linear};
 use crate::vision::subspace::SubspaceError;
-use crate::vision::{Backbone, BackboneError, Head, Labels, Preprocess, Subspace};
+use crate::vision::tail::TailError;
+use crate::vision::{BackboneError, Head, Labels, Network, Prediction, Preprocess, Subspace, Tail};
 
 /// Directions of the subspace that tells flowers from other things: with fewer, more of the other
 /// things pass; with more, the bundle grows and nothing is gained.
 const RANK: usize = 128;
 
-/// What a run measures on.
+/// What a run needs beside its settings; none of it changes what is learned.
 #[derive(Debug, Clone)]
-pub enum Val {
-    Folder(PathBuf),
-    /// A share of the dataset, 0–1, told apart by the photographs' contents.
-    Fraction(f64),
-}
-
-/// What a run is asked for.
-#[derive(Debug, Clone)]
-pub struct Training {
-    pub dataset: PathBuf,
-    pub val: Val,
+pub struct Surroundings {
+    /// Where the run is written.
     pub out: PathBuf,
-    pub name: String,
-    pub sgd: Sgd,
-    /// Share of the validation photographs that the unknown rule may reject, 0–1.
-    pub reject: f32,
+    /// Whether a run that is there may be replaced.
+    pub overwrite: bool,
+    /// Where features are kept from run to run; nowhere where it is none.
+    pub cache: Option<PathBuf>,
     pub threads: usize,
     /// When the run is said to have happened; its version follows from it.
     pub created_at: SystemTime,
@@ -50,24 +51,56 @@ pub struct Training {
 /// What a run gave.
 #[derive(Debug)]
 pub struct Trained {
-    pub bundle: Bundle,
+    pub labels: Labels,
+    pub parameters: Parameters,
+    /// Photographs of each class that were learned from.
+    pub train_images: Vec<usize>,
+    /// What was learned from and measured on.
+    pub dataset: DatasetRef,
+    pub val: Measured,
+    /// On photographs that had no part in it.
+    pub test: Option<Measured>,
+    pub history: Vec<Epoch>,
+    pub head: Head,
+    pub subspace: Subspace,
+    /// A fine-tuned last convolution.
+    pub tail: Option<Tail>,
+    /// What is not used, and why.
+    pub left_out: Vec<Finding>,
+    /// Why features were not kept, where they were not.
+    pub cache_trouble: Option<String>,
+    pub time: Duration,
+}
+
+/// What a model makes of photographs whose classes are known.
+#[derive(Debug, Clone)]
+pub struct Measured {
+    pub photographs: Vec<Photograph>,
+    pub predictions: Vec<Prediction>,
     pub evaluation: Evaluation,
-    pub train_images: usize,
-    /// What could not be decoded, and why.
-    pub left_out: Vec<(PathBuf, String)>,
+}
+
+/// Numbers in the network and the head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parameters {
+    pub total: usize,
+    pub trained: usize,
 }
 
 /// What a run is doing.
 #[derive(Debug, Clone, Copy)]
 pub enum Progress {
+    /// Files whose content is known, of how many.
+    Read { done: usize, of: usize },
     /// Photographs whose features are known, of how many.
     Features { done: usize, of: usize },
-    /// An epoch is over; its mean cross-entropy in nats.
-    Epoch { epoch: usize, of: usize, loss: f32 },
+    Epoch { epoch: Epoch, of: usize },
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
     #[error(transparent)]
     Dataset(#[from] DatasetError),
     #[error(transparent)]
@@ -76,160 +109,351 @@ pub enum TrainError {
     NothingLeft { path: PathBuf, class: String, purpose: &'static str },
     #[error("training gave no usable head: {0}; a smaller learning rate may help")]
     Diverged(#[from] HeadError),
+    #[error("training gave no usable convolution: {0}; a smaller learning rate may help")]
+    TailDiverged(#[from] TailError),
     #[error("training gave no usable subspace: {0}")]
     Subspace(#[from] SubspaceError),
-    #[error("{path}: {reason}")]
-    Write { path: PathBuf, reason: String },
     #[error(transparent)]
-    Bundle(#[from] BundleError),
+    Record(#[from] RecordError),
 }
 
-/// Trains a head on frozen features and writes `OUT/model.bloom` and `OUT/metrics.json`.
-pub fn train(training: &Training, progress: &(dyn Fn(Progress) + Sync)) -> Result<Trained, TrainError> {
-    let dataset = Dataset::read(&training.dataset)?;
-    let writable = |e: std::io::Error| TrainError::Write { path: training.out.clone(), reason: e.to_string() };
-    fs::create_dir_all(&training.out).map_err(writable)?;
-    let (backbone, preprocess) = (Backbone::built_in()?, Preprocess::mobilenet_v2());
-    let (train_features, val_features) = features(training, &dataset, &backbone, &preprocess, progress)?;
-
-    let classes = dataset.classes.names().len();
-    let layer = sgd::fit(&train_features, classes, &training.sgd, &mut |epoch, loss| {
-        progress(Progress::Epoch { epoch, of: training.sgd.epochs, loss });
-    });
-    let skill = Skill {
-        head: calibrated(layer, &val_features)?,
-        subspace: subspace(training, &train_features, &val_features)?,
-        labels: dataset.classes,
-        preprocess,
-    };
-    let evaluation = evaluate(&skill, &val_features);
-    let manifest = manifest(training, &backbone, &skill, &evaluation, [&train_features, &val_features]);
-    let bundle = Bundle::new(manifest, skill.head, skill.subspace);
-    write_run(training, &bundle, &evaluation)?;
-    let train_images = train_features.len();
-    let left_out = [train_features.left_out, val_features.left_out].concat();
-    Ok(Trained { bundle, evaluation, train_images, left_out })
-}
-
-/// Of the photographs to learn from, and of those to measure on; none stands in both.
-fn features(
-    training: &Training,
-    dataset: &Dataset,
-    backbone: &Backbone,
-    preprocess: &Preprocess,
+/// Trains, measures, and writes the run's folder, the bundle last.
+pub fn train(
+    settings: &Settings,
+    surroundings: &Surroundings,
     progress: &(dyn Fn(Progress) + Sync),
-) -> Result<(Features, Features), TrainError> {
-    let extract_of = |set: &Dataset, before: usize, of: usize| {
-        let tell = |done| progress(Progress::Features { done: before + done, of });
-        Ok::<_, TrainError>(extract(backbone, preprocess, &set.images, training.threads, &tell)?.without_doubles(None))
-    };
-    let (train, val, val_path) = match &training.val {
-        Val::Folder(path) => {
-            let set = Dataset::read(path)?;
-            set.expect_classes(&dataset.classes, path)?;
-            let of = dataset.images.len() + set.images.len();
-            let (train, val) = (extract_of(dataset, 0, of)?, extract_of(&set, dataset.images.len(), of)?);
-            (train.without_doubles(Some(&val)), val, path)
-        }
-        Val::Fraction(share) => {
-            let (train, val) = extract_of(dataset, 0, dataset.images.len())?.split(*share);
-            (train, val, &training.dataset)
-        }
-    };
-    every_class_is_there(&train, &dataset.classes, &training.dataset, "learn from")?;
-    every_class_is_there(&val, &dataset.classes, val_path, "measure on")?;
-    Ok((train, val))
+) -> Result<Trained, TrainError> {
+    let began = Instant::now();
+    settings.check()?;
+    let dataset = Dataset::read(&settings.dataset)?;
+    let session = Session { settings, surroundings, progress, network: network(settings)?, labels: dataset.classes.clone() };
+    let photographs = session.photographs(&dataset)?;
+    let mut record = Record::begin(settings, surroundings)?;
+    let seen = session.seen(photographs)?;
+    let (learned, history) = session.learn(&seen, &mut record)?;
+    let mut trained = session.judge(seen, learned, history)?;
+    trained.test = session.test(&mut trained)?;
+    trained.time = began.elapsed();
+    let manifest = session.manifest(&trained);
+    record.finish(&session.network, manifest, &trained)?;
+    Ok(trained)
 }
 
-/// The figures of a skill on photographs whose features are known.
-pub fn evaluate(skill: &Skill, features: &Features) -> Evaluation {
-    let predictions: Vec<_> = features.rows().map(|row| skill.judge(row)).collect();
-    Evaluation::new(&skill.labels, &predictions, &features.classes)
+/// The network that the settings name.
+fn network(settings: &Settings) -> Result<Network, BackboneError> {
+    match &settings.backbone {
+        None => Network::built_in(),
+        Some(named) => Network::from_file(&named.file, &named.preprocess, named.feature.as_deref()),
+    }
 }
 
-fn every_class_is_there(
-    features: &Features,
-    labels: &Labels,
-    path: &Path,
-    purpose: &'static str,
-) -> Result<(), TrainError> {
-    for (class, name) in labels.names().iter().enumerate() {
-        if !features.classes.contains(&class) {
-            return Err(TrainError::NothingLeft { path: path.into(), class: name.clone(), purpose });
+struct Session<'a> {
+    settings: &'a Settings,
+    surroundings: &'a Surroundings,
+    progress: &'a (dyn Fn(Progress) + Sync),
+    network: Network,
+    labels: Labels,
+}
+
+/// The photographs to learn from and those to measure on, as the frozen part of the network sees them.
+struct Seen {
+    train: Features,
+    val: Features,
+    left_out: Vec<Finding>,
+    cache_trouble: Option<String>,
+}
+
+/// What training gave.
+struct Learned {
+    tail: Option<Tail>,
+    /// `[classes, width]` and `[classes]`.
+    head: (Vec<f32>, Vec<f32>),
+}
+
+impl Session<'_> {
+    fn preprocess(&self) -> Preprocess {
+        self.settings.preprocess()
+    }
+
+    /// What to learn from and what to measure on; no photograph stands in both.
+    fn photographs(&self, dataset: &Dataset) -> Result<(Photographs, Photographs), TrainError> {
+        let read = |set: &Dataset| {
+            let of = set.images.len();
+            let told = |done| (self.progress)(Progress::Read { done, of });
+            Photographs::read(set, self.surroundings.threads, &told).without_doubles(None)
+        };
+        match &self.settings.val {
+            Some(path) => {
+                let val = read(&self.dataset_like(path)?);
+                Ok((read(dataset).without_doubles(Some(&val)), val))
+            }
+            None => Ok(read(dataset).split(self.settings.val_fraction)),
         }
     }
-    Ok(())
-}
 
-fn calibrated(layer: Layer, val: &Features) -> Result<Head, HeadError> {
-    let logits: Vec<Vec<f32>> = val.rows().map(|row| layer.logits(row)).collect();
-    Head::new(layer.width, layer.weight, layer.bias, calibrate::temperature(&logits, &val.classes))
-}
-
-/// The training set's subspace, with the threshold that rejects the asked share of the validation set.
-fn subspace(training: &Training, train: &Features, val: &Features) -> Result<Subspace, SubspaceError> {
-    let basis = subspace::span(train.rows(), train.width, RANK, training.sgd.seed);
-    let open = Subspace::new(train.width, basis, 0.0)?;
-    let mut similarities: Vec<f32> = val.rows().map(|row| open.similarity(row)).collect();
-    similarities.sort_by(f32::total_cmp);
-    let rejected = (training.reject * similarities.len() as f32) as usize;
-    let threshold = similarities[rejected.min(similarities.len() - 1)];
-    open.with_threshold(threshold)
-}
-
-fn manifest(
-    training: &Training,
-    backbone: &Backbone,
-    skill: &Skill,
-    evaluation: &Evaluation,
-    sets: [&Features; 2],
-) -> Manifest {
-    let [train, val] = sets;
-    let contents = sets.into_iter().flat_map(|set| set.classes.iter().copied().zip(&set.contents));
-    let created_at = format_rfc3339_millis(training.created_at).to_string();
-    Manifest {
-        format: FORMAT,
-        name: training.name.clone(),
-        version: version(&created_at),
-        created_at,
-        classes: skill.labels.clone(),
-        backbone: BackboneRef {
-            name: backbone.name().into(),
-            sha256: backbone.sha256().into(),
-            feature: FEATURES.into(),
-            width: backbone.width(),
-        },
-        preprocess: skill.preprocess.clone(),
-        temperature: skill.head.temperature(),
-        unknown: Unknown {
-            rule: UnknownRule::CosineSubspace,
-            threshold: skill.subspace.threshold(),
-            rejected_share: training.reject,
-        },
-        dataset: DatasetRef {
-            sha256: fingerprint(&skill.labels, contents),
-            train_images: train.len(),
-            val_images: val.len(),
-        },
-        metrics: Metrics { accuracy: evaluation.accuracy, loss: evaluation.loss, ece: evaluation.ece },
-        seed: training.sgd.seed,
-        program: format!("bloomcast {}", env!("CARGO_PKG_VERSION")),
-        members: Default::default(),
+    /// A dataset with the same classes.
+    fn dataset_like(&self, path: &Path) -> Result<Dataset, DatasetError> {
+        let dataset = Dataset::read(path)?;
+        dataset.expect_classes(&self.labels, path)?;
+        Ok(dataset)
     }
+
+    fn seen(&self, (train, val): (Photographs, Photographs)) -> Result<Seen, TrainError> {
+        let views = Views { count: self.settings.views, seed: self.settings.sgd.seed };
+        let precision = match self.settings.fine_tune {
+            FineTune::None => Precision::Single,
+            FineTune::LastConv => Precision::Half,
+        };
+        let of = train.kept.len() + val.kept.len();
+        let (mut train_seen, trouble) = self.extract(&train.kept, views, precision, (0, of))?;
+        let (mut val_seen, val_trouble) = self.extract(&val.kept, Views::ONE, Precision::Single, (train.kept.len(), of))?;
+        self.every_class_is_in(&train_seen, &self.settings.dataset, "learn from")?;
+        let val_path = self.settings.val.as_ref().unwrap_or(&self.settings.dataset);
+        self.every_class_is_in(&val_seen, val_path, "measure on")?;
+        let left_out = [train.left_out, take(&mut train_seen.left_out), val.left_out, take(&mut val_seen.left_out)];
+        let cache_trouble = trouble.or(val_trouble).map(|e| e.to_string());
+        Ok(Seen { train: train_seen, val: val_seen, left_out: left_out.concat(), cache_trouble })
+    }
+
+    /// Features, or the maps that enter the last convolution where that is trained. `told`: how many were done
+    /// before, and how many there are.
+    fn extract(
+        &self,
+        images: &[Photograph],
+        views: Views,
+        precision: Precision,
+        told: (usize, usize),
+    ) -> Result<(Features, CacheTrouble), BackboneError> {
+        let (backbone, map) = match self.settings.fine_tune {
+            FineTune::None => (self.network.features(None)?, None),
+            FineTune::LastConv => (self.network.trunk()?, Some(self.network.last_conv()?.tail.inputs())),
+        };
+        let extractor = Extractor {
+            network: &self.network,
+            backbone: &backbone,
+            map,
+            preprocess: &self.preprocess(),
+            precision,
+            views,
+            cache: self.surroundings.cache.as_deref(),
+            threads: self.surroundings.threads,
+        };
+        extractor.run(images, &|done| (self.progress)(Progress::Features { done: told.0 + done, of: told.1 }))
+    }
+
+    fn every_class_is_in(&self, set: &Features, path: &Path, purpose: &'static str) -> Result<(), TrainError> {
+        let classes = set.classes();
+        let missing = (0..self.labels.names().len()).find(|class| !classes.contains(class));
+        missing.map_or(Ok(()), |class| {
+            let class = self.labels.name(Some(class)).to_owned();
+            Err(TrainError::NothingLeft { path: path.into(), class, purpose })
+        })
+    }
+
+    fn learn(&self, seen: &Seen, record: &mut Record) -> Result<(Learned, Vec<Epoch>), TrainError> {
+        let (classes, sgd) = (self.labels.names().len(), &self.settings.sgd);
+        let mut told = |epoch: &Epoch, groups: &[Group]| {
+            (self.progress)(Progress::Epoch { epoch: *epoch, of: sgd.epochs });
+            record.epoch(epoch, groups)
+        };
+        match self.settings.fine_tune {
+            FineTune::None => {
+                let mut learner = HeadLearner::new(&seen.train, &seen.val, classes, sgd);
+                let history = sgd::fit(&mut learner, sgd, &mut told)?;
+                Ok((Learned { tail: None, head: learner.into_numbers() }, history))
+            }
+            FineTune::LastConv => {
+                let own = &self.network.last_conv()?.tail;
+                let mut learner =
+                    TailLearner::new(&seen.train, &seen.val, own, classes, sgd, self.surroundings.threads);
+                let history = sgd::fit(&mut learner, sgd, &mut told)?;
+                let (tail, weight, bias) = learner.numbers()?;
+                Ok((Learned { tail: Some(tail), head: (weight, bias) }, history))
+            }
+        }
+    }
+
+    /// Calibrates on the validation set, finds what is unknown, and measures.
+    fn judge(&self, seen: Seen, learned: Learned, history: Vec<Epoch>) -> Result<Trained, TrainError> {
+        let train = self.features_of(&seen.train, learned.tail.as_ref());
+        let val = self.features_of(&seen.val, learned.tail.as_ref());
+        let width = train.first().map_or(0, Vec::len);
+        let (weight, bias) = learned.head;
+        let logits: Vec<Vec<f32>> = val.iter().map(|row| linear(&weight, &bias, row)).collect();
+        let head = Head::new(width, weight, bias, calibrate::temperature(&logits, &seen.val.classes()))?;
+        let subspace = self.subspace(&train, &val)?;
+        let skill = self.skill(&head, &subspace);
+        let predictions = val.iter().map(|row| skill.judge(row)).collect();
+        let val = Measured::new(&self.labels, seen.val.images, predictions);
+        let classes = seen.train.classes();
+        let of_class = |class| classes.iter().filter(|other| **other == class).count();
+        let contents = seen.train.images.iter().chain(&val.photographs).map(|image| (image.class, &image.content));
+        let dataset = DatasetRef {
+            sha256: fingerprint(&self.labels, contents),
+            train_images: seen.train.len(),
+            val_images: val.photographs.len(),
+        };
+        Ok(Trained {
+            labels: self.labels.clone(),
+            parameters: self.parameters(&head),
+            dataset,
+            train_images: (0..self.labels.names().len()).map(of_class).collect(),
+            val,
+            test: None,
+            history,
+            head,
+            subspace,
+            tail: learned.tail,
+            left_out: seen.left_out,
+            cache_trouble: seen.cache_trouble,
+            time: Duration::ZERO,
+        })
+    }
+
+    fn skill(&self, head: &Head, subspace: &Subspace) -> Skill {
+        Skill {
+            labels: self.labels.clone(),
+            head: head.clone(),
+            subspace: subspace.clone(),
+            preprocess: self.preprocess(),
+        }
+    }
+
+    /// The features of each photograph as it is.
+    fn features_of(&self, seen: &Features, tail: Option<&Tail>) -> Vec<Vec<f32>> {
+        let features = |(): &mut (), i: usize| {
+            let row = seen.row(i, 0);
+            Ok::<_, Infallible>(tail.map_or_else(|| row.to_vec(), |tail| tail.features(&row)))
+        };
+        let Ok(features) = pool::map(seen.len(), self.surroundings.threads, "tail", || Ok(()), features, &|_| {});
+        features
+    }
+
+    /// The training set's subspace, with the threshold that rejects the asked share of the validation set.
+    fn subspace(&self, train: &[Vec<f32>], val: &[Vec<f32>]) -> Result<Subspace, SubspaceError> {
+        let width = train.first().map_or(0, Vec::len);
+        let basis = subspace::span(train.iter().map(Vec::as_slice), width, RANK, self.settings.sgd.seed);
+        let open = Subspace::new(width, basis, 0.0)?;
+        let mut similarities: Vec<f32> = val.iter().map(|row| open.similarity(row)).collect();
+        similarities.sort_by(f32::total_cmp);
+        let rejected = (self.settings.reject * similarities.len() as f32) as usize;
+        let threshold = similarities[rejected.min(similarities.len() - 1)];
+        open.with_threshold(threshold)
+    }
+
+    /// Looks at the test photographs, once; what is wrong with them is added to what was left out.
+    fn test(&self, trained: &mut Trained) -> Result<Option<Measured>, TrainError> {
+        let Some(path) = &self.settings.test else { return Ok(None) };
+        let photographs = Photographs::read(&self.dataset_like(path)?, self.surroundings.threads, &|_| {});
+        let photographs = photographs.without_doubles(None);
+        let of = photographs.kept.len();
+        let (mut seen, _) = self.extract(&photographs.kept, Views::ONE, Precision::Single, (0, of))?;
+        self.every_class_is_in(&seen, path, "test on")?;
+        trained.left_out.extend(photographs.left_out);
+        trained.left_out.append(&mut seen.left_out);
+        let features = self.features_of(&seen, trained.tail.as_ref());
+        let skill = self.skill(&trained.head, &trained.subspace);
+        let predictions = features.iter().map(|row| skill.judge(row)).collect();
+        Ok(Some(Measured::new(&self.labels, seen.images, predictions)))
+    }
+
+    fn parameters(&self, head: &Head) -> Parameters {
+        let head = head.weight().len() + head.bias().len();
+        let tail = match (self.settings.fine_tune, &self.network.anatomy().last_conv) {
+            // Its normalisation has a gain and a shift a channel.
+            (FineTune::LastConv, Some(conv)) => conv.tail.weight().len() + 2 * conv.tail.outputs(),
+            _ => 0,
+        };
+        Parameters { total: self.network.anatomy().parameters + head, trained: tail + head }
+    }
+
+    fn manifest(&self, trained: &Trained) -> Manifest {
+        let evaluation = &trained.val.evaluation;
+        let created_at = format_rfc3339_millis(self.surroundings.created_at).to_string();
+        Manifest {
+            format: FORMAT,
+            name: self.settings.name.clone(),
+            version: version(&created_at),
+            created_at,
+            classes: self.labels.clone(),
+            backbone: BackboneRef {
+                name: self.network.name().into(),
+                sha256: self.network.sha256().into(),
+                feature: self.network.anatomy().feature.clone(),
+                width: trained.head.width(),
+            },
+            preprocess: self.preprocess(),
+            temperature: trained.head.temperature(),
+            unknown: Unknown {
+                rule: UnknownRule::CosineSubspace,
+                threshold: trained.subspace.threshold(),
+                rejected_share: self.settings.reject,
+            },
+            dataset: trained.dataset.clone(),
+            metrics: Metrics { accuracy: evaluation.accuracy, loss: evaluation.loss, ece: evaluation.ece },
+            seed: self.settings.sgd.seed,
+            program: format!("bloomcast {}", env!("CARGO_PKG_VERSION")),
+            members: Default::default(),
+        }
+    }
+}
+
+impl fmt::Display for Trained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Parameters { total, trained } = self.parameters;
+        let (images, seconds) = (self.dataset.train_images, self.time.as_secs_f64());
+        writeln!(f, "{total} parameters, {trained} trained, {} frozen", total - trained)?;
+        writeln!(f, "learned from {images} photographs in {seconds:.1} s, measured on others:\n")?;
+        self.val.evaluation.fmt(f)?;
+        if let Some(test) = &self.test {
+            writeln!(f, "on the test photographs, which had no part in it:\n")?;
+            test.evaluation.fmt(f)?;
+        }
+        Ok(())
+    }
+}
+
+impl Measured {
+    pub fn new(labels: &Labels, photographs: Vec<Photograph>, predictions: Vec<Prediction>) -> Self {
+        let classes: Vec<usize> = photographs.iter().map(|photograph| photograph.class).collect();
+        let evaluation = Evaluation::new(labels, &predictions, &classes);
+        Measured { photographs, predictions, evaluation }
+    }
+}
+
+/// What a model makes of a dataset; mirrored as well, and the mean of both, where `mirror` says so. Gives what
+/// could not be used besides.
+pub fn evaluate(
+    bundle: &Bundle,
+    network: &Network,
+    dataset: &Dataset,
+    mirror: bool,
+    threads: usize,
+    progress: &(dyn Fn(usize) + Sync),
+) -> Result<(Measured, Vec<Finding>), BundleError> {
+    let photographs = Photographs::read(dataset, threads, &|_| {});
+    let extractor = Extractor {
+        network,
+        backbone: &bundle.backbone(network)?,
+        map: None,
+        preprocess: &bundle.manifest().preprocess,
+        precision: Precision::Single,
+        views: Views { count: 1 + usize::from(mirror), seed: 0 },
+        cache: None,
+        threads,
+    };
+    let (features, _) = extractor.run(&photographs.kept, progress)?;
+    let skill = bundle.skill();
+    let judge = |i: usize| skill.judge_views((0..features.views).map(|view| features.row(i, view)));
+    let predictions = (0..features.len()).map(judge).collect();
+    let left_out = [photographs.left_out, features.left_out].concat();
+    Ok((Measured::new(&skill.labels, features.images, predictions), left_out))
 }
 
 /// `2026-01-02T03:04:05.678Z` → 20260102030405
 fn version(created_at: &str) -> u64 {
     let digits = created_at.bytes().filter(u8::is_ascii_digit).take(14);
     digits.fold(0, |number, digit| number * 10 + u64::from(digit - b'0'))
-}
-
-/// The figures first: a bundle that is there belongs to a run that is finished.
-fn write_run(training: &Training, bundle: &Bundle, evaluation: &Evaluation) -> Result<(), TrainError> {
-    let metrics = training.out.join("metrics.json");
-    let json = serde_json::to_string_pretty(evaluation).expect("figures can be written as JSON");
-    fs::write(&metrics, json + "\n").map_err(|e| TrainError::Write { path: metrics, reason: e.to_string() })?;
-    Ok(bundle.write(&training.out.join("model.bloom"))?)
 }
 
 #[cfg(test)]

@@ -68,7 +68,7 @@ pub struct Classifier {
 
 impl Classifier {
     /// # Panics
-    /// Where the skill is not as wide as the backbone; [`crate::bundle::Bundle::classifier`] checks it.
+    /// Where the skill is not as wide as the backbone; [`crate::bundle::Bundle::classifier`] makes sure of it.
     pub fn new(backbone: &Backbone, skill: Skill) -> Result<Self, BackboneError> {
         assert_eq!(skill.head.width(), backbone.width(), "a head as wide as its backbone");
         assert_eq!(skill.subspace.width(), backbone.width(), "a subspace as wide as its backbone");
@@ -105,11 +105,21 @@ impl Classifier {
 impl Skill {
     /// in: `[width]`, one picture's features.
     pub fn judge(&self, features: &[f32]) -> Prediction {
-        let similarity = self.subspace.similarity(features);
-        Prediction {
-            probabilities: self.head.probabilities(features),
-            similarity,
-            known: self.subspace.knows(similarity),
+        self.judge_views(std::iter::once(features))
+    }
+
+    /// The mean of what several views of one picture are taken for. in: at least one, `[width]`.
+    pub fn judge_views(&self, views: impl Iterator<Item = impl AsRef<[f32]>>) -> Prediction {
+        let (mut count, mut similarity) = (0.0, 0.0);
+        let mut probabilities = vec![0.0; self.labels.names().len()];
+        for features in views {
+            count += 1.0;
+            similarity += self.subspace.similarity(features.as_ref());
+            let of_view = self.head.probabilities(features.as_ref());
+            probabilities.iter_mut().zip(of_view).for_each(|(sum, p)| *sum += p);
         }
+        probabilities.iter_mut().for_each(|p| *p /= count);
+        similarity /= count;
+        Prediction { probabilities, similarity, known: self.subspace.knows(similarity) }
     }
 }

@@ -8,10 +8,12 @@ pub mod head;
 pub mod labels;
 pub mod preprocess;
 pub mod subspace;
+pub mod tail;
 
-pub use backbone::{Backbone, BackboneError};
+pub use backbone::{Backbone, BackboneError, Network};
 pub use classifier::{Classifier, Prediction, Stages};
 pub use head::Head;
 pub use labels::{Labels, UNKNOWN};
 pub use preprocess::{Preprocess, Preprocessor};
 pub use subspace::Subspace;
+pub use tail::Tail;

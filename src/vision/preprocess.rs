@@ -21,6 +21,8 @@ pub struct Preprocess {
     pub layout: TensorLayout,
 }
 
+/// Raise it when the same settings give other numbers: features that were kept are computed anew then.
+pub const VERSION: u32 = 1;
 /// Wider inputs are no network's for a camera.
 const SIZE_MAX: u32 = 1024;
 
@@ -52,7 +54,10 @@ pub enum Filter {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TensorLayout {
+    /// Channels first, as PyTorch has it.
     Nchw,
+    /// Channels last, as TensorFlow has it.
+    Nhwc,
 }
 
 impl Preprocess {
@@ -68,6 +73,12 @@ impl Preprocess {
             std: [0.5; 3],
             layout: TensorLayout::Nchw,
         }
+    }
+
+    /// What torchvision's networks were trained with (`torchvision.models`, the weights' transforms).
+    pub fn torchvision(size: u32) -> Self {
+        let (mean, std) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
+        Preprocess { size, mean, std, ..Self::mobilenet_v2() }
     }
 
     /// Refuses what no network was ever trained with, before anything is allocated by it.
@@ -105,7 +116,8 @@ impl Preprocessor {
         &self.spec
     }
 
-    /// in: H×W×3 u8 RGB, any size; out: `[3, size, size]` f32, `(x / scale − mean) / std`.
+    /// in: H×W×3 u8 RGB, any size; out: `[3, size, size]` f32, or `[size, size, 3]` where the layout is NHWC,
+    /// `(x / scale − mean) / std`.
     ///
     /// # Panics
     /// Where `out` is not [`Preprocess::input_len`] long.
@@ -123,15 +135,26 @@ impl Preprocessor {
     }
 }
 
-/// in: size×size×3 u8; out: `[3, size, size]` f32.
+/// in: size×size×3 u8; out: `[3, size, size]` or `[size, size, 3]` f32.
 fn normalise(spec: &Preprocess, pixels: &[u8], out: &mut [f32]) {
-    let plane = out.len() / 3;
-    // HWC → CHW
-    for (channel, plane) in out.chunks_exact_mut(plane).enumerate() {
-        let factor = 1.0 / (spec.scale * spec.std[channel]);
-        let offset = -spec.mean[channel] / spec.std[channel];
-        for (value, pixel) in plane.iter_mut().zip(pixels.chunks_exact(3)) {
-            *value = f32::from(pixel[channel]) * factor + offset;
+    let factor = spec.std.map(|std| 1.0 / (spec.scale * std));
+    let offset: [f32; 3] = std::array::from_fn(|channel| -spec.mean[channel] / spec.std[channel]);
+    match spec.layout {
+        TensorLayout::Nchw => {
+            let plane = out.len() / 3;
+            // HWC → CHW
+            for (channel, plane) in out.chunks_exact_mut(plane).enumerate() {
+                for (value, pixel) in plane.iter_mut().zip(pixels.chunks_exact(3)) {
+                    *value = f32::from(pixel[channel]) * factor[channel] + offset[channel];
+                }
+            }
+        }
+        TensorLayout::Nhwc => {
+            for (values, pixel) in out.chunks_exact_mut(3).zip(pixels.chunks_exact(3)) {
+                for channel in 0..3 {
+                    values[channel] = f32::from(pixel[channel]) * factor[channel] + offset[channel];
+                }
+            }
         }
     }
 }
@@ -152,6 +175,26 @@ mod tests {
         let close = |a: f32, b: f32| (a - b).abs() < 1e-6;
         assert!(close(at(0, 7, 50), 50.0 / 127.5 - 1.0), "red grows with x");
         assert!(close(at(1, 7, 50), 7.0 / 127.5 - 1.0), "green grows with y");
+    }
+
+    #[test]
+    fn channels_last_are_the_same_numbers_in_another_order() {
+        let first = Preprocess::torchvision(8);
+        let last = Preprocess { layout: TensorLayout::Nhwc, ..first.clone() };
+        let image = gradient(8, 8);
+        let run = |spec: Preprocess| {
+            let mut out = vec![0.0; spec.input_len()];
+            Preprocessor::new(spec).run(&image, &mut out);
+            out
+        };
+        let (first, last) = (run(first), run(last));
+        for channel in 0..3 {
+            for place in 0..64 {
+                assert_eq!(first[channel * 64 + place], last[place * 3 + channel]);
+            }
+        }
+        let red = f32::from(image.get_pixel(3, 2).0[0]);
+        assert!((last[(2 * 8 + 3) * 3] - (red / 255.0 - 0.485) / 0.229).abs() < 1e-5);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use bloomcast::bundle::Bundle;
-use bloomcast::vision::{Backbone, decode};
+use bloomcast::vision::decode;
 use serde_json::Value;
 
 /// Long enough for a machine that is busy with other things.
@@ -186,7 +186,7 @@ pub fn of_class(folder: &Path, class: &str, count: usize) -> Vec<PathBuf> {
 /// The first `count` photographs of a class that the built-in model is sure of: what a test of the
 /// daemon expects must not hang on the model's mistakes.
 pub fn clear(folder: &Path, class: &str, count: usize) -> Vec<PathBuf> {
-    let mut classifier = Bundle::built_in().unwrap().classifier(&Backbone::built_in().unwrap()).unwrap();
+    let mut classifier = Bundle::built_in().unwrap().classifier(None).unwrap();
     let expected = classifier.labels().position(class);
     let mut sure = |image: &PathBuf| {
         let prediction = classifier.classify(&decode::file(image).unwrap()).unwrap().0;

