@@ -24,11 +24,14 @@ pub mod daemon;
 pub mod decide;
 #[cfg(feature = "demo")]
 pub mod demo;
+#[cfg(feature = "fetch")]
+pub mod fetch;
 pub mod health;
 pub mod mqtt;
 pub mod train;
 pub mod vision;
 pub mod watcher;
+pub mod zoo;
 
 use std::path::PathBuf;
 

@@ -122,6 +122,10 @@ impl Bundle {
         &self.manifest
     }
 
+    pub fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
     /// SHA-256 of the file it was read from, in hexadecimal.
     pub fn sha256(&self) -> &str {
         &self.sha256

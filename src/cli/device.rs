@@ -7,7 +7,7 @@ use anyhow::anyhow;
 use bloomcast::bench::Bench;
 use bloomcast::config::{Config, LogLevel};
 use bloomcast::daemon::Daemon;
-use bloomcast::vision::{Classifier, decode};
+use bloomcast::vision::{Prediction, decode};
 use clap::{Args, value_parser};
 use serde_json::json;
 use tracing::level_filters::LevelFilter;
@@ -51,6 +51,12 @@ pub struct ClassifyArgs {
     /// A .bloom file; the one inside the program where none is named
     #[arg(long)]
     model: Option<PathBuf>,
+    /// The ONNX file the model was made for, where neither the program nor the model has it
+    #[arg(long)]
+    backbone: Option<PathBuf>,
+    /// Look at each image mirrored as well, and take the mean
+    #[arg(long)]
+    mirror: bool,
     /// One JSON document on standard output
     #[arg(long)]
     json: bool,
@@ -105,13 +111,16 @@ pub fn demo(args: DemoArgs) -> Result<(), Failure> {
 }
 
 pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
-    let mut classifier = classifier(args.model.as_deref())?;
+    let mut classifier = bundle(args.model.as_deref())?.classifier(args.backbone.as_deref())?;
+    let labels = classifier.labels().clone();
+    let mut look = |path: &Path| -> anyhow::Result<Prediction> {
+        let image = decode::file(path)?;
+        Ok(if args.mirror { classifier.classify_with_mirror(&image)? } else { classifier.classify(&image)?.0 })
+    };
     let mut out = std::io::stdout().lock();
     let (mut answers, mut failed) = (Vec::new(), 0);
     for path in &args.images {
-        let answer =
-            decode::file(path).map_err(anyhow::Error::from).and_then(|image| Ok(classifier.classify(&image)?.0));
-        let prediction = match answer {
+        let prediction = match look(path) {
             Ok(prediction) => prediction,
             Err(error) => {
                 failed += 1;
@@ -119,7 +128,6 @@ pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
                 continue;
             }
         };
-        let labels = classifier.labels();
         let (class, confidence) = (labels.name(prediction.class()), prediction.confidence());
         if args.json {
             let mut top: Vec<_> = labels.names().iter().zip(&prediction.probabilities).collect();
@@ -144,10 +152,6 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let mut bench = Bench::new(&bundle(args.model.as_deref())?)?;
     let report = bench.run(args.image.as_deref(), args.runs as usize)?;
     show(&report, args.json)
-}
-
-fn classifier(model: Option<&Path>) -> anyhow::Result<Classifier> {
-    Ok(bundle(model)?.classifier(None)?)
 }
 
 fn log_to_stderr(level: LogLevel) {

@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done; 1 failed; 2 usage; 78 bad configuration.
 
+mod backbone;
 mod device;
 mod progress;
 mod workstation;
@@ -15,10 +16,11 @@ use bloomcast::bundle::Bundle;
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
+use backbone::BackboneCommand;
 #[cfg(feature = "demo")]
 use device::DemoArgs;
 use device::{BenchArgs, ClassifyArgs, ConfigArgs};
-use workstation::{DatasetCommand, EvaluateArgs, TrainArgs};
+use workstation::{CompareArgs, DatasetCommand, EvaluateArgs, TrainArgs};
 
 /// Watches a camera, names the flower it sees, and says so over MQTT.
 #[derive(Debug, Parser)]
@@ -41,9 +43,14 @@ enum Command {
     Classify(ClassifyArgs),
     /// Train a model on a folder of photographs, one folder a class
     Train(Box<TrainArgs>),
-    /// Look at photographs before learning from them
+    /// Photographs: look at them before learning from them, or fetch some
     #[command(subcommand)]
     Dataset(DatasetCommand),
+    /// Other networks whose features a head can be trained on
+    #[command(subcommand)]
+    Backbone(BackboneCommand),
+    /// Finished runs side by side, best first
+    Compare(CompareArgs),
     /// Loss, accuracy, per-class figures and confusion of a model on photographs
     Evaluate(EvaluateArgs),
     /// Time a frame, stage by stage, on this machine
@@ -86,6 +93,13 @@ impl Cli {
             Command::Classify(args) => device::classify(&args),
             Command::Train(args) => workstation::train(*args),
             Command::Dataset(DatasetCommand::Check(args)) => workstation::dataset_check(&args),
+            #[cfg(feature = "fetch")]
+            Command::Dataset(DatasetCommand::Fetch(args)) => workstation::dataset_fetch(args),
+            Command::Backbone(BackboneCommand::List) => backbone::list(),
+            #[cfg(feature = "fetch")]
+            Command::Backbone(BackboneCommand::Fetch(args)) => backbone::fetch(args),
+            Command::Backbone(BackboneCommand::Inspect(args)) => backbone::inspect(args),
+            Command::Compare(args) => workstation::compare(&args),
             Command::Evaluate(args) => workstation::evaluate(&args),
             Command::Bench(args) => device::bench(&args),
         }

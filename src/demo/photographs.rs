@@ -1,20 +1,15 @@
 //! Photographs for the demo: those named, those at hand, or those that can be fetched.
 
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use crate::camera::{CameraError, replay};
+use crate::fetch::flower_photos;
 
 /// Beside the project, one folder a class.
 const AT_HAND: &str = "../shared/flowers/val";
-/// TensorFlow's five flowers, 3,670 photographs, 218 MiB, Creative Commons BY.
-const FLOWER_PHOTOS: &str = "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz";
 /// Where Debian's package mate-backgrounds puts its photographs.
 const MATE_BACKGROUNDS: &str = "/usr/share/backgrounds/mate";
-const CONNECT: Duration = Duration::from_secs(10);
-const DOWNLOAD: Duration = Duration::from_secs(1800);
 /// A photograph of a folder without classes is shown so often in a row, for an event to come of it.
 const HOLD: usize = 8;
 
@@ -47,8 +42,7 @@ impl Photographs {
         if let Ok(found) = Self::read(Path::new(AT_HAND), per_class) {
             return Ok(found);
         }
-        let fetched = crate::user_cache().ok_or_else(|| io::Error::other("no home directory")).and_then(|cache| fetch(&cache, out)).map_err(|error| error.to_string());
-        match fetched {
+        match fetch(out) {
             Ok(folder) => Self::read(&folder, per_class).map_err(|e| PhotographsError::Nowhere(e.to_string())),
             Err(reason) => {
                 Self::read(Path::new(MATE_BACKGROUNDS), per_class).map_err(|_| PhotographsError::Nowhere(reason))
@@ -110,32 +104,21 @@ fn held(images: &[PathBuf]) -> Vec<PathBuf> {
     images.iter().flat_map(|image| std::iter::repeat_n(image.clone(), HOLD)).collect()
 }
 
-/// Downloads and unpacks flower_photos once; a run that was broken off leaves no folder behind that
-/// could be taken for a whole one.
-fn fetch(cache: &Path, out: &mut dyn Write) -> io::Result<PathBuf> {
+/// TensorFlow's flower_photos, fetched once.
+fn fetch(out: &mut dyn Write) -> Result<PathBuf, String> {
+    let cache = crate::user_cache().ok_or("no home directory")?;
     let folder = cache.join("flower_photos");
-    if folder.is_dir() {
-        return Ok(folder);
+    if !folder.exists() {
+        writeln!(out, "fetching flower_photos (218 MiB) to {} …", cache.display()).map_err(|e| e.to_string())?;
     }
-    writeln!(out, "fetching flower_photos (218 MiB) to {} …", cache.display())?;
-    let agent: ureq::Agent = ureq::Agent::config_builder()
-        .timeout_resolve(Some(CONNECT))
-        .timeout_connect(Some(CONNECT))
-        .timeout_recv_response(Some(CONNECT))
-        .timeout_recv_body(Some(DOWNLOAD))
-        .build()
-        .into();
-    let response = agent.get(FLOWER_PHOTOS).call().map_err(io::Error::other)?;
-    fs::create_dir_all(cache)?;
-    let part = tempfile::tempdir_in(cache)?;
-    let packed = flate2::read::GzDecoder::new(response.into_body().into_reader());
-    tar::Archive::new(packed).unpack(part.path())?;
-    fs::rename(part.path().join("flower_photos"), &folder)?;
+    flower_photos::fetch(&flower_photos::published(), &folder, &|_, _| {}).map_err(|e| e.to_string())?;
     Ok(folder)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn folder(files: &[&str]) -> tempfile::TempDir {

@@ -55,7 +55,7 @@ impl Evaluation {
             images,
             accuracy: ratio(right, images),
             loss: loss / images.max(1) as f64,
-            ece: calibration_error(predictions, classes),
+            ece: reliability(predictions, classes).1,
             unknown: ratio(unknown, images),
             classes: labels.names().iter().enumerate().map(|(i, name)| figures(name, i, &confusion)).collect(),
             confusion,
@@ -100,19 +100,19 @@ fn ratio(part: usize, whole: usize) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }
 
-/// Mean distance between how sure the best class is and how often it is right, over bins of equal
-/// width, weighed by how many fall into each (Naeini et al., 2015).
-fn calibration_error(predictions: &[Prediction], classes: &[usize]) -> f64 {
-    let mut bins = [(0.0f64, 0usize); BINS];
+/// How sure the best class is, and how often it is right, over bins of equal width: mean confidence, share that
+/// is right, count; and the mean distance between the two, weighed by the counts (Naeini et al., 2015).
+pub fn reliability(predictions: &[Prediction], classes: &[usize]) -> (Vec<(f64, f64, usize)>, f64) {
+    let mut sums = [(0.0f64, 0usize, 0usize); BINS];
     for (prediction, class) in predictions.iter().zip(classes) {
         let best = argmax(&prediction.probabilities);
         let confidence = f64::from(prediction.probabilities[best]);
-        let bin = &mut bins[((confidence * BINS as f64) as usize).min(BINS - 1)];
-        // Each adds how much surer it was than right.
-        bin.0 += confidence - f64::from(u8::from(best == *class));
-        bin.1 += 1;
+        let bin = &mut sums[((confidence * BINS as f64) as usize).min(BINS - 1)];
+        *bin = (bin.0 + confidence, bin.1 + usize::from(best == *class), bin.2 + 1);
     }
-    bins.iter().map(|(excess, _)| excess.abs()).sum::<f64>() / predictions.len().max(1) as f64
+    let error = sums.iter().map(|(sure, right, _)| (sure - *right as f64).abs()).sum::<f64>();
+    let bin = |(sure, right, count): &(f64, usize, usize)| (sure / (*count).max(1) as f64, ratio(*right, *count), *count);
+    (sums.iter().map(bin).collect(), error / predictions.len().max(1) as f64)
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 use rand_chacha::ChaCha8Rng;
 
+use super::calibrate;
 use super::features::Features;
 use super::sgd::{Group, Learner, Measure, Sgd, below};
 use crate::vision::head::{argmax, linear, softmax};
@@ -73,11 +74,12 @@ impl Learner for HeadLearner<'_> {
     }
 }
 
-/// Mean cross-entropy and accuracy of `logits`, `[images][classes]`.
+/// Mean cross-entropy, at the temperature that makes it least, and accuracy of `logits`, `[images][classes]`.
 pub fn measure(logits: &[Vec<f32>], classes: &[usize]) -> Measure {
     let right = logits.iter().zip(classes).filter(|(logits, class)| argmax(logits) == **class).count();
+    let temperature = calibrate::temperature(logits, classes);
     Measure {
-        loss: super::calibrate::cross_entropy(logits, classes, 1.0),
+        loss: calibrate::cross_entropy(logits, classes, temperature),
         accuracy: right as f64 / classes.len() as f64,
     }
 }

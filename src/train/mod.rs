@@ -3,19 +3,23 @@
 pub mod augment;
 pub mod cache;
 pub mod calibrate;
+pub mod compare;
 pub mod dataset;
 pub mod evaluate;
 pub mod features;
 pub mod head;
 pub mod inspect;
 pub mod photographs;
+mod picture;
 pub mod pool;
 pub mod record;
+pub mod report;
 pub mod session;
 pub mod settings;
 pub mod sgd;
 pub mod subspace;
 pub mod tail;
+pub mod tensorboard;
 
 pub use session::{TrainError, Trained, train};
 pub use settings::{Recipe, Settings};

@@ -2,6 +2,7 @@
 //! is there belongs to a run that is finished.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -10,13 +11,17 @@ use serde::{Deserialize, Serialize};
 use super::evaluate::Evaluation;
 use super::session::{Parameters, Surroundings, Trained};
 use super::settings::{Recipe, Settings};
+use super::report::{self, Gallery};
 use super::sgd::{Epoch, Group};
+use super::tensorboard::{self, Events};
+use super::picture;
 use crate::bundle::{Bundle, BundleError, Manifest, Parts};
-use crate::vision::Network;
+use crate::vision::{BackboneError, Network};
 
 pub const MODEL: &str = "model.bloom";
 pub const METRICS: &str = "metrics.json";
 pub const CONFIG: &str = "config.toml";
+pub const REPORT: &str = "report.html";
 const CHECKPOINTS: &str = "checkpoints";
 
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +30,8 @@ pub enum RecordError {
     Io { path: PathBuf, reason: String },
     #[error("{0}: holds a finished run; name another folder, or --overwrite it")]
     There(PathBuf),
+    #[error(transparent)]
+    Backbone(#[from] BackboneError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
 }
@@ -40,6 +47,8 @@ pub struct RunFigures {
     pub parameters: Parameters,
     /// The epoch whose numbers were kept.
     pub best_epoch: usize,
+    /// Of the photographs that it was measured on.
+    pub val_sha256: String,
     pub val: Evaluation,
     pub test: Option<Evaluation>,
     pub epochs: Vec<Epoch>,
@@ -49,6 +58,8 @@ pub struct RunFigures {
 pub struct Record {
     folder: PathBuf,
     settings: Settings,
+    threads: usize,
+    events: Events,
 }
 
 impl Record {
@@ -58,31 +69,37 @@ impl Record {
         if folder.join(MODEL).exists() && !surroundings.overwrite {
             return Err(RecordError::There(folder));
         }
-        let record = Record { folder, settings: settings.clone() };
-        record.io(&record.folder, fs::create_dir_all(&record.folder))?;
-        for name in [MODEL, METRICS] {
-            record.remove(&record.folder.join(name))?;
-        }
-        let checkpoints = record.folder.join(CHECKPOINTS);
-        record.io(&checkpoints, fs::create_dir_all(&checkpoints))?;
-        record.remove_checkpoints(None)?;
+        let checkpoints = folder.join(CHECKPOINTS);
+        at(&checkpoints, fs::create_dir_all(&checkpoints))?;
+        let stale = |name: &str| [MODEL, METRICS, REPORT].contains(&name) || name.starts_with(tensorboard::PREFIX);
+        remove(&folder, stale)?;
+        remove(&checkpoints, |_| true)?;
+        let events = at(&folder, Events::create(&folder, surroundings.created_at))?;
+        let record = Record { folder, settings: settings.clone(), threads: surroundings.threads, events };
         record.write(CONFIG, settings.to_toml().as_bytes())?;
         Ok(record)
     }
 
-    /// Keeps the numbers of an epoch that is the best so far, and drops those of the one before.
+    /// Notes an epoch; keeps its numbers where it is the best so far, and drops those of the one before.
     pub fn epoch(&mut self, epoch: &Epoch, groups: &[Group]) -> Result<(), RecordError> {
+        let scalars = [
+            ("loss/train", f64::from(epoch.train_loss)),
+            ("loss/val", epoch.val.loss),
+            ("accuracy/val", epoch.val.accuracy),
+            ("learning_rate", f64::from(epoch.learning_rate)),
+        ];
+        let noted = self.events.scalars(epoch.epoch, &scalars);
+        at(self.events.path(), noted)?;
         if epoch.best {
             let name = format!("epoch-{:03}-val-loss-{:.4}.safetensors", epoch.epoch, epoch.val.loss);
-            let path = Path::new(CHECKPOINTS).join(&name);
-            self.write(&path.to_string_lossy(), &checkpoint(groups))?;
-            self.remove_checkpoints(Some(&name))?;
+            self.write(&format!("{CHECKPOINTS}/{name}"), &checkpoint(groups))?;
+            remove(&self.folder.join(CHECKPOINTS), |there| there != name)?;
         }
         Ok(())
     }
 
     /// Writes what there is to say of the run, and then the bundle.
-    pub fn finish(self, network: &Network, manifest: Manifest, trained: &Trained) -> Result<(), RecordError> {
+    pub fn finish(mut self, network: &Network, manifest: Manifest, trained: &Trained) -> Result<(), RecordError> {
         let figures = RunFigures {
             name: self.settings.name.clone(),
             recipe: self.settings.recipe,
@@ -90,13 +107,18 @@ impl Record {
             seconds: trained.time.as_secs_f64(),
             train_images: trained.train_images.iter().sum(),
             parameters: trained.parameters,
-            best_epoch: trained.history.iter().rev().find(|epoch| epoch.best).map_or(0, |epoch| epoch.epoch),
+            best_epoch: trained.best_epoch(),
+            val_sha256: trained.val.fingerprint(&trained.labels),
             val: trained.val.evaluation.clone(),
             test: trained.test.as_ref().map(|test| test.evaluation.clone()),
             epochs: trained.history.clone(),
         };
         let json = serde_json::to_string_pretty(&figures).expect("figures can be written as JSON");
         self.write(METRICS, (json + "\n").as_bytes())?;
+        let gallery = Gallery::choose(&self.settings, network, trained, self.threads)?;
+        self.write(REPORT, report::html(&self.settings, network, trained, &gallery).as_bytes())?;
+        let drawn = self.draw(trained, &gallery);
+        at(self.events.path(), drawn)?;
         let parts = Parts {
             head: trained.head.clone(),
             subspace: trained.subspace.clone(),
@@ -106,33 +128,33 @@ impl Record {
         Ok(Bundle::new(manifest, parts).write(&self.folder.join(MODEL))?)
     }
 
+    /// The pictures for TensorBoard.
+    fn draw(&mut self, trained: &Trained, gallery: &Gallery) -> io::Result<()> {
+        let step = trained.best_epoch();
+        let confusion = picture::confusion(&trained.labels, &trained.val.evaluation.confusion);
+        self.events.image(step, "confusion", &confusion)?;
+        self.events.image(step, "predictions", &picture::sheet(&gallery.sheet, report::SHEET_COLUMNS))
+    }
+
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RecordError> {
         let path = self.folder.join(name);
-        self.io(&path, fs::write(&path, bytes))
+        at(&path, fs::write(&path, bytes))
     }
+}
 
-    fn remove(&self, path: &Path) -> Result<(), RecordError> {
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => self.io(path, Err(error)),
-            _ => Ok(()),
+/// Removes the files of a folder whose names are `unwanted`.
+fn remove(folder: &Path, unwanted: impl Fn(&str) -> bool) -> Result<(), RecordError> {
+    for entry in at(folder, fs::read_dir(folder))? {
+        let path = at(folder, entry)?.path();
+        if path.file_name().is_some_and(|name| unwanted(&name.to_string_lossy())) {
+            at(&path, fs::remove_file(&path))?;
         }
     }
+    Ok(())
+}
 
-    /// Removes every checkpoint but the one named.
-    fn remove_checkpoints(&self, kept: Option<&str>) -> Result<(), RecordError> {
-        let folder = self.folder.join(CHECKPOINTS);
-        for entry in self.io(&folder, fs::read_dir(&folder))? {
-            let path = self.io(&folder, entry)?.path();
-            if path.file_name().and_then(|name| name.to_str()) != kept {
-                self.remove(&path)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn io<T>(&self, path: &Path, result: std::io::Result<T>) -> Result<T, RecordError> {
-        result.map_err(|e| RecordError::Io { path: path.into(), reason: e.to_string() })
-    }
+fn at<T>(path: &Path, result: io::Result<T>) -> Result<T, RecordError> {
+    result.map_err(|e| RecordError::Io { path: path.into(), reason: e.to_string() })
 }
 
 fn checkpoint(groups: &[Group]) -> Vec<u8> {

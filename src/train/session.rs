@@ -398,6 +398,13 @@ impl Session<'_> {
     }
 }
 
+impl Trained {
+    /// The epoch whose numbers were kept, from 1.
+    pub fn best_epoch(&self) -> usize {
+        self.history.iter().rev().find(|epoch| epoch.best).map_or(0, |epoch| epoch.epoch)
+    }
+}
+
 impl fmt::Display for Trained {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Parameters { total, trained } = self.parameters;
@@ -418,6 +425,11 @@ impl Measured {
         let classes: Vec<usize> = photographs.iter().map(|photograph| photograph.class).collect();
         let evaluation = Evaluation::new(labels, &predictions, &classes);
         Measured { photographs, predictions, evaluation }
+    }
+
+    /// Of the photographs, whatever their names.
+    pub fn fingerprint(&self, labels: &Labels) -> String {
+        fingerprint(labels, self.photographs.iter().map(|image| (image.class, &image.content)))
     }
 }
 

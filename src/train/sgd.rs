@@ -95,7 +95,7 @@ impl Group {
 /// Loss and accuracy on the validation set.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Measure {
-    /// Mean cross-entropy in nats, before the temperature.
+    /// Mean cross-entropy in nats, at the temperature that makes it least.
     pub loss: f64,
     /// Share whose best class is right, 0–1.
     pub accuracy: f64,
@@ -262,7 +262,7 @@ pub mod tests {
     /// The gradient that `learner` computes is what finite differences of its loss give. `seed` makes the
     /// chances of each call the same.
     pub fn expect_gradient(learner: &mut dyn Learner, batch: &[usize], h: f32, tolerance: f64) {
-        let mut loss = |learner: &mut dyn Learner| {
+        let loss = |learner: &mut dyn Learner| {
             f64::from(learner.learn(batch, &mut ChaCha8Rng::seed_from_u64(3)))
         };
         loss(learner);

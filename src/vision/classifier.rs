@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use image::RgbImage;
+use image::{RgbImage, imageops};
 
 use super::backbone::Session;
 use super::head::argmax;
@@ -82,6 +82,16 @@ impl Classifier {
 
     pub fn labels(&self) -> &Labels {
         &self.skill.labels
+    }
+
+    /// What a picture and its mirrored self are taken for, the mean of both. in: H×W×3 u8 RGB, any size.
+    pub fn classify_with_mirror(&mut self, image: &RgbImage) -> Result<Prediction, BackboneError> {
+        let mut features = |image: &RgbImage| {
+            self.preprocessor.run(image, &mut self.input);
+            self.session.features(&self.input)
+        };
+        let views = [features(image)?, features(&imageops::flip_horizontal(image))?];
+        Ok(self.skill.judge_views(views.iter()))
     }
 
     /// in: H×W×3 u8 RGB, any size. The decoding is not this function's, and its time stays zero.

@@ -60,6 +60,16 @@ pub enum TensorLayout {
     Nhwc,
 }
 
+impl TensorLayout {
+    /// The axes by name.
+    pub fn axes(self) -> &'static str {
+        match self {
+            TensorLayout::Nchw => "batch × channels × height × width",
+            TensorLayout::Nhwc => "batch × height × width × channels",
+        }
+    }
+}
+
 impl Preprocess {
     /// What Keras's MobileNetV2 was trained with: `x / 127.5 − 1`
     /// (`keras.applications.mobilenet_v2.preprocess_input`).

@@ -108,9 +108,9 @@ mod tests {
     fn features_are_the_mean_of_what_relu6_lets_through() {
         // Two filters over two channels, three places.
         let tail = Tail::new(2, vec![1.0, 0.0, 1.0, -1.0], vec![0.5, 0.0]).unwrap();
-        let map = [1.0, 2.0, 9.0, 1.0, -3.0, -4.0];
-        assert_eq!(tail.activations(&map), [1.5, 0.0, 6.0, 6.0, 0.0, 1.0]);
-        assert_eq!(tail.features(&map), [2.5, 7.0 / 3.0]);
+        let map = [1.0, 2.0, 9.0, 1.0, -3.0, -6.0];
+        assert_eq!(tail.activations(&map), [1.5, 0.0, 6.0, 6.0, 0.0, 3.0]);
+        assert_eq!(tail.features(&map), [2.5, 3.0]);
     }
 
     #[test]

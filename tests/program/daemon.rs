@@ -341,8 +341,7 @@ fn what_is_wrong_with_the_configuration_is_named_and_ends_with_78() {
     let mut manifest = built_in.manifest().clone();
     manifest.backbone.sha256 = "0".repeat(64);
     manifest.backbone.name = "resnet50".into();
-    let skill = built_in.skill();
-    Bundle::new(manifest, skill.head, skill.subspace).write(&other).unwrap();
+    Bundle::new(manifest, built_in.parts().clone()).write(&other).unwrap();
     let (other, empty) = (other.display().to_string(), dir.path().join("empty").display().to_string());
     std::fs::create_dir(&empty).unwrap();
     let none = dir.path().join("none").display().to_string();

@@ -92,7 +92,8 @@ impl Network {
         let failed = |reason: String| BackboneError::Load { name: name.into(), reason };
         let anatomy = inspect(name, &onnx, feature)?;
         if anatomy.layout != preprocess.layout {
-            return Err(failed(format!("its input is {:?}, not {:?}", anatomy.layout, preprocess.layout)));
+            let (is, not) = (anatomy.layout.axes(), preprocess.layout.axes());
+            return Err(failed(format!("its input is {is}, not {not}")));
         }
         if let Some(size) = anatomy.size.filter(|size| *size != preprocess.size) {
             return Err(failed(format!("looks at {size} pixels, not {}", preprocess.size)));

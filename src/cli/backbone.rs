@@ -1,0 +1,210 @@
+//! Other networks: `backbone list`, `fetch` and `inspect`, and the flags that name one.
+
+use std::fmt;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow};
+use bloomcast::train::settings::BackboneFile;
+use bloomcast::vision::backbone::{self, Anatomy, sha256_hex};
+use bloomcast::vision::{Network, Preprocess};
+use bloomcast::zoo::{self, Published};
+use clap::{Args, Subcommand, ValueEnum};
+use serde::Serialize;
+
+use super::{Failure, show};
+
+#[derive(Debug, Subcommand)]
+pub enum BackboneCommand {
+    /// The networks that are known by name
+    List,
+    /// Download one of them and check its hash
+    #[cfg(feature = "fetch")]
+    Fetch(BackboneFetchArgs),
+    /// Say what an ONNX file holds: its input, the tensor a head looks at, its last convolution
+    Inspect(BackboneInspectArgs),
+}
+
+#[cfg(feature = "fetch")]
+#[derive(Debug, Args)]
+pub struct BackboneFetchArgs {
+    /// A name that `backbone list` shows
+    name: String,
+    /// Where it shall lie [default: bloomcast/backbones in the user's cache]
+    #[arg(long, value_name = "DIR")]
+    to: Option<PathBuf>,
+    /// Another address for it; its hash stays what is expected
+    #[arg(long)]
+    url: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct BackboneInspectArgs {
+    #[command(flatten)]
+    backbone: BackboneArgs,
+    /// One JSON document on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+/// A network, and what its file does not say.
+#[derive(Debug, Args)]
+pub struct BackboneArgs {
+    /// An ONNX classifier, or a fetched one by its name [default: the one inside the program]
+    #[arg(long, value_name = "FILE|NAME")]
+    backbone: Option<String>,
+    /// The tensor that a head looks at [default: what feeds its last matrix product]
+    #[arg(long, requires = "backbone")]
+    feature: Option<String>,
+    /// How its input is made, where it is not known by its hash
+    #[arg(long, value_enum, requires = "backbone")]
+    preprocess: Option<Scale>,
+    /// Width and height of its input, where neither the file nor its hash says it
+    #[arg(long, requires = "backbone")]
+    size: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Scale {
+    /// x / 127.5 − 1: Keras's MobileNetV2, InceptionV3, Xception
+    Keras,
+    /// (x / 255 − mean) / deviation of ImageNet: torchvision's networks
+    Torchvision,
+}
+
+impl BackboneArgs {
+    /// The file that is named, with its preprocessing.
+    pub fn file(self) -> anyhow::Result<Option<BackboneFile>> {
+        let Some(named) = self.backbone else { return Ok(None) };
+        let file = match zoo::named(&named) {
+            Some(published) => {
+                let place = published.place(&folder()?);
+                anyhow::ensure!(place.is_file(), "{}: not there; `bloomcast backbone fetch {named}`", place.display());
+                place
+            }
+            None => named.into(),
+        };
+        let onnx = backbone::read_file(&file)?;
+        let anatomy = backbone::inspect(&file.display().to_string(), &onnx, self.feature.as_deref())?;
+        let known = zoo::with_sha256(&sha256_hex(&onnx)).map(|published| published.preprocess);
+        let scaled = self.preprocess.map(|scale| match scale {
+            Scale::Keras => Preprocess::mobilenet_v2(),
+            Scale::Torchvision => Preprocess::torchvision(224),
+        });
+        let preprocess = scaled.or(known).with_context(|| {
+            format!("{}: not a network that is known by its hash; say how its input is made with --preprocess", file.display())
+        })?;
+        let size = self.size.or(anatomy.size).unwrap_or(preprocess.size);
+        let preprocess = Preprocess { size, layout: anatomy.layout, ..preprocess };
+        preprocess.check()?;
+        Ok(Some(BackboneFile { file, feature: self.feature, preprocess }))
+    }
+}
+
+/// Where fetched networks lie.
+fn folder() -> anyhow::Result<PathBuf> {
+    bloomcast::user_cache().map(|cache| cache.join("backbones")).context("no home directory: name a file")
+}
+
+pub fn list() -> Result<(), Failure> {
+    let folder = folder().ok();
+    let mut out = std::io::stdout().lock();
+    for published in zoo::all() {
+        let there = folder.as_deref().is_some_and(|folder| published.place(folder).is_file());
+        let state = match (there, published.urls.is_empty()) {
+            (true, _) => "here",
+            (false, false) => "to be fetched",
+            (false, true) => "to be made",
+        };
+        let (name, size, mb) = (&published.name, published.preprocess.size, published.bytes as f64 / 1e6);
+        writeln!(out, "{name:26} {size:4} px {mb:6.1} MB  {state:14} {}  ({})", published.about, published.licence)?;
+    }
+    Ok(())
+}
+
+#[cfg(feature = "fetch")]
+pub fn fetch(args: BackboneFetchArgs) -> Result<(), Failure> {
+    use super::progress::Bars;
+
+    let published = zoo::named(&args.name)
+        .ok_or_else(|| anyhow!("{}: no network of that name; `bloomcast backbone list` shows them", args.name))?;
+    let place = published.place(&args.to.map_or_else(folder, Ok)?);
+    let urls = args.url.map_or_else(|| published.urls.clone(), |url| vec![url]);
+    if place.is_file() && sha256_hex(&backbone::read_file(&place)?) == published.sha256 {
+        writeln!(std::io::stdout().lock(), "{}: already there", place.display())?;
+        return Ok(());
+    }
+    let bars = Bars::default();
+    download(&published, &urls, &place, &|done, of| bars.bytes("download", done, of))?;
+    writeln!(std::io::stdout().lock(), "{}", place.display())?;
+    Ok(())
+}
+
+/// Tries one address after the other.
+#[cfg(feature = "fetch")]
+fn download(published: &Published, urls: &[String], to: &Path, progress: &dyn Fn(u64, u64)) -> anyhow::Result<()> {
+    let mut last = Err(anyhow!("{}: nobody publishes it as ONNX: {}", published.name, published.about));
+    for url in urls {
+        let wanted = bloomcast::fetch::Wanted {
+            url: url.clone(),
+            bytes: published.bytes,
+            sha256: published.sha256.clone(),
+        };
+        last = bloomcast::fetch::download(&wanted, to, progress).map_err(anyhow::Error::from);
+        if last.is_ok() {
+            break;
+        }
+    }
+    last
+}
+
+/// What `backbone inspect` says.
+#[derive(Debug, Serialize)]
+struct Found {
+    name: String,
+    sha256: String,
+    /// Its name among those that are known.
+    known_as: Option<String>,
+    input: String,
+    layout: &'static str,
+    size: u32,
+    feature: String,
+    width: usize,
+    parameters: usize,
+    /// `[outputs, inputs]` of the convolution that can be fine-tuned.
+    last_conv: Option<[usize; 2]>,
+}
+
+pub fn inspect(args: BackboneInspectArgs) -> Result<(), Failure> {
+    let network = match args.backbone.file()? {
+        Some(named) => Network::from_file(&named.file, &named.preprocess, named.feature.as_deref())?,
+        None => Network::built_in()?,
+    };
+    let width = network.features(None)?.width();
+    let Anatomy { input, feature, parameters, last_conv, .. } = network.anatomy().clone();
+    let found = Found {
+        name: network.name().into(),
+        sha256: network.sha256().into(),
+        known_as: zoo::with_sha256(network.sha256()).map(|published| published.name),
+        input,
+        layout: network.anatomy().layout.axes(),
+        size: network.input_size() as u32,
+        feature,
+        width,
+        parameters,
+        last_conv: last_conv.map(|conv| [conv.tail.outputs(), conv.tail.inputs()]),
+    };
+    show(&found, args.json)
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}, sha256 {}", self.name, self.sha256)?;
+        writeln!(f, "input     `{}`, {}, {} pixels", self.input, self.layout, self.size)?;
+        writeln!(f, "features  `{}`, {} numbers, after {} parameters", self.feature, self.width, self.parameters)?;
+        match self.last_conv {
+            Some([outputs, inputs]) => writeln!(f, "last convolution  {outputs} × {inputs}, can be fine-tuned"),
+            None => writeln!(f, "last convolution  none that can be fine-tuned"),
+        }
+    }
+}
