@@ -8,7 +8,7 @@ use super::tools::{bloomcast, failure, json, of_class, output, photographs};
 const CLASSES: [&str; 3] = ["daisy", "roses", "sunflowers"];
 
 /// A small set of real photographs: `skip` of each class left out, then `count` taken.
-fn dataset(from: &Path, to: &Path, skip: usize, count: usize) {
+pub fn dataset(from: &Path, to: &Path, skip: usize, count: usize) {
     for class in CLASSES {
         fs::create_dir_all(to.join(class)).unwrap();
         for image in of_class(from, class, skip + count).split_off(skip) {

@@ -1,0 +1,122 @@
+//! Other networks: real ones and true graphs, which `make backbones` puts into `target/backbones`.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use super::tools::{bloomcast, failure, json, of_class, output, photographs};
+use super::workstation::dataset;
+
+/// A network that `make backbones` made; says that the test is skipped where it is not there.
+fn network(test: &str, file: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/backbones").join(file);
+    if path.is_file() {
+        return Some(path);
+    }
+    // Past the capture of a test's output.
+    let _ = writeln!(std::io::stderr(), "\nskipped: {test}: no target/backbones/{file}; `make backbones` makes it");
+    None
+}
+
+#[test]
+fn a_graph_tells_where_its_features_are() {
+    let cases = [
+        ("efficientnet_lite0.onnx", "flatten", 1280, "channels × height", true),
+        ("light_resnet50.onnx", "r173", 2048, "channels × height", false),
+        ("keras_resnet50.onnx", "Mean_Squeeze", 2048, "width × channels", false),
+        ("keras_inception_v3.onnx", "Mean_Squeeze", 2048, "width × channels", false),
+        ("keras_xception.onnx", "Mean_Squeeze", 2048, "width × channels", false),
+    ];
+    for (file, feature, width, layout, fine_tunes) in cases {
+        let Some(path) = network(&format!("a_graph_tells_where_its_features_are ({file})"), file) else { continue };
+        let found = json(bloomcast().args(["backbone", "inspect", "--json", "--preprocess", "keras", "--backbone"]).arg(&path));
+        assert_eq!(found["width"], width, "{file}");
+        assert!(found["feature"].as_str().unwrap().contains(feature), "{found}");
+        assert!(found["layout"].as_str().unwrap().contains(layout), "{found}");
+        assert_eq!(found["last_conv"].is_array(), fine_tunes, "{found}");
+    }
+    let found = json(bloomcast().args(["backbone", "inspect", "--json"]));
+    assert_eq!((&found["parameters"], &found["last_conv"][1]), (&2_257_984.into(), &320.into()));
+}
+
+#[test]
+fn a_model_on_another_network_works_with_it_and_is_refused_without() {
+    let test = "a_model_on_another_network_works_with_it_and_is_refused_without";
+    let Some(folder) = photographs(test) else { return };
+    let Some(efficientnet) = network(test, "efficientnet_lite0.onnx") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    dataset(&folder, &path("train"), 0, 20);
+    dataset(&folder, &path("val"), 20, 8);
+    let train = |out: &str, flags: &[&str]| {
+        let mut command = bloomcast();
+        command.arg("train").arg(path("train")).arg("--val").arg(path("val")).arg("--out").arg(path(out));
+        command.args(["--augment", "1", "--epochs", "20", "--no-cache"]).args(flags).arg("--backbone").arg(&efficientnet);
+        let done = output(&mut command);
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        path(out).join("model.bloom")
+    };
+    let frozen = train("frozen", &["--recipe", "frozen"]);
+    let carried = train("carried", &["--recipe", "last-conv", "--embed-backbone"]);
+    let image = of_class(&path("val"), "roses", 1).remove(0);
+    let classify = |model: &Path| {
+        let mut command = bloomcast();
+        command.args(["classify", "--json"]).arg(&image).arg("--model").arg(model);
+        command
+    };
+    // The network inside the program is another one.
+    let (code, text) = failure(&mut classify(&frozen));
+    let expected = "was made for the backbone efficientnet_lite0 (sha256 e17627873684…), this one is mobilenet_v2_1.0_224";
+    assert!(code == 1 && text.contains(expected), "{text}");
+    let bundle = format!("model.bundle={}", frozen.display());
+    let camera = format!("camera.replay.path={}", image.display());
+    let run = ["run", "--set", "camera.source=replay", "--set", &camera, "--set", &bundle];
+    let (code, text) = failure(bloomcast().args(run));
+    assert!(code == 78 && text.contains(expected), "{code} {text}");
+    assert_eq!(json(classify(&frozen).arg("--backbone").arg(&efficientnet)).as_array().unwrap().len(), 1);
+    assert_eq!(json(&mut classify(&carried)).as_array().unwrap().len(), 1);
+    let evaluate = |model: &Path, flags: &[&Path]| {
+        let mut command = bloomcast();
+        command.arg("evaluate").arg(path("val")).arg("--json").arg("--model").arg(model);
+        if let [file] = flags {
+            command.arg("--backbone").arg(file);
+        }
+        json(&mut command)["accuracy"].as_f64().unwrap()
+    };
+    assert!(evaluate(&frozen, &[&efficientnet]) > 0.7);
+    assert!(evaluate(&carried, &[]) > 0.7);
+}
+
+#[test]
+fn a_network_with_its_channels_last_is_trained_on() {
+    let test = "a_network_with_its_channels_last_is_trained_on";
+    let Some(folder) = photographs(test) else { return };
+    let Some(resnet) = network(test, "keras_resnet50.onnx") else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    dataset(&folder, &path("train"), 0, 3);
+    dataset(&folder, &path("val"), 3, 2);
+    let train = |out: &str, flags: &[&str]| {
+        let mut command = bloomcast();
+        command.arg("train").arg(path("train")).arg("--val").arg(path("val")).arg("--no-cache").arg("--out").arg(path(out));
+        command.arg("--backbone").arg(&resnet).args(flags);
+        command
+    };
+    let (code, text) = failure(&mut train("x", &["--recipe", "frozen"]));
+    assert!(code == 1 && text.contains("say how its input is made with --preprocess"), "{text}");
+    let (code, text) = failure(&mut train("x", &["--preprocess", "keras", "--recipe", "last-conv"]));
+    assert!(code == 1 && text.contains("has no last convolution that can be fine-tuned"), "{text}");
+    let done = output(&mut train("run", &["--preprocess", "keras", "--recipe", "frozen", "--epochs", "5"]));
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let report = fs::read_to_string(path("run/report.html")).unwrap();
+    assert!(report.contains("does not end in a 1×1 convolution and a mean"));
+    let found = json(
+        bloomcast()
+            .args(["classify", "--json", "--model"])
+            .arg(path("run/model.bloom"))
+            .arg("--backbone")
+            .arg(&resnet)
+            .args(of_class(&path("val"), "daisy", 1)),
+    );
+    assert_eq!(found[0]["top"].as_array().unwrap().len(), 3);
+}
