@@ -8,7 +8,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # its clients for the tests.
 PACKAGES := build-essential pkg-config libclang-dev mosquitto mosquitto-clients
 
-.PHONY: all setup build demo test lint licences doc bench model clean
+.PHONY: all setup build demo test lint licences doc bench model backbones backbones-keras clean
 
 all: build
 
@@ -59,10 +59,32 @@ doc: setup
 bench: setup
 	$(CARGO) bench --locked
 
-# Trains the model inside the program anew.
+# Trains the model inside the program anew: the best recipe.
 model: build
-	$(BIN) train ../shared/flowers/train --val ../shared/flowers/val --out runs/flowers
+	$(BIN) train ../shared/flowers/train --val ../shared/flowers/val --out runs/flowers --overwrite
 	cp runs/flowers/model.bloom models/flowers.bloom
+
+# Other networks for the tests, in target/backbones: EfficientNet-Lite0 with its real weights, and ONNX's graph of
+# ResNet50. `make backbones-keras` adds Keras's ResNet50, InceptionV3 and Xception (TensorFlow is a large download).
+PYTHON ?= python3
+BACKBONES := target/backbones
+backbones: $(BACKBONES)/efficientnet_lite0.onnx $(BACKBONES)/light_resnet50.onnx
+
+$(BACKBONES)/venv: models/requirements.txt
+	@mkdir -p $(BACKBONES)
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check -r models/requirements.txt
+	@touch $@
+
+$(BACKBONES)/efficientnet_lite0.onnx: models/build_efficientnet_lite0.py | $(BACKBONES)/venv
+	$(BACKBONES)/venv/bin/python models/build_efficientnet_lite0.py --out $@
+
+$(BACKBONES)/light_resnet50.onnx: | $(BACKBONES)/venv
+	cp $$($(BACKBONES)/venv/bin/python -c 'import onnx, pathlib; print(pathlib.Path(onnx.__file__).parent)')/backend/test/data/light/light_resnet50.onnx $@
+
+backbones-keras: | $(BACKBONES)/venv
+	$(BACKBONES)/venv/bin/pip install --quiet --disable-pip-version-check -r models/requirements-keras.txt
+	$(BACKBONES)/venv/bin/python models/export_keras.py --out $(BACKBONES)
 
 clean:
 	$(CARGO) clean

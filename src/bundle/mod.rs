@@ -86,8 +86,7 @@ impl Bundle {
         let (tail, backbone) = (members.take(TAIL), members.take(BACKBONE));
         members.expect_none().map_err(archive)?;
         manifest.check_members(&present(&head, tail.as_deref(), backbone.as_deref())).map_err(content)?;
-        let (head, subspace) =
-            numbers::head_from(&manifest, &head).map_err(|e| content(format!("{HEAD}: {e}")))?;
+        let (head, subspace) = numbers::head_from(&manifest, &head).map_err(|e| content(format!("{HEAD}: {e}")))?;
         let tail = tail.map(|tail| numbers::tail_from(&tail)).transpose();
         let tail = tail.map_err(|e| content(format!("{TAIL}: {e}")))?;
         if let Some(tail) = tail.as_ref().filter(|tail| tail.outputs() != head.width()) {

@@ -1,17 +1,19 @@
-//! Other networks: `backbone list`, `fetch` and `inspect`, and the flags that name one.
+//! Other networks: `backbone list` and `inspect`, and the flags that name one.
 
 use std::fmt;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use bloomcast::train::settings::BackboneFile;
 use bloomcast::vision::backbone::{self, Anatomy, sha256_hex};
 use bloomcast::vision::{Network, Preprocess};
-use bloomcast::zoo::{self, Published};
+use bloomcast::zoo;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 
+#[cfg(feature = "fetch")]
+use super::fetching::BackboneFetchArgs;
 use super::{Failure, show};
 
 #[derive(Debug, Subcommand)]
@@ -23,19 +25,6 @@ pub enum BackboneCommand {
     Fetch(BackboneFetchArgs),
     /// Say what an ONNX file holds: its input, the tensor a head looks at, its last convolution
     Inspect(BackboneInspectArgs),
-}
-
-#[cfg(feature = "fetch")]
-#[derive(Debug, Args)]
-pub struct BackboneFetchArgs {
-    /// A name that `backbone list` shows
-    name: String,
-    /// Where it shall lie [default: bloomcast/backbones in the user's cache]
-    #[arg(long, value_name = "DIR")]
-    to: Option<PathBuf>,
-    /// Another address for it; its hash stays what is expected
-    #[arg(long)]
-    url: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -92,7 +81,10 @@ impl BackboneArgs {
             Scale::Torchvision => Preprocess::torchvision(224),
         });
         let preprocess = scaled.or(known).with_context(|| {
-            format!("{}: not a network that is known by its hash; say how its input is made with --preprocess", file.display())
+            format!(
+                "{}: not a network that is known by its hash; say how its input is made with --preprocess",
+                file.display()
+            )
         })?;
         let size = self.size.or(anatomy.size).unwrap_or(preprocess.size);
         let preprocess = Preprocess { size, layout: anatomy.layout, ..preprocess };
@@ -102,7 +94,7 @@ impl BackboneArgs {
 }
 
 /// Where fetched networks lie.
-fn folder() -> anyhow::Result<PathBuf> {
+pub fn folder() -> anyhow::Result<PathBuf> {
     bloomcast::user_cache().map(|cache| cache.join("backbones")).context("no home directory: name a file")
 }
 
@@ -120,42 +112,6 @@ pub fn list() -> Result<(), Failure> {
         writeln!(out, "{name:26} {size:4} px {mb:6.1} MB  {state:14} {}  ({})", published.about, published.licence)?;
     }
     Ok(())
-}
-
-#[cfg(feature = "fetch")]
-pub fn fetch(args: BackboneFetchArgs) -> Result<(), Failure> {
-    use super::progress::Bars;
-
-    let published = zoo::named(&args.name)
-        .ok_or_else(|| anyhow!("{}: no network of that name; `bloomcast backbone list` shows them", args.name))?;
-    let place = published.place(&args.to.map_or_else(folder, Ok)?);
-    let urls = args.url.map_or_else(|| published.urls.clone(), |url| vec![url]);
-    if place.is_file() && sha256_hex(&backbone::read_file(&place)?) == published.sha256 {
-        writeln!(std::io::stdout().lock(), "{}: already there", place.display())?;
-        return Ok(());
-    }
-    let bars = Bars::default();
-    download(&published, &urls, &place, &|done, of| bars.bytes("download", done, of))?;
-    writeln!(std::io::stdout().lock(), "{}", place.display())?;
-    Ok(())
-}
-
-/// Tries one address after the other.
-#[cfg(feature = "fetch")]
-fn download(published: &Published, urls: &[String], to: &Path, progress: &dyn Fn(u64, u64)) -> anyhow::Result<()> {
-    let mut last = Err(anyhow!("{}: nobody publishes it as ONNX: {}", published.name, published.about));
-    for url in urls {
-        let wanted = bloomcast::fetch::Wanted {
-            url: url.clone(),
-            bytes: published.bytes,
-            sha256: published.sha256.clone(),
-        };
-        last = bloomcast::fetch::download(&wanted, to, progress).map_err(anyhow::Error::from);
-        if last.is_ok() {
-            break;
-        }
-    }
-    last
 }
 
 /// What `backbone inspect` says.

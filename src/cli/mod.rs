@@ -4,6 +4,8 @@
 
 mod backbone;
 mod device;
+#[cfg(feature = "fetch")]
+mod fetching;
 mod progress;
 mod workstation;
 
@@ -94,10 +96,10 @@ impl Cli {
             Command::Train(args) => workstation::train(*args),
             Command::Dataset(DatasetCommand::Check(args)) => workstation::dataset_check(&args),
             #[cfg(feature = "fetch")]
-            Command::Dataset(DatasetCommand::Fetch(args)) => workstation::dataset_fetch(args),
+            Command::Dataset(DatasetCommand::Fetch(args)) => fetching::dataset(args),
             Command::Backbone(BackboneCommand::List) => backbone::list(),
             #[cfg(feature = "fetch")]
-            Command::Backbone(BackboneCommand::Fetch(args)) => backbone::fetch(args),
+            Command::Backbone(BackboneCommand::Fetch(args)) => fetching::backbone(args),
             Command::Backbone(BackboneCommand::Inspect(args)) => backbone::inspect(args),
             Command::Compare(args) => workstation::compare(&args),
             Command::Evaluate(args) => workstation::evaluate(&args),
@@ -127,4 +129,3 @@ fn bundle(model: Option<&Path>) -> anyhow::Result<Bundle> {
 fn cores() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
-

@@ -13,18 +13,18 @@ impl Bars {
     /// Shows a step of the trainer.
     pub fn train(&self, progress: Progress) {
         match progress {
-            Progress::Read { done, of } => self.show("photographs", done as u64, of as u64),
-            Progress::Features { done, of } => self.show("features", done as u64, of as u64),
-            Progress::Epoch { epoch, of } => {
-                let bar = self.show("epochs", epoch.epoch as u64, of as u64);
-                let val = epoch.val;
-                bar.set_message(format!(
-                    "loss {:.4}, on others {:.4}, accuracy {:.4}",
-                    epoch.train_loss, val.loss, val.accuracy
-                ));
-                return;
+            Progress::Read { done, of } => {
+                self.show("photographs", done as u64, of as u64);
             }
-        };
+            Progress::Features { done, of } => {
+                self.show("features", done as u64, of as u64);
+            }
+            Progress::Epoch { epoch, of } => {
+                let (loss, val) = (epoch.train_loss, epoch.val);
+                let message = format!("loss {loss:.4}, on others {:.4}, accuracy {:.4}", val.loss, val.accuracy);
+                self.show("epochs", epoch.epoch as u64, of as u64).set_message(message);
+            }
+        }
     }
 
     /// Shows that `done` of `of` are done; a bar that is full stays where it stands.
@@ -33,6 +33,7 @@ impl Bars {
     }
 
     /// The same for bytes.
+    #[cfg(feature = "fetch")]
     pub fn bytes(&self, what: &'static str, done: u64, of: u64) {
         self.at(what, "{bytes}/{total_bytes}  {binary_bytes_per_sec}  {eta} left", done, of);
     }

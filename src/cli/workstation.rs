@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::anyhow;
 use bloomcast::train::compare::Comparison;
 use bloomcast::train::dataset::Dataset;
+use bloomcast::train::device::Choice;
 use bloomcast::train::photographs::Finding;
 use bloomcast::train::session::Surroundings;
 use bloomcast::train::settings::FineTune;
@@ -15,6 +16,8 @@ use bloomcast::train::{self, Recipe, Settings, inspect};
 use clap::{Args, Subcommand};
 
 use super::backbone::BackboneArgs;
+#[cfg(feature = "fetch")]
+use super::fetching::DatasetFetchArgs;
 use super::progress::Bars;
 use super::{Failure, bundle, cores, show};
 
@@ -53,6 +56,9 @@ pub struct TrainArgs {
     /// Threads; all cores where none are named
     #[arg(long)]
     threads: Option<usize>,
+    /// What computes the features
+    #[arg(long, value_enum, default_value_t)]
+    device: Choice,
     #[command(flatten)]
     network: NetworkArgs,
     #[command(flatten)]
@@ -137,21 +143,6 @@ pub enum DatasetCommand {
     Fetch(DatasetFetchArgs),
 }
 
-#[cfg(feature = "fetch")]
-#[derive(Debug, Args)]
-pub struct DatasetFetchArgs {
-    /// Where the classes' folders shall lie
-    #[arg(default_value = "flower_photos")]
-    folder: PathBuf,
-    /// Another address for the archive, with its size and hash
-    #[arg(long, requires_all = ["bytes", "sha256"])]
-    url: Option<String>,
-    #[arg(long, requires = "url")]
-    bytes: Option<u64>,
-    #[arg(long, requires = "url")]
-    sha256: Option<String>,
-}
-
 #[derive(Debug, Args)]
 pub struct CompareArgs {
     /// Folders of finished runs
@@ -198,6 +189,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         overwrite: args.overwrite,
         cache: args.cache.folder(),
         threads: args.threads.unwrap_or_else(cores),
+        device: args.device,
         created_at: created_at()?,
     };
     let settings = args.settings()?;
@@ -205,8 +197,8 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     let bars = Bars::default();
     let trained = train::train(&settings, &surroundings, &|progress| bars.train(progress))?;
     name_left_out(&trained.left_out);
-    if let Some(trouble) = &trained.cache_trouble {
-        eprintln!("warning: features could not be kept for the next run: {trouble}");
+    for warning in &trained.warnings {
+        eprintln!("warning: {warning}");
     }
     write!(std::io::stdout().lock(), "{trained}")?;
     Ok(())
@@ -288,23 +280,6 @@ pub fn dataset_check(args: &DatasetCheckArgs) -> Result<(), Failure> {
         0 => Ok(()),
         n => Err(anyhow!("{n} of {} images need a look", found.images).into()),
     }
-}
-
-/// Downloads and unpacks; then looks at what is there.
-#[cfg(feature = "fetch")]
-pub fn dataset_fetch(args: DatasetFetchArgs) -> Result<(), Failure> {
-    use bloomcast::fetch::{Wanted, flower_photos};
-
-    let wanted = match (args.url, args.bytes, args.sha256) {
-        (Some(url), Some(bytes), Some(sha256)) => Wanted { url, bytes, sha256 },
-        _ => flower_photos::published(),
-    };
-    let bars = Bars::default();
-    flower_photos::fetch(&wanted, &args.folder, &|done, of| bars.bytes("download", done, of))?;
-    let dataset = Dataset::read(&args.folder)?;
-    let (images, classes) = (dataset.images.len(), dataset.classes.names().join(", "));
-    writeln!(std::io::stdout().lock(), "{}: {images} photographs of {classes}", args.folder.display())?;
-    Ok(())
 }
 
 pub fn compare(args: &CompareArgs) -> Result<(), Failure> {

@@ -131,11 +131,8 @@ impl Light {
         const TO_YIQ: [[f32; 3]; 3] = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]];
         const FROM_YIQ: [[f32; 3]; 3] = [[1.0, 0.956, 0.619], [1.0, -0.272, -0.647], [1.0, -1.106, 1.703]];
         let (sin, cos) = hue.sin_cos();
-        let colour = [
-            [1.0, 0.0, 0.0],
-            [0.0, saturation * cos, -saturation * sin],
-            [0.0, saturation * sin, saturation * cos],
-        ];
+        let colour =
+            [[1.0, 0.0, 0.0], [0.0, saturation * cos, -saturation * sin], [0.0, saturation * sin, saturation * cos]];
         let mut matrix = times(&FROM_YIQ, &times(&colour, &TO_YIQ));
         matrix.iter_mut().flatten().for_each(|v| *v *= brightness * contrast);
         // Contrast leaves the middle grey where it is.

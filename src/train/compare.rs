@@ -53,9 +53,14 @@ impl Run {
 
 impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let wide = self.runs.iter().map(|run| run.folder.display().to_string().chars().count()).max().unwrap_or(0).max(3);
+        let wide =
+            self.runs.iter().map(|run| run.folder.display().to_string().chars().count()).max().unwrap_or(0).max(3);
         let classes = self.runs.first().map_or(&[][..], |run| &run.figures.val.classes);
-        write!(f, "{:wide$} {:14} {:>7} {:>8} {:>7} {:>8} {:>7} ", "run", "recipe", "loss", "accuracy", "ece", "seconds", "MB")?;
+        write!(
+            f,
+            "{:wide$} {:14} {:>7} {:>8} {:>7} {:>8} {:>7} ",
+            "run", "recipe", "loss", "accuracy", "ece", "seconds", "MB"
+        )?;
         let names: Vec<String> = classes.iter().map(|class| format!("{:>10.10}", class.class)).collect();
         writeln!(f, "{}", names.join(" "))?;
         for run in &self.runs {

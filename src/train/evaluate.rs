@@ -111,7 +111,8 @@ pub fn reliability(predictions: &[Prediction], classes: &[usize]) -> (Vec<(f64, 
         *bin = (bin.0 + confidence, bin.1 + usize::from(best == *class), bin.2 + 1);
     }
     let error = sums.iter().map(|(sure, right, _)| (sure - *right as f64).abs()).sum::<f64>();
-    let bin = |(sure, right, count): &(f64, usize, usize)| (sure / (*count).max(1) as f64, ratio(*right, *count), *count);
+    let bin =
+        |(sure, right, count): &(f64, usize, usize)| (sure / (*count).max(1) as f64, ratio(*right, *count), *count);
     (sums.iter().map(bin).collect(), error / predictions.len().max(1) as f64)
 }
 

@@ -86,9 +86,7 @@ impl Values {
             Precision::Single => {
                 Values::Single(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
             }
-            Precision::Half => {
-                Values::Half(bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect())
-            }
+            Precision::Half => Values::Half(bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect()),
         }
     }
 }
@@ -189,9 +187,10 @@ impl Extractor<'_> {
             _ => format!("views {} of seed {}", augment::VERSION, self.views.seed),
         };
         let all = format!(
-            "{} {feature} {tensor} {preprocess} {} {:?} {views}",
+            "{} {feature} {tensor} {preprocess} {} {:?} {:?} {views}",
             self.network.sha256(),
             preprocess::VERSION,
+            self.network.device(),
             self.precision
         );
         format!("{tensor}-{:.16}", sha256_hex(all.as_bytes()))

@@ -159,7 +159,7 @@ mod tests {
         let features = features(300);
         let run = |settings: &Sgd| {
             let mut learner = HeadLearner::new(&features, &features, 3, settings);
-            let history = fit::<Infallible>(&mut learner, settings, &mut |_, _| Ok(())).unwrap();
+            let history = fit(&mut learner, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
             (learner.into_numbers(), history)
         };
         for optimiser in [Optimiser::Sgd, Optimiser::Adam] {

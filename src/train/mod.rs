@@ -5,6 +5,7 @@ pub mod cache;
 pub mod calibrate;
 pub mod compare;
 pub mod dataset;
+pub mod device;
 pub mod evaluate;
 pub mod features;
 pub mod head;

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::dataset::Dataset;
 use super::pool;
-use crate::vision::decode;
+use crate::vision::decode::{self, DecodeError};
 
 /// SHA-256 of a file.
 pub type Content = [u8; 32];
@@ -42,7 +42,10 @@ impl Photographs {
     /// Reads every file once. Those that cannot be read, or are larger than a photograph is, are left out.
     pub fn read(dataset: &Dataset, threads: usize, progress: &(dyn Fn(usize) + Sync)) -> Self {
         let hash = |(): &mut (), i: usize| -> Result<Result<Content, String>, Infallible> {
-            let bytes = decode::read_file(&dataset.images[i].path);
+            let bytes = decode::read_file(&dataset.images[i].path).and_then(|bytes| match bytes.is_empty() {
+                true => Err(DecodeError::Empty),
+                false => Ok(bytes),
+            });
             Ok(bytes.map(|bytes| Sha256::digest(bytes).into()).map_err(|e| e.to_string()))
         };
         let Ok(contents) = pool::map(dataset.images.len(), threads, "read", || Ok(()), hash, progress);
@@ -124,8 +127,7 @@ mod tests {
         let kept = set.without_doubles(Some(&other));
         let paths: Vec<_> = kept.kept.iter().map(|p| p.path.to_str().unwrap()).collect();
         assert_eq!(paths, ["0.jpg", "5.jpg"]);
-        let problems: Vec<_> =
-            kept.left_out.iter().map(|f| format!("{}: {}", f.file.display(), f.problem)).collect();
+        let problems: Vec<_> = kept.left_out.iter().map(|f| format!("{}: {}", f.file.display(), f.problem)).collect();
         assert_eq!(
             problems,
             [

@@ -3,12 +3,12 @@
 
 use std::convert::Infallible;
 
+use embedded_graphics::Drawable;
 use embedded_graphics::mono_font::MonoTextStyle;
 use embedded_graphics::mono_font::iso_8859_1::{FONT_6X10, FONT_9X15_BOLD};
 use embedded_graphics::pixelcolor::Rgb888;
 use embedded_graphics::prelude::{DrawTarget, OriginDimensions, Pixel, Point, RgbColor, Size};
 use embedded_graphics::text::{Alignment, Baseline, Text, TextStyleBuilder};
-use embedded_graphics::Drawable;
 use image::imageops::{self, FilterType};
 use image::{Rgb, RgbImage};
 
@@ -119,7 +119,8 @@ mod tests {
     fn a_matrix_has_a_cell_a_pair_and_dark_where_most_are() {
         let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
         let image = confusion(&labels, &[vec![9, 1], vec![0, 10]]);
-        let corner = |row: u32, column: u32| image.get_pixel(NAMES + column * CELL + 3, 2 * TITLE + row * CELL + 3).0[0];
+        let corner =
+            |row: u32, column: u32| image.get_pixel(NAMES + column * CELL + 3, 2 * TITLE + row * CELL + 3).0[0];
         assert!(corner(0, 0) < 60 && corner(1, 1) < 30 && corner(0, 1) > 200);
         assert_eq!(corner(1, 0), 255);
         let dark = image.pixels().filter(|pixel| pixel.0 == [30, 34, 40]).count();

@@ -9,12 +9,12 @@ use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde::{Deserialize, Serialize};
 
 use super::evaluate::Evaluation;
+use super::picture;
+use super::report::{self, Gallery};
 use super::session::{Parameters, Surroundings, Trained};
 use super::settings::{Recipe, Settings};
-use super::report::{self, Gallery};
 use super::sgd::{Epoch, Group};
 use super::tensorboard::{self, Events};
-use super::picture;
 use crate::bundle::{Bundle, BundleError, Manifest, Parts};
 use crate::vision::{BackboneError, Network};
 

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::augment::Views;
 use super::calibrate;
 use super::dataset::{Dataset, DatasetError, fingerprint};
+use super::device::{self, Choice};
 use super::evaluate::Evaluation;
 use super::features::{CacheTrouble, Extractor, Features, Precision};
 use super::head::HeadLearner;
@@ -44,6 +45,8 @@ pub struct Surroundings {
     /// Where features are kept from run to run; nowhere where it is none.
     pub cache: Option<PathBuf>,
     pub threads: usize,
+    /// What computes the features.
+    pub device: Choice,
     /// When the run is said to have happened; its version follows from it.
     pub created_at: SystemTime,
 }
@@ -67,8 +70,8 @@ pub struct Trained {
     pub tail: Option<Tail>,
     /// What is not used, and why.
     pub left_out: Vec<Finding>,
-    /// Why features were not kept, where they were not.
-    pub cache_trouble: Option<String>,
+    /// What did not go as asked for and changed nothing that was learned.
+    pub warnings: Vec<String>,
     pub time: Duration,
 }
 
@@ -91,10 +94,19 @@ pub struct Parameters {
 #[derive(Debug, Clone, Copy)]
 pub enum Progress {
     /// Files whose content is known, of how many.
-    Read { done: usize, of: usize },
+    Read {
+        done: usize,
+        of: usize,
+    },
     /// Photographs whose features are known, of how many.
-    Features { done: usize, of: usize },
-    Epoch { epoch: Epoch, of: usize },
+    Features {
+        done: usize,
+        of: usize,
+    },
+    Epoch {
+        epoch: Epoch,
+        of: usize,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -126,13 +138,15 @@ pub fn train(
     let began = Instant::now();
     settings.check()?;
     let dataset = Dataset::read(&settings.dataset)?;
-    let session = Session { settings, surroundings, progress, network: network(settings)?, labels: dataset.classes.clone() };
+    let (network, cpu_because) = device::choose(network(settings)?, surroundings.device);
+    let session = Session { settings, surroundings, progress, network, labels: dataset.classes.clone() };
     let photographs = session.photographs(&dataset)?;
     let mut record = Record::begin(settings, surroundings)?;
     let seen = session.seen(photographs)?;
     let (learned, history) = session.learn(&seen, &mut record)?;
     let mut trained = session.judge(seen, learned, history)?;
     trained.test = session.test(&mut trained)?;
+    trained.warnings.extend(cpu_because);
     trained.time = began.elapsed();
     let manifest = session.manifest(&trained);
     record.finish(&session.network, manifest, &trained)?;
@@ -160,7 +174,7 @@ struct Seen {
     train: Features,
     val: Features,
     left_out: Vec<Finding>,
-    cache_trouble: Option<String>,
+    warnings: Vec<String>,
 }
 
 /// What training gave.
@@ -206,13 +220,19 @@ impl Session<'_> {
         };
         let of = train.kept.len() + val.kept.len();
         let (mut train_seen, trouble) = self.extract(&train.kept, views, precision, (0, of))?;
-        let (mut val_seen, val_trouble) = self.extract(&val.kept, Views::ONE, Precision::Single, (train.kept.len(), of))?;
+        let (mut val_seen, val_trouble) =
+            self.extract(&val.kept, Views::ONE, Precision::Single, (train.kept.len(), of))?;
         self.every_class_is_in(&train_seen, &self.settings.dataset, "learn from")?;
         let val_path = self.settings.val.as_ref().unwrap_or(&self.settings.dataset);
         self.every_class_is_in(&val_seen, val_path, "measure on")?;
         let left_out = [train.left_out, take(&mut train_seen.left_out), val.left_out, take(&mut val_seen.left_out)];
-        let cache_trouble = trouble.or(val_trouble).map(|e| e.to_string());
-        Ok(Seen { train: train_seen, val: val_seen, left_out: left_out.concat(), cache_trouble })
+        let trouble = trouble.or(val_trouble).map(|e| format!("features could not be kept for the next run: {e}"));
+        Ok(Seen {
+            train: train_seen,
+            val: val_seen,
+            left_out: left_out.concat(),
+            warnings: trouble.into_iter().collect(),
+        })
     }
 
     /// Features, or the maps that enter the last convolution where that is trained. `told`: how many were done
@@ -305,7 +325,7 @@ impl Session<'_> {
             subspace,
             tail: learned.tail,
             left_out: seen.left_out,
-            cache_trouble: seen.cache_trouble,
+            warnings: seen.warnings,
             time: Duration::ZERO,
         })
     }
@@ -409,7 +429,8 @@ impl fmt::Display for Trained {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Parameters { total, trained } = self.parameters;
         let (images, seconds) = (self.dataset.train_images, self.time.as_secs_f64());
-        writeln!(f, "{total} parameters, {trained} trained, {} frozen", total - trained)?;
+        let [total, trained, frozen] = [total, trained, total - trained].map(grouped);
+        writeln!(f, "{total} parameters, {trained} trained, {frozen} frozen")?;
         writeln!(f, "learned from {images} photographs in {seconds:.1} s, measured on others:\n")?;
         self.val.evaluation.fmt(f)?;
         if let Some(test) = &self.test {
@@ -462,6 +483,19 @@ pub fn evaluate(
     Ok((Measured::new(&skill.labels, features.images, predictions), left_out))
 }
 
+/// 2264389 → 2,264,389
+pub fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
 /// `2026-01-02T03:04:05.678Z` → 20260102030405
 fn version(created_at: &str) -> u64 {
     let digits = created_at.bytes().filter(u8::is_ascii_digit).take(14);
@@ -471,6 +505,11 @@ fn version(created_at: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_are_grouped() {
+        assert_eq!([5, 418_565, 2_264_389].map(grouped), ["5", "418,565", "2,264,389"]);
+    }
 
     #[test]
     fn versions_are_times_and_grow() {

@@ -130,7 +130,7 @@ pub struct Epoch {
 pub fn fit<E>(
     learner: &mut dyn Learner,
     settings: &Sgd,
-    told: &mut dyn FnMut(&Epoch, &[Group]) -> Result<(), E>,
+    mut told: impl FnMut(&Epoch, &[Group]) -> Result<(), E>,
 ) -> Result<Vec<Epoch>, E> {
     let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
     let mut order: Vec<usize> = (0..learner.photographs()).collect();
@@ -262,9 +262,7 @@ pub mod tests {
     /// The gradient that `learner` computes is what finite differences of its loss give. `seed` makes the
     /// chances of each call the same.
     pub fn expect_gradient(learner: &mut dyn Learner, batch: &[usize], h: f32, tolerance: f64) {
-        let loss = |learner: &mut dyn Learner| {
-            f64::from(learner.learn(batch, &mut ChaCha8Rng::seed_from_u64(3)))
-        };
+        let loss = |learner: &mut dyn Learner| f64::from(learner.learn(batch, &mut ChaCha8Rng::seed_from_u64(3)));
         loss(learner);
         let exact: Vec<Vec<f32>> = learner.groups().iter().map(|group| group.gradient.clone()).collect();
         for (at, exact) in exact.iter().enumerate() {
@@ -305,7 +303,7 @@ pub mod tests {
 
     fn run(settings: &Sgd) -> (f32, Vec<Epoch>) {
         let mut bowl = Bowl(vec![Group::new("x", vec![0.0], true)]);
-        let history = fit::<Infallible>(&mut bowl, settings, &mut |_, _| Ok(())).unwrap();
+        let history = fit(&mut bowl, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
         (bowl.0[0].values[0], history)
     }
 
@@ -326,9 +324,9 @@ pub mod tests {
         let goes_to = |settings: &Sgd| {
             let mut bowl = Bowl(vec![Group::new("x", vec![0.0], true)]);
             let mut last = 0.0;
-            fit::<Infallible>(&mut bowl, settings, &mut |_, groups| {
+            fit(&mut bowl, settings, |_, groups| {
                 last = groups[0].values[0];
-                Ok(())
+                Ok::<(), Infallible>(())
             })
             .unwrap();
             last
@@ -362,8 +360,7 @@ pub mod tests {
     fn an_error_ends_the_training() {
         let mut bowl = Bowl(vec![Group::new("x", vec![0.0], true)]);
         let full = |epoch: &Epoch, _: &[Group]| if epoch.epoch == 2 { Err("disk full") } else { Ok(()) };
-        let mut full = full;
-        assert_eq!(fit(&mut bowl, &settings(), &mut full), Err("disk full"));
+        assert_eq!(fit(&mut bowl, &settings(), full), Err("disk full"));
     }
 
     #[test]

@@ -293,7 +293,7 @@ mod tests {
         let run = |threads: usize| {
             let settings = Sgd { learning_rate: 0.05, ..settings.clone() };
             let mut learner = TailLearner::new(&maps, &maps, &own(), 3, &settings, threads);
-            let history = fit::<Infallible>(&mut learner, &settings, &mut |_, _| Ok(())).unwrap();
+            let history = fit(&mut learner, &settings, |_, _| Ok::<(), Infallible>(())).unwrap();
             (learner.groups.map(|group| group.values), history)
         };
         let (values, history) = run(1);

@@ -79,11 +79,8 @@ impl Events {
     }
 
     pub fn scalars(&mut self, step: usize, scalars: &[(&str, f64)]) -> io::Result<()> {
-        let value = |(tag, value): &(&str, f64)| Value {
-            tag: (*tag).into(),
-            simple_value: Some(*value as f32),
-            image: None,
-        };
+        let value =
+            |(tag, value): &(&str, f64)| Value { tag: (*tag).into(), simple_value: Some(*value as f32), image: None };
         self.write(step, None, Some(Summary { value: scalars.iter().map(value).collect() }))
     }
 

@@ -29,7 +29,8 @@ fn a_graph_tells_where_its_features_are() {
     ];
     for (file, feature, width, layout, fine_tunes) in cases {
         let Some(path) = network(&format!("a_graph_tells_where_its_features_are ({file})"), file) else { continue };
-        let found = json(bloomcast().args(["backbone", "inspect", "--json", "--preprocess", "keras", "--backbone"]).arg(&path));
+        let found =
+            json(bloomcast().args(["backbone", "inspect", "--json", "--preprocess", "keras", "--backbone"]).arg(&path));
         assert_eq!(found["width"], width, "{file}");
         assert!(found["feature"].as_str().unwrap().contains(feature), "{found}");
         assert!(found["layout"].as_str().unwrap().contains(layout), "{found}");
@@ -51,7 +52,11 @@ fn a_model_on_another_network_works_with_it_and_is_refused_without() {
     let train = |out: &str, flags: &[&str]| {
         let mut command = bloomcast();
         command.arg("train").arg(path("train")).arg("--val").arg(path("val")).arg("--out").arg(path(out));
-        command.args(["--augment", "1", "--epochs", "20", "--no-cache"]).args(flags).arg("--backbone").arg(&efficientnet);
+        command
+            .args(["--augment", "1", "--epochs", "20", "--no-cache"])
+            .args(flags)
+            .arg("--backbone")
+            .arg(&efficientnet);
         let done = output(&mut command);
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         path(out).join("model.bloom")
@@ -66,7 +71,8 @@ fn a_model_on_another_network_works_with_it_and_is_refused_without() {
     };
     // The network inside the program is another one.
     let (code, text) = failure(&mut classify(&frozen));
-    let expected = "was made for the backbone efficientnet_lite0 (sha256 e17627873684…), this one is mobilenet_v2_1.0_224";
+    let expected =
+        "was made for the backbone efficientnet_lite0 (sha256 e17627873684…), this one is mobilenet_v2_1.0_224";
     assert!(code == 1 && text.contains(expected), "{text}");
     let bundle = format!("model.bundle={}", frozen.display());
     let camera = format!("camera.replay.path={}", image.display());
@@ -98,7 +104,14 @@ fn a_network_with_its_channels_last_is_trained_on() {
     dataset(&folder, &path("val"), 3, 2);
     let train = |out: &str, flags: &[&str]| {
         let mut command = bloomcast();
-        command.arg("train").arg(path("train")).arg("--val").arg(path("val")).arg("--no-cache").arg("--out").arg(path(out));
+        command
+            .arg("train")
+            .arg(path("train"))
+            .arg("--val")
+            .arg(path("val"))
+            .arg("--no-cache")
+            .arg("--out")
+            .arg(path(out));
         command.arg("--backbone").arg(&resnet).args(flags);
         command
     };

@@ -19,8 +19,9 @@ impl Server {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let url = format!("http://{}/file", listener.local_addr().unwrap());
         let began: Arc<Mutex<Vec<usize>>> = Arc::default();
-        let (noted, mut cuts) = (began.clone(), cut_at.to_vec().into_iter());
+        let (noted, cuts) = (began.clone(), cut_at.to_vec());
         std::thread::spawn(move || {
+            let mut cuts = cuts.into_iter();
             for stream in listener.incoming().map_while(Result::ok) {
                 let from = asked_from(&stream).filter(|_| parts).unwrap_or(0).min(content.len());
                 noted.lock().unwrap().push(from);

@@ -40,7 +40,7 @@ fn a_fine_tuned_run_writes_all_it_promises_and_its_config_repeats_it() {
     let test = dir.path().join("test").display().to_string();
     let said = succeed(&mut train(dir.path(), "run", &[&LAST_CONV[..], &["--test", &test]].concat()));
     // Three classes: 2,257,984 + 3 × 1280 + 3; 409,600 + 2 × 1280 + the head.
-    assert!(said.contains("2261827 parameters, 416003 trained, 1845824 frozen"), "{said}");
+    assert!(said.contains("2,261,827 parameters, 416,003 trained, 1,845,824 frozen"), "{said}");
     let run = dir.path().join("run");
     let names: Vec<String> =
         fs::read_dir(&run).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -72,9 +72,17 @@ fn a_fine_tuned_run_writes_all_it_promises_and_its_config_repeats_it() {
 
     let again = dir.path().join("again");
     let config = run.join("config.toml");
-    succeed(bloomcast().arg("train").arg("--config").arg(&config).arg("--out").arg(&again).arg("--no-cache").args([
-        "--threads", "1",
-    ]).env("SOURCE_DATE_EPOCH", "1767323045"));
+    succeed(
+        bloomcast()
+            .arg("train")
+            .arg("--config")
+            .arg(&config)
+            .arg("--out")
+            .arg(&again)
+            .arg("--no-cache")
+            .args(["--threads", "1"])
+            .env("SOURCE_DATE_EPOCH", "1767323045"),
+    );
     assert!(fs::read(again.join("model.bloom")).unwrap() == fs::read(&model).unwrap(), "the same bytes");
     let compared = json(bloomcast().args(["compare", "--json"]).arg(&run).arg(&again));
     assert_eq!((compared["runs"].as_array().unwrap().len(), &compared["same_photographs"]), (2, &true.into()));

@@ -105,7 +105,13 @@ fn a_share_of_the_photographs_is_split_off_and_doubles_are_left_out() {
     dataset(&folder, &path("photos"), 0, 20);
     let double = of_class(&folder, "daisy", 1).remove(0);
     fs::copy(&double, path("photos/daisy/zz-again.jpg")).unwrap();
-    let run = output(bloomcast().arg("train").arg(path("photos")).args(["--recipe", "frozen", "--no-cache", "--out"]).arg(path("run")));
+    let run = output(
+        bloomcast()
+            .arg("train")
+            .arg(path("photos"))
+            .args(["--recipe", "frozen", "--no-cache", "--out"])
+            .arg(path("run")),
+    );
     let text = String::from_utf8(run.stderr).unwrap();
     assert!(run.status.success(), "{text}");
     assert!(text.contains("zz-again.jpg: the same file as "), "{text}");

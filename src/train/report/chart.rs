@@ -44,11 +44,17 @@ impl Plot {
             let at = self.at_y(y);
             let (right, text) = (WIDE - RIGHT, LEFT - 6.0);
             self.push(&format!("<line class=\"grid\" x1=\"{LEFT}\" x2=\"{right}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>"));
-            self.push(&format!("<text class=\"tick\" x=\"{text}\" y=\"{at:.1}\" dy=\"4\" text-anchor=\"end\">{}</text>", tick(y)));
+            self.push(&format!(
+                "<text class=\"tick\" x=\"{text}\" y=\"{at:.1}\" dy=\"4\" text-anchor=\"end\">{}</text>",
+                tick(y)
+            ));
         }
         for x in ticks(self.x) {
             let (at, text) = (self.at_x(x), HIGH - BOTTOM + 16.0);
-            self.push(&format!("<text class=\"tick\" x=\"{at:.1}\" y=\"{text}\" text-anchor=\"middle\">{}</text>", tick(x)));
+            self.push(&format!(
+                "<text class=\"tick\" x=\"{at:.1}\" y=\"{text}\" text-anchor=\"middle\">{}</text>",
+                tick(x)
+            ));
         }
     }
 

@@ -133,7 +133,9 @@ impl<'a> Looker<'a> {
         threads: usize,
     ) -> Result<Vec<Shown>, BackboneError> {
         let trunk = self.network.trunk()?;
-        let init = || Ok((trunk.session()?, Preprocessor::new(self.preprocess.clone()), vec![0.0; self.preprocess.input_len()]));
+        let init = || {
+            Ok((trunk.session()?, Preprocessor::new(self.preprocess.clone()), vec![0.0; self.preprocess.input_len()]))
+        };
         let paint = |(session, preprocessor, input): &mut (_, Preprocessor, Vec<f32>), n: usize| {
             let session: &mut crate::vision::backbone::Session = session;
             let (photograph, prediction) = (&measured.photographs[places[n]], &measured.predictions[places[n]]);

@@ -95,10 +95,15 @@ impl<'a> Graph<'a> {
         let Some(Type::TensorType(tensor)) = input.r#type.as_ref().and_then(|t| t.value.as_ref()) else {
             return Err(format!("the input `{}` is no tensor", input.name));
         };
-        let dims: Vec<Option<i64>> = tensor.shape.iter().flat_map(|shape| &shape.dim).map(|dim| match dim.value {
-            Some(Dim::DimValue(n)) if n > 0 => Some(n),
-            _ => None,
-        }).collect();
+        let dims: Vec<Option<i64>> = tensor
+            .shape
+            .iter()
+            .flat_map(|shape| &shape.dim)
+            .map(|dim| match dim.value {
+                Some(Dim::DimValue(n)) if n > 0 => Some(n),
+                _ => None,
+            })
+            .collect();
         let (layout, height, width) = match dims[..] {
             [_, Some(3), height, width] => (TensorLayout::Nchw, height, width),
             [_, height, width, Some(3)] => (TensorLayout::Nhwc, height, width),

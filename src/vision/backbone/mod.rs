@@ -12,7 +12,11 @@ use std::sync::Arc;
 use sha2::{Digest, Sha256};
 use tract_onnx::pb::ModelProto;
 use tract_onnx::prelude::*;
-use tract_onnx::tract_core::plan::{SimplePlan, SimpleState};
+use tract_onnx::tract_core::runtime::{DefaultRuntime, Runnable, Runtime, State, runtime_for_name};
+
+// What is only named here is linked, and with it the runtime that it registers.
+#[cfg(feature = "cuda")]
+use tract_cuda as _;
 
 pub use anatomy::{Anatomy, LastConv};
 
@@ -39,8 +43,13 @@ pub enum BackboneError {
     Run { name: String, reason: String },
 }
 
-type Plan = SimplePlan<TypedFact, Box<dyn TypedOp>>;
-type State = SimpleState<TypedFact, Box<dyn TypedOp>>;
+/// What runs a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    /// The first NVIDIA GPU, through tract's CUDA runtime; only in a program built with the feature `cuda`.
+    Cuda,
+}
 
 /// A network as its ONNX file tells it, before anything of it runs.
 #[derive(Clone)]
@@ -50,6 +59,7 @@ pub struct Network {
     onnx: Cow<'static, [u8]>,
     anatomy: Anatomy,
     input: [usize; 4],
+    device: Device,
 }
 
 /// A [`Network`] up to one of its tensors, optimised once; any number of [`Session`]s may run it.
@@ -59,14 +69,14 @@ pub struct Backbone {
     /// Shape of the tensor, without the batch.
     shape: Vec<usize>,
     input: [usize; 4],
-    plan: Arc<Plan>,
+    plan: Arc<dyn Runnable>,
 }
 
 /// One thread's working memory for a [`Backbone`].
 pub struct Session {
     name: String,
     input: [usize; 4],
-    state: State,
+    state: Box<dyn State>,
 }
 
 impl Network {
@@ -103,7 +113,8 @@ impl Network {
             TensorLayout::Nchw => [1, 3, size, size],
             TensorLayout::Nhwc => [1, size, size, 3],
         };
-        Ok(Network { name: name.into(), sha256: sha256_hex(&onnx), onnx, anatomy, input })
+        let sha256 = sha256_hex(&onnx);
+        Ok(Network { name: name.into(), sha256, onnx, anatomy, input, device: Device::Cpu })
     }
 
     pub fn name(&self) -> &str {
@@ -127,6 +138,15 @@ impl Network {
     /// Width and height of the input, in pixels.
     pub fn input_size(&self) -> usize {
         self.input[2]
+    }
+
+    /// The same network, run by another device.
+    pub fn on(&self, device: Device) -> Self {
+        Network { device, ..self.clone() }
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// Pictures in, features out; with `tail` in place of the network's own last convolution, where there is one.
@@ -176,7 +196,7 @@ impl Network {
     }
 
     fn cut(&self, model: &ModelProto, output: &str) -> Result<Backbone, BackboneError> {
-        let (plan, shape) = load(model, self.input, output).map_err(|e| self.failed(format!("{e:#}")))?;
+        let (plan, shape) = load(model, self.input, output, self.device).map_err(|e| self.failed(format!("{e:#}")))?;
         Ok(Backbone { name: self.name.clone(), shape, input: self.input, plan })
     }
 
@@ -222,21 +242,36 @@ fn parse(mut onnx: &[u8]) -> Result<ModelProto, String> {
 }
 
 /// The plan, and the shape of its output without the batch.
-fn load(model: &ModelProto, input: [usize; 4], output: &str) -> TractResult<(Arc<Plan>, Vec<usize>)> {
-    let plan = tract_onnx::onnx()
+fn load(
+    model: &ModelProto,
+    input: [usize; 4],
+    output: &str,
+    device: Device,
+) -> TractResult<(Arc<dyn Runnable>, Vec<usize>)> {
+    let model = tract_onnx::onnx()
         .model_for_proto_model(model)?
         .with_input_fact(0, f32::fact(input).into())?
         .with_outputs_by_name([output])?
-        .into_optimized()?
-        .into_runnable()?;
-    let fact = plan.model().output_fact(0)?.clone();
-    match fact.shape.as_concrete() {
-        Some([1, shape @ ..]) if fact.datum_type == f32::datum_type() && !shape.is_empty() => {
-            let shape = shape.to_vec();
-            Ok((plan, shape))
-        }
-        _ => Err(TractError::msg(format!("the tensor `{output}` is {fact:?}, expected f32 with a batch of 1"))),
-    }
+        .into_typed()?
+        .into_decluttered()?;
+    let fact = model.output_fact(0)?.clone();
+    let shape = match fact.shape.as_concrete() {
+        Some([1, shape @ ..]) if fact.datum_type == f32::datum_type() && !shape.is_empty() => shape.to_vec(),
+        _ => return Err(TractError::msg(format!("the tensor `{output}` is {fact:?}, expected f32 with a batch of 1"))),
+    };
+    let plan = match device {
+        Device::Cpu => DefaultRuntime.prepare(model)?,
+        Device::Cuda => prepare_cuda(model)?,
+    };
+    Ok((Arc::from(plan), shape))
+}
+
+/// Where the driver is good but the toolkit's headers are not there, tract's runtime panics: that is an error here.
+fn prepare_cuda(model: TypedModel) -> TractResult<Box<dyn Runnable>> {
+    let runtime = runtime_for_name("cuda")?
+        .ok_or_else(|| TractError::msg("this program was built without the feature `cuda`"))?;
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.prepare(model)))
+        .map_err(|_| TractError::msg("the CUDA runtime panicked as it began; its message stands above"))?
 }
 
 impl Session {
@@ -318,6 +353,13 @@ mod tests {
         let narrow = Tail::new(2, vec![0.0; 4], vec![0.0; 2]).unwrap();
         let error = network.features(Some(&narrow)).err().unwrap().to_string();
         assert!(error.contains("1280 × 320, the fine-tuned one is 2 × 2"), "{error}");
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn a_device_that_is_not_there_is_named() {
+        let error = Network::built_in().unwrap().on(Device::Cuda).features(None).err().unwrap().to_string();
+        assert!(error.ends_with("built without the feature `cuda`"), "{error}");
     }
 
     #[test]

@@ -1,0 +1,107 @@
+//! Training, stage by stage: `cargo bench --bench train`. As many photographs as TensorFlow's five flowers have to learn
+//! from; what they show does not change the time.
+
+use std::convert::Infallible;
+use std::path::Path;
+use std::time::Duration;
+
+use bloomcast::bench::drawn_jpeg;
+use bloomcast::train::Recipe;
+use bloomcast::train::augment::Views;
+use bloomcast::train::features::{Extractor, Features, Precision, Values};
+use bloomcast::train::head::HeadLearner;
+use bloomcast::train::photographs::Photograph;
+use bloomcast::train::sgd::{self, Learner, Sgd};
+use bloomcast::train::tail::TailLearner;
+use bloomcast::vision::{Network, Preprocess};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use half::f16;
+
+const PHOTOGRAPHS: usize = 2569;
+const VALIDATION: usize = 550;
+const CLASSES: usize = 5;
+const CHANNELS: usize = 320;
+const PLACES: usize = 49;
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn photograph(path: &Path, i: usize) -> Photograph {
+    let mut content = [0; 32];
+    content[..8].copy_from_slice(&i.to_le_bytes());
+    Photograph { path: path.into(), class: i % CLASSES, content }
+}
+
+/// Rows that differ, of no photograph.
+fn rows(count: usize, width: usize, views: usize, precision: Precision) -> Features {
+    let number = |i: usize| ((i as u32).wrapping_mul(2_654_435_761) >> 16) as f32 / 65_536.0;
+    let mut features = Features { width, views, ..Features::default() };
+    for i in 0..count {
+        let numbers = (0..width * views).map(|n| number(i * width * views + n));
+        features.values.push(match precision {
+            Precision::Single => Values::Single(numbers.collect()),
+            Precision::Half => Values::Half(numbers.map(f16::from_f32).collect()),
+        });
+        features.images.push(photograph(Path::new("none"), i));
+    }
+    features
+}
+
+fn extraction(c: &mut Criterion) {
+    let folder = std::env::temp_dir().join(format!("bloomcast-bench-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("drawn.jpg");
+    std::fs::write(&path, drawn_jpeg(640, 480)).unwrap();
+    let photographs: Vec<Photograph> = (0..200).map(|i| photograph(&path, i)).collect();
+    let (network, preprocess) = (Network::built_in().unwrap(), Preprocess::mobilenet_v2());
+    let backbone = network.features(None).unwrap();
+    let mut group = c.benchmark_group("extraction");
+    group.sample_size(10).measurement_time(Duration::from_secs(40)).throughput(Throughput::Elements(200));
+    for threads in [1, threads()] {
+        let extractor = Extractor {
+            network: &network,
+            backbone: &backbone,
+            map: None,
+            preprocess: &preprocess,
+            precision: Precision::Single,
+            views: Views::ONE,
+            cache: None,
+            threads,
+        };
+        let run = || extractor.run(&photographs, &|_| {}).unwrap();
+        group.bench_function(format!("200 photographs of 640×480, threads: {threads}"), |b| b.iter(run));
+    }
+    group.finish();
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+fn fit(learner: &mut dyn Learner, settings: &Sgd) {
+    sgd::fit(learner, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
+}
+
+fn learning(c: &mut Criterion) {
+    let sgd = |recipe: Recipe, epochs: usize| Sgd { epochs, ..recipe.settings("none".into()).sgd };
+    let mut group = c.benchmark_group("learning");
+    group.sample_size(10);
+    let (train, val) = (rows(PHOTOGRAPHS, 1280, 1, Precision::Single), rows(VALIDATION, 1280, 1, Precision::Single));
+    let settings = sgd(Recipe::Frozen, 100);
+    group.bench_function("head, 100 epochs", |b| {
+        b.iter(|| fit(&mut HeadLearner::new(&train, &val, CLASSES, &settings), &settings));
+    });
+    let width = CHANNELS * PLACES;
+    let (train, val) = (rows(PHOTOGRAPHS, width, 6, Precision::Half), rows(VALIDATION, width, 1, Precision::Single));
+    let settings = sgd(Recipe::LastConv, 1);
+    let network = Network::built_in().unwrap();
+    let own = &network.last_conv().unwrap().tail;
+    group.bench_function("last convolution, 1 epoch", |b| {
+        b.iter(|| fit(&mut TailLearner::new(&train, &val, own, CLASSES, &settings, threads()), &settings));
+    });
+    group.finish();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or(" unknown");
+    println!("peak memory with the maps of {PHOTOGRAPHS} photographs, six views each:{peak}");
+}
+
+criterion_group!(benches, extraction, learning);
+criterion_main!(benches);
