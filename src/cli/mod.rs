@@ -11,11 +11,11 @@ mod workstation;
 
 use std::fmt::Display;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 
 use bloomcast::bundle::Bundle;
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 
 use backbone::BackboneCommand;
@@ -117,6 +117,26 @@ fn show(result: &(impl Serialize + Display), json: bool) -> Result<(), Failure> 
         write!(out, "{result}")?;
     }
     Ok(())
+}
+
+/// A model, and how it looks.
+#[derive(Debug, Args)]
+struct ModelArgs {
+    /// A .bloom file; the one inside the program where none is named
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// The ONNX file the model was made for, where neither the program nor the model has it
+    #[arg(long)]
+    backbone: Option<PathBuf>,
+    /// Look at each image mirrored as well, and take the mean
+    #[arg(long)]
+    mirror: bool,
+}
+
+impl ModelArgs {
+    fn bundle(&self) -> anyhow::Result<Bundle> {
+        bundle(self.model.as_deref())
+    }
 }
 
 fn bundle(model: Option<&Path>) -> anyhow::Result<Bundle> {

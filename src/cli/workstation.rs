@@ -19,7 +19,7 @@ use super::backbone::BackboneArgs;
 #[cfg(feature = "fetch")]
 use super::fetching::DatasetFetchArgs;
 use super::progress::Bars;
-use super::{Failure, bundle, cores, show};
+use super::{Failure, ModelArgs, cores, show};
 
 #[derive(Debug, Args)]
 pub struct TrainArgs {
@@ -169,15 +169,8 @@ pub struct DatasetCheckArgs {
 pub struct EvaluateArgs {
     /// Photographs, one folder a class
     dataset: PathBuf,
-    /// A .bloom file; the one inside the program where none is named
-    #[arg(long)]
-    model: Option<PathBuf>,
-    /// The ONNX file the model was made for, where neither the program nor the model has it
-    #[arg(long)]
-    backbone: Option<PathBuf>,
-    /// Look at each photograph mirrored as well, and take the mean
-    #[arg(long)]
-    mirror: bool,
+    #[command(flatten)]
+    model: ModelArgs,
     /// One JSON document on standard output
     #[arg(long)]
     json: bool,
@@ -287,8 +280,8 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
 }
 
 pub fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
-    let bundle = bundle(args.model.as_deref())?;
-    let network = bundle.network(args.backbone.as_deref())?;
+    let bundle = args.model.bundle()?;
+    let network = bundle.network(args.model.backbone.as_deref())?;
     let dataset = Dataset::read(&args.dataset)?;
     dataset.expect_classes(&bundle.manifest().classes, &args.dataset)?;
     let bars = Bars::default();
@@ -296,7 +289,8 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let told = |done: usize| {
         bars.show("photographs", done as u64, of as u64);
     };
-    let (measured, left_out) = train::session::evaluate(&bundle, &network, &dataset, args.mirror, cores(), &told)?;
+    let (measured, left_out) =
+        train::session::evaluate(&bundle, &network, &dataset, args.model.mirror, cores(), &told)?;
     name_left_out(&left_out);
     if measured.photographs.is_empty() {
         return Err(anyhow!("{}: no image could be decoded", args.dataset.display()).into());

@@ -102,7 +102,7 @@ impl Recipe {
             patience: 0,
             batch: 64,
             optimiser: Optimiser::Sgd,
-            learning_rate: 0.006,
+            learning_rate: 0.01,
             schedule: Schedule::Cosine,
             warm_up: 0,
             step_epochs: 10,
