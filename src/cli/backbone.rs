@@ -89,6 +89,7 @@ impl BackboneArgs {
         let size = self.size.or(anatomy.size).unwrap_or(preprocess.size);
         let preprocess = Preprocess { size, layout: anatomy.layout, ..preprocess };
         preprocess.check()?;
+        let file = std::path::absolute(file)?;
         Ok(Some(BackboneFile { file, feature: self.feature, preprocess }))
     }
 }

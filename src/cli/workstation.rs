@@ -204,12 +204,12 @@ impl TrainArgs {
             Some(path) => Settings::read(path)?,
             None => self.recipe.settings(PathBuf::new()),
         };
-        set(&mut settings.dataset, self.dataset);
+        set(&mut settings.dataset, absolute(self.dataset)?);
         if self.val_fraction.is_some() {
             settings.val = None;
         }
-        settings.val = self.val.or(settings.val);
-        settings.test = self.test.or(settings.test);
+        settings.val = absolute(self.val)?.or(settings.val);
+        settings.test = absolute(self.test)?.or(settings.test);
         set(&mut settings.val_fraction, self.val_fraction);
         set(&mut settings.name, self.name);
         set(&mut settings.reject, self.reject);
@@ -239,6 +239,11 @@ impl TrainArgs {
         set(&mut sgd.seed, learning.seed);
         Ok(settings)
     }
+}
+
+/// So that `config.toml` means the same wherever it is read.
+fn absolute(path: Option<PathBuf>) -> std::io::Result<Option<PathBuf>> {
+    path.map(std::path::absolute).transpose()
 }
 
 fn set<T>(to: &mut T, given: Option<T>) {

@@ -15,8 +15,13 @@ use image::{Rgb, RgbImage};
 use super::report::Shown;
 use crate::vision::Labels;
 
-/// Pixels a side of a matrix's cell and of a photograph, and of the room for names.
+/// Pixels a side of a matrix's cell, less where the matrix would be too wide with all its classes.
 const CELL: u32 = 64;
+const MATRIX: u32 = 2560;
+/// A smaller cell has no room for a number, and a row of them none for a name.
+const CELL_WITH_NUMBER: u32 = 32;
+const CELL_WITH_NAME: u32 = 12;
+/// Pixels a side of a photograph, and of the room for names.
 const PHOTOGRAPH: u32 = 150;
 const TITLE: u32 = 16;
 const NAMES: u32 = 110;
@@ -27,21 +32,30 @@ const WRONG: Rgb888 = Rgb888::new(200, 30, 30);
 
 /// Counts, `[true][taken for]`: the darker a cell, the larger its share of its row.
 pub fn confusion(labels: &Labels, counts: &[Vec<usize>]) -> RgbImage {
-    let side = CELL * counts.len() as u32;
+    let cell = (MATRIX / counts.len() as u32).clamp(1, CELL);
+    let side = cell * counts.len() as u32;
     let mut canvas = Canvas(RgbImage::from_pixel(side + NAMES, side + 2 * TITLE, Rgb([255; 3])));
     for (row, (counts, name)) in counts.iter().zip(labels.names()).enumerate() {
         let of = counts.iter().sum::<usize>().max(1) as f32;
-        let y = 2 * TITLE + row as u32 * CELL;
-        canvas.write(name, (NAMES - 6, y + CELL / 2), INK, Alignment::Right);
-        canvas.write(&shortened(name, CELL), (NAMES + row as u32 * CELL + CELL / 2, TITLE), INK, Alignment::Center);
+        let y = 2 * TITLE + row as u32 * cell;
+        if cell >= CELL_WITH_NAME {
+            canvas.write(&shortened(name, NAMES - 6), (NAMES - 6, y + cell / 2), INK, Alignment::Right);
+        }
+        if cell >= CELL_WITH_NUMBER {
+            let x = NAMES + row as u32 * cell + cell / 2;
+            canvas.write(&shortened(name, cell), (x, TITLE), INK, Alignment::Center);
+        }
         for (column, count) in counts.iter().enumerate() {
             let share = *count as f32 / of;
             let shade = |full: f32| (255.0 - share * (255.0 - full)) as u8;
             let colour = Rgb([shade(20.0), shade(80.0), shade(160.0)]);
-            let x = NAMES + column as u32 * CELL;
-            fill(&mut canvas.0, (x + 1, y + 1), (CELL - 2, CELL - 2), colour);
-            let ink = if share > 0.5 { Rgb888::WHITE } else { INK };
-            canvas.write(&count.to_string(), (x + CELL / 2, y + CELL / 2), ink, Alignment::Center);
+            let x = NAMES + column as u32 * cell;
+            let gap = u32::from(cell > 2);
+            fill(&mut canvas.0, (x + gap, y + gap), (cell - 2 * gap, cell - 2 * gap), colour);
+            if cell >= CELL_WITH_NUMBER {
+                let ink = if share > 0.5 { Rgb888::WHITE } else { INK };
+                canvas.write(&count.to_string(), (x + cell / 2, y + cell / 2), ink, Alignment::Center);
+            }
         }
     }
     canvas.0
@@ -123,6 +137,9 @@ mod tests {
             |row: u32, column: u32| image.get_pixel(NAMES + column * CELL + 3, 2 * TITLE + row * CELL + 3).0[0];
         assert!(corner(0, 0) < 60 && corner(1, 1) < 30 && corner(0, 1) > 200);
         assert_eq!(corner(1, 0), 255);
+        let many = Labels::new((0..1000).map(|i| format!("class {i}")).collect()).unwrap();
+        let wide = confusion(&many, &vec![vec![1; 1000]; 1000]);
+        assert!(wide.width() < 3000, "a thousand classes are no reason for a gigapixel: {}", wide.width());
         let dark = image.pixels().filter(|pixel| pixel.0 == [30, 34, 40]).count();
         assert!(dark > 100, "the names and numbers are written: {dark}");
     }

@@ -117,8 +117,8 @@ pub enum TrainError {
     Dataset(#[from] DatasetError),
     #[error(transparent)]
     Backbone(#[from] BackboneError),
-    #[error("{path}: of the class {class} no image is left to {purpose}")]
-    NothingLeft { path: PathBuf, class: String, purpose: &'static str },
+    #[error("{path}: of the class {class} no image is left to {purpose}{why}")]
+    NothingLeft { path: PathBuf, class: String, purpose: &'static str, why: String },
     #[error("training gave no usable head: {0}; a smaller learning rate may help")]
     Diverged(#[from] HeadError),
     #[error("training gave no usable convolution: {0}; a smaller learning rate may help")]
@@ -222,17 +222,13 @@ impl Session<'_> {
         let (mut train_seen, trouble) = self.extract(&train.kept, views, precision, (0, of))?;
         let (mut val_seen, val_trouble) =
             self.extract(&val.kept, Views::ONE, Precision::Single, (train.kept.len(), of))?;
-        self.every_class_is_in(&train_seen, &self.settings.dataset, "learn from")?;
-        let val_path = self.settings.val.as_ref().unwrap_or(&self.settings.dataset);
-        self.every_class_is_in(&val_seen, val_path, "measure on")?;
         let left_out = [train.left_out, take(&mut train_seen.left_out), val.left_out, take(&mut val_seen.left_out)];
+        let left_out = left_out.concat();
+        self.every_class_is_in(&train_seen, &self.settings.dataset, "learn from", &left_out)?;
+        let val_path = self.settings.val.as_ref().unwrap_or(&self.settings.dataset);
+        self.every_class_is_in(&val_seen, val_path, "measure on", &left_out)?;
         let trouble = trouble.or(val_trouble).map(|e| format!("features could not be kept for the next run: {e}"));
-        Ok(Seen {
-            train: train_seen,
-            val: val_seen,
-            left_out: left_out.concat(),
-            warnings: trouble.into_iter().collect(),
-        })
+        Ok(Seen { train: train_seen, val: val_seen, left_out, warnings: trouble.into_iter().collect() })
     }
 
     /// Features, or the maps that enter the last convolution where that is trained. `told`: how many were done
@@ -261,13 +257,21 @@ impl Session<'_> {
         extractor.run(images, &|done| (self.progress)(Progress::Features { done: told.0 + done, of: told.1 }))
     }
 
-    fn every_class_is_in(&self, set: &Features, path: &Path, purpose: &'static str) -> Result<(), TrainError> {
+    fn every_class_is_in(
+        &self,
+        set: &Features,
+        path: &Path,
+        purpose: &'static str,
+        left_out: &[Finding],
+    ) -> Result<(), TrainError> {
         let classes = set.classes();
-        let missing = (0..self.labels.names().len()).find(|class| !classes.contains(class));
-        missing.map_or(Ok(()), |class| {
-            let class = self.labels.name(Some(class)).to_owned();
-            Err(TrainError::NothingLeft { path: path.into(), class, purpose })
-        })
+        let Some(missing) = (0..self.labels.names().len()).find(|class| !classes.contains(class)) else {
+            return Ok(());
+        };
+        let class = self.labels.name(Some(missing)).to_owned();
+        let why = left_out.iter().find(|finding| finding.file.parent() == Some(&path.join(&class)));
+        let why = why.map(|finding| format!("; for one, {}: {}", finding.file.display(), finding.problem));
+        Err(TrainError::NothingLeft { path: path.into(), class, purpose, why: why.unwrap_or_default() })
     }
 
     fn learn(&self, seen: &Seen, record: &mut Record) -> Result<(Learned, Vec<Epoch>), TrainError> {
@@ -368,9 +372,9 @@ impl Session<'_> {
         let photographs = photographs.without_doubles(None);
         let of = photographs.kept.len();
         let (mut seen, _) = self.extract(&photographs.kept, Views::ONE, Precision::Single, (0, of))?;
-        self.every_class_is_in(&seen, path, "test on")?;
-        trained.left_out.extend(photographs.left_out);
-        trained.left_out.append(&mut seen.left_out);
+        let left_out = [photographs.left_out, take(&mut seen.left_out)].concat();
+        self.every_class_is_in(&seen, path, "test on", &left_out)?;
+        trained.left_out.extend(left_out);
         let features = self.features_of(&seen, trained.tail.as_ref());
         let skill = self.skill(&trained.head, &trained.subspace);
         let predictions = features.iter().map(|row| skill.judge(row)).collect();

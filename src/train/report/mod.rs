@@ -26,6 +26,10 @@ const SHEET: usize = 30;
 pub const SHEET_COLUMNS: u32 = 6;
 const WORST: usize = 12;
 const SEEN_OF_EACH: usize = 2;
+const SEEN_MAX: usize = 20;
+/// With more classes the most frequent mistakes are listed instead of a matrix.
+const MATRIX_MAX: usize = 24;
+const MISTAKES_MAX: usize = 30;
 const JPEG_QUALITY: u8 = 82;
 
 /// The photographs of the report.
@@ -45,7 +49,8 @@ impl Gallery {
     ) -> Result<Self, BackboneError> {
         let (labels, val, preprocess) = (&trained.labels, &trained.val, settings.preprocess());
         let sheet = shown::by_chance(val, SHEET, settings.sgd.seed);
-        let best = shown::best_of_each(val, labels.names().len(), SEEN_OF_EACH);
+        let mut best = shown::best_of_each(val, labels.names().len(), SEEN_OF_EACH);
+        best.truncate(SEEN_MAX);
         let looker = Looker::new(network, trained, &preprocess);
         Ok(Gallery {
             sheet: shown::load(labels, val, &sheet, threads),
@@ -137,38 +142,54 @@ fn curves(trained: &Trained) -> String {
 }
 
 fn confusion(figures: &Evaluation, names: &[String]) -> String {
-    let mut matrix = String::from("<tr><th></th>");
-    for name in names {
-        write!(matrix, "<th>{}</th>", escaped(name)).expect("memory takes it");
-    }
-    matrix.push_str("</tr>\n");
+    let (title, panel) = match names.len() {
+        ..=MATRIX_MAX => ("Rows: what it is. Columns: what it was taken for.", matrix(figures, names)),
+        _ => ("Most often taken for another", mistakes(figures, names)),
+    };
+    format!(
+        "<h2>What is taken for what</h2>\n<div class=\"pair\">\n<div class=\"panel\"><h3>{title}</h3>{panel}</div>\n\
+         <div class=\"panel\"><h3>Each class</h3>{}</div>\n</div>\n",
+        classes(figures)
+    )
+}
+
+fn matrix(figures: &Evaluation, names: &[String]) -> String {
+    let heads: String = names.iter().map(|name| format!("<th>{}</th>", escaped(name))).collect();
+    let mut matrix = format!("<table class=\"matrix\"><tr><th></th>{heads}</tr>\n");
     for (row, (counts, name)) in figures.confusion.iter().zip(names).enumerate() {
-        write!(matrix, "<tr><th>{}</th>", escaped(name)).expect("memory takes it");
         let of = counts.iter().sum::<usize>().max(1) as f64;
-        for (column, count) in counts.iter().enumerate() {
+        let cell = |(column, count): (usize, &usize)| {
             let share = *count as f64 / of;
-            let (colour, class) = match (row == column, *count) {
-                (true, _) => ("var(--blue)", ""),
-                (false, 0) => ("transparent", " class=\"off\""),
-                (false, _) => ("var(--red)", ""),
+            let (colour, strength) = match row == column {
+                true => ("blue", share * 70.0),
+                false => ("red", (share * 250.0).min(70.0)),
             };
-            let strength = if row == column { share * 70.0 } else { (share * 250.0).min(70.0) };
-            write!(
-                matrix,
-                "<td{class} style=\"background: color-mix(in srgb, {colour} {strength:.0}%, transparent)\" \
+            let class = if *count == 0 { " class=\"off\"" } else { "" };
+            format!(
+                "<td{class} style=\"background: color-mix(in srgb, var(--{colour}) {strength:.0}%, transparent)\" \
                  title=\"{:.1} %\">{count}</td>",
                 share * 100.0
             )
-            .expect("memory takes it");
-        }
-        matrix.push_str("</tr>\n");
+        };
+        let cells: String = counts.iter().enumerate().map(cell).collect();
+        writeln!(matrix, "<tr><th>{}</th>{cells}</tr>", escaped(name)).expect("memory takes it");
     }
-    format!(
-        "<h2>What is taken for what</h2>\n<div class=\"pair\">\n<div class=\"panel\"><h3>Rows: what it is. Columns: what it \
-         was taken for.</h3><table class=\"matrix\">{matrix}</table></div>\n<div class=\"panel\"><h3>Each class</h3>{}</div>\n\
-         </div>\n",
-        classes(figures)
-    )
+    matrix + "</table>"
+}
+
+/// The largest counts beside the diagonal.
+fn mistakes(figures: &Evaluation, names: &[String]) -> String {
+    let cell = |(row, counts): (usize, &Vec<usize>)| -> Vec<(usize, usize, usize)> {
+        counts.iter().enumerate().filter(|(column, _)| *column != row).map(|(column, n)| (*n, row, column)).collect()
+    };
+    let mut all: Vec<_> = figures.confusion.iter().enumerate().flat_map(cell).filter(|(n, ..)| *n > 0).collect();
+    all.sort_by_key(|(n, ..)| std::cmp::Reverse(*n));
+    let mut table = String::from("<table><tr><th>is</th><th>taken for</th><th>photographs</th></tr>\n");
+    for (count, row, column) in all.into_iter().take(MISTAKES_MAX) {
+        let (is, taken_for) = (escaped(&names[row]), escaped(&names[column]));
+        writeln!(table, "<tr><td>{is}</td><td>{taken_for}</td><td>{count}</td></tr>").expect("memory takes it");
+    }
+    table + "</table>"
 }
 
 fn classes(figures: &Evaluation) -> String {
