@@ -105,8 +105,9 @@ pub struct Bench {
 }
 
 impl Bench {
-    pub fn new(bundle: &Bundle) -> Result<Self, BenchError> {
-        Ok(Bench { classifier: bundle.classifier(None)? })
+    /// `backbone`: the ONNX file that the model was made for, where neither the program nor the model has it.
+    pub fn new(bundle: &Bundle, backbone: Option<&Path>) -> Result<Self, BenchError> {
+        Ok(Bench { classifier: bundle.classifier(backbone)? })
     }
 
     /// Decodes and classifies one picture `runs` times: `image`, or a drawn one of 640×480.

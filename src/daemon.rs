@@ -38,7 +38,7 @@ pub enum DaemonError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error("model.bundle: {0}")]
-    Bundle(BundleError),
+    Bundle(#[from] BundleError),
     #[error("model.backbone: {0}")]
     Backbone(#[from] BackboneError),
     #[error("camera: {0}")]
@@ -236,17 +236,12 @@ fn load_model(config: &Config) -> Result<(Bundle, Classifier), DaemonError> {
         (!path.as_os_str().is_empty()).then_some(path)
     }
     let bundle = named(&config.model.bundle).map_or_else(Bundle::built_in, Bundle::read)?;
-    let classifier = bundle.classifier(named(&config.model.backbone))?;
+    let file = named(&config.model.backbone);
+    let classifier = bundle.classifier(file).map_err(|error| match (error, file) {
+        (BundleError::Backbone(error), Some(_)) => DaemonError::Backbone(error),
+        (error, _) => DaemonError::Bundle(error),
+    })?;
     Ok((bundle, classifier))
-}
-
-impl From<BundleError> for DaemonError {
-    fn from(error: BundleError) -> Self {
-        match error {
-            BundleError::Backbone(error) => DaemonError::Backbone(error),
-            error => DaemonError::Bundle(error),
-        }
-    }
 }
 
 fn source(config: &Config, pace: &Pace) -> Result<Box<dyn FrameSource>, CameraError> {

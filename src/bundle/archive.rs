@@ -104,6 +104,9 @@ pub fn pack(members: &[(&str, &[u8])]) -> Vec<u8> {
 
 /// Writes beside the file, flushes to the disk, and renames: there is the old file or the new one.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), ArchiveError> {
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return Err(ArchiveError::TooLarge);
+    }
     let temporary = path.with_extension("bloom.part");
     let written = File::create(&temporary)
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))

@@ -103,6 +103,14 @@ impl Member {
     }
 }
 
+/// Refuses what no model and no network may be called; gives what was expected.
+pub fn check_name(name: &str) -> Result<(), String> {
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
+        return Err(format!("1 to {NAME_BYTES_MAX} bytes without control characters"));
+    }
+    Ok(())
+}
+
 impl Manifest {
     /// Checks the format before anything else, so that a newer bundle is named as such.
     pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
@@ -116,9 +124,7 @@ impl Manifest {
         }
         let manifest: Self = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
         for (key, text) in [("name", &manifest.name), ("backbone.name", &manifest.backbone.name)] {
-            if text.is_empty() || text.len() > NAME_BYTES_MAX || text.chars().any(char::is_control) {
-                return Err(format!("{key}: expected 1 to {NAME_BYTES_MAX} bytes without control characters"));
-            }
+            check_name(text).map_err(|expected| format!("{key}: expected {expected}"))?;
         }
         manifest.preprocess.check().map_err(|e| e.to_string())?;
         Ok(manifest)

@@ -6,7 +6,7 @@
 
 pub mod archive;
 pub mod manifest;
-mod numbers;
+pub mod numbers;
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -130,7 +130,7 @@ impl Bundle {
         &self.sha256
     }
 
-    /// The model at work: on the network it carries, else on that in `file`, else on the one inside the program;
+    /// The model at work: on the network in `file`, else on that it carries, else on the one inside the program;
     /// refused where it was made for another.
     pub fn classifier(&self, file: Option<&Path>) -> Result<Classifier, BundleError> {
         Ok(Classifier::new(&self.backbone(&self.network(file)?)?, self.skill())?)
@@ -146,14 +146,14 @@ impl Bundle {
         Ok(backbone)
     }
 
-    /// The network it was made for: the one it carries, or that in `file`, or the one inside the program.
+    /// The network it was made for: that in `file`, or the one it carries, or the one inside the program.
     pub fn network(&self, file: Option<&Path>) -> Result<Network, BundleError> {
         let (wanted, preprocess) = (&self.manifest.backbone, &self.manifest.preprocess);
         let feature = Some(wanted.feature.as_str());
         let given = |name: &str, sha256: &str| format!("{name} (sha256 {sha256:.12}…)");
         let (name, onnx): (String, Cow<'static, [u8]>) = match (&self.parts.backbone, file) {
-            (Some(onnx), _) => (wanted.name.clone(), onnx.clone().into()),
-            (None, Some(path)) => (path.display().to_string(), backbone::read_file(path)?.into()),
+            (_, Some(path)) => (path.display().to_string(), backbone::read_file(path)?.into()),
+            (Some(onnx), None) => (wanted.name.clone(), onnx.clone().into()),
             (None, None) => (backbone::MOBILENET_V2_NAME.to_owned(), backbone::MOBILENET_V2.into()),
         };
         let sha256 = sha256_hex(&onnx);

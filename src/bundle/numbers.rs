@@ -80,7 +80,8 @@ fn shape(name: &'static str, tensor: &TensorView<'_>, expected: String) -> Numbe
     NumbersError::Shape { name, got: tensor.shape().to_vec(), dtype: tensor.dtype(), expected }
 }
 
-fn to_bytes(tensors: &[(&str, Vec<usize>, &[f32])]) -> Vec<u8> {
+/// Tensors by name, with their shapes.
+pub fn to_bytes(tensors: &[(&str, Vec<usize>, &[f32])]) -> Vec<u8> {
     let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, _, values)| little_endian(values)).collect();
     let views = tensors.iter().zip(&bytes).map(|((name, shape, _), bytes)| {
         let view = TensorView::new(Dtype::F32, shape.clone(), bytes);

@@ -5,11 +5,11 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use bloomcast::train::settings::BackboneFile;
-use bloomcast::vision::backbone::{self, Anatomy, sha256_hex};
-use bloomcast::vision::{Network, Preprocess};
+use bloomcast::train::settings::{BackboneFile, Scale};
+use bloomcast::vision::Network;
+use bloomcast::vision::backbone::Anatomy;
 use bloomcast::zoo;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use serde::Serialize;
 
 #[cfg(feature = "fetch")]
@@ -53,44 +53,12 @@ pub struct BackboneArgs {
     size: Option<u32>,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Scale {
-    /// x / 127.5 − 1: Keras's MobileNetV2, InceptionV3, Xception
-    Keras,
-    /// (x / 255 − mean) / deviation of ImageNet: torchvision's networks
-    Torchvision,
-}
-
 impl BackboneArgs {
     /// The file that is named, with its preprocessing.
     pub fn file(self) -> anyhow::Result<Option<BackboneFile>> {
         let Some(named) = self.backbone else { return Ok(None) };
-        let file = match zoo::named(&named) {
-            Some(published) => {
-                let place = published.place(&folder()?);
-                anyhow::ensure!(place.is_file(), "{}: not there; `bloomcast backbone fetch {named}`", place.display());
-                place
-            }
-            None => named.into(),
-        };
-        let onnx = backbone::read_file(&file)?;
-        let anatomy = backbone::inspect(&file.display().to_string(), &onnx, self.feature.as_deref())?;
-        let known = zoo::with_sha256(&sha256_hex(&onnx)).map(|published| published.preprocess);
-        let scaled = self.preprocess.map(|scale| match scale {
-            Scale::Keras => Preprocess::mobilenet_v2(),
-            Scale::Torchvision => Preprocess::torchvision(224),
-        });
-        let preprocess = scaled.or(known).with_context(|| {
-            format!(
-                "{}: not a network that is known by its hash; say how its input is made with --preprocess",
-                file.display()
-            )
-        })?;
-        let size = self.size.or(anatomy.size).unwrap_or(preprocess.size);
-        let preprocess = Preprocess { size, layout: anatomy.layout, ..preprocess };
-        preprocess.check()?;
-        let file = std::path::absolute(file)?;
-        Ok(Some(BackboneFile { file, feature: self.feature, preprocess }))
+        let found = BackboneFile::find(&named, self.feature, self.preprocess, self.size, folder().ok().as_deref())?;
+        Ok(Some(BackboneFile { file: std::path::absolute(found.file)?, ..found }))
     }
 }
 

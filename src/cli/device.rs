@@ -60,6 +60,9 @@ pub struct BenchArgs {
     /// A .bloom file; the one inside the program where none is named
     #[arg(long)]
     model: Option<PathBuf>,
+    /// The ONNX file the model was made for, where neither the program nor the model has it
+    #[arg(long)]
+    backbone: Option<PathBuf>,
     /// Frames that are timed
     #[arg(long, default_value_t = 200, value_parser = value_parser!(u64).range(1..=1_000_000))]
     runs: u64,
@@ -142,7 +145,7 @@ pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
 }
 
 pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
-    let mut bench = Bench::new(&bundle(args.model.as_deref())?)?;
+    let mut bench = Bench::new(&bundle(args.model.as_deref())?, args.backbone.as_deref())?;
     let report = bench.run(args.image.as_deref(), args.runs as usize)?;
     show(&report, args.json)
 }

@@ -13,7 +13,7 @@ use bloomcast::train::session::Surroundings;
 use bloomcast::train::settings::FineTune;
 use bloomcast::train::sgd::{Optimiser, Schedule};
 use bloomcast::train::{self, Recipe, Settings, inspect};
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, value_parser};
 
 use super::backbone::BackboneArgs;
 #[cfg(feature = "fetch")]
@@ -54,8 +54,8 @@ pub struct TrainArgs {
     #[arg(long)]
     overwrite: bool,
     /// Threads; all cores where none are named
-    #[arg(long)]
-    threads: Option<usize>,
+    #[arg(long, value_parser = value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
     /// What computes the features
     #[arg(long, value_enum, default_value_t)]
     device: Choice,
@@ -181,7 +181,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
         out: args.out.clone(),
         overwrite: args.overwrite,
         cache: args.cache.folder(),
-        threads: args.threads.unwrap_or_else(cores),
+        threads: args.threads.map_or_else(cores, usize::from),
         device: args.device,
         created_at: created_at()?,
     };
@@ -295,7 +295,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
         bars.show("photographs", done as u64, of as u64);
     };
     let (measured, left_out) =
-        train::session::evaluate(&bundle, &network, &dataset, args.model.mirror, cores(), &told)?;
+        train::evaluate::evaluate(&bundle, &network, &dataset, args.model.mirror, cores(), &told)?;
     name_left_out(&left_out);
     if measured.photographs.is_empty() {
         return Err(anyhow!("{}: no image could be decoded", args.dataset.display()).into());

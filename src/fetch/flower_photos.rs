@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::Path;
 
-use super::{FetchError, Wanted, download};
+use super::{FetchError, Wanted, check, download};
 
 /// 3,670 photographs in five folders, Creative Commons BY; its licence file lies beside the folders.
 pub fn published() -> Wanted {
@@ -15,17 +15,20 @@ pub fn published() -> Wanted {
     }
 }
 
-/// Downloads, unpacks to `folder`, and deletes the archive. A folder that is there is whole: it takes its name when
-/// all is unpacked.
+/// Downloads, unpacks to `folder`, and deletes the archive. The folder takes its name when all is unpacked: one that is
+/// there is taken as it is.
 pub fn fetch(wanted: &Wanted, folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<(), FetchError> {
     if folder.exists() {
         return Ok(());
     }
-    let archive = folder.with_added_extension("tgz");
-    if !archive.exists() {
+    // A name that nobody else gives to an archive of their own.
+    let archive = folder.with_added_extension("fetched.tgz");
+    if archive.exists() {
+        check(wanted, &archive)?;
+    } else {
         download(wanted, &archive, progress)?;
     }
-    let unpacked = folder.with_added_extension("unpacked");
+    let unpacked = folder.with_added_extension("fetched");
     let io = |path: &Path, result: std::io::Result<()>| {
         result.map_err(|source| FetchError::Io { path: path.into(), source })
     };

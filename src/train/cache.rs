@@ -6,12 +6,16 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
 use super::photographs::Content;
 
 const MAGIC: &[u8; 8] = b"bloomft1";
+/// In the name of a file that is being written, and how old one is that nobody writes any more.
+const PART: &str = "part-";
+const ABANDONED: Duration = Duration::from_secs(3600);
 
 /// The folder of one kind of numbers.
 #[derive(Debug)]
@@ -24,7 +28,27 @@ impl Cache {
     pub fn open(root: &Path, kind: &str) -> io::Result<Self> {
         let folder = root.join(kind);
         fs::create_dir_all(&folder)?;
-        Ok(Cache { folder })
+        let cache = Cache { folder };
+        cache.remove_abandoned()?;
+        Ok(cache)
+    }
+
+    /// A run that was killed leaves the part that it was writing.
+    fn remove_abandoned(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.folder)? {
+            let entry = entry?;
+            let old = || {
+                entry
+                    .metadata()
+                    .and_then(|data| data.modified())
+                    .is_ok_and(|at| at.elapsed().is_ok_and(|age| age > ABANDONED))
+            };
+            if entry.file_name().to_string_lossy().contains(PART) && old() {
+                // Another run may have been quicker.
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+        Ok(())
     }
 
     /// The numbers of a photograph, as they were written.
@@ -46,7 +70,7 @@ impl Cache {
         sum.update(MAGIC);
         sum.update(numbers);
         // Two runs at once write the same numbers, each beside the file in its own.
-        let part = path.with_extension(format!("part-{}", std::process::id()));
+        let part = path.with_extension(format!("{PART}{}", std::process::id()));
         let written = File::create(&part)
             .and_then(|mut file| {
                 file.write_all(MAGIC)?;

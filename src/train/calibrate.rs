@@ -23,7 +23,7 @@ pub fn temperature(logits: &[Vec<f32>], classes: &[usize]) -> f32 {
 /// Mean cross-entropy in nats.
 pub fn cross_entropy(logits: &[Vec<f32>], classes: &[usize], temperature: f32) -> f64 {
     let one = |(logits, class): (&Vec<f32>, &usize)| {
-        -f64::from(softmax(logits, temperature)[*class].max(f32::MIN_POSITIVE)).ln()
+        -f64::from(softmax(logits, temperature)[*class].clamp(f32::MIN_POSITIVE, 1.0)).ln()
     };
     logits.iter().zip(classes).map(one).sum::<f64>() / classes.len() as f64
 }

@@ -76,7 +76,10 @@ impl fmt::Display for Comparison {
                 figures.seconds,
                 run.bundle_bytes as f64 / 1e6
             )?;
-            let recalls: Vec<String> = val.classes.iter().map(|class| format!("{:10.3}", class.recall)).collect();
+            let same_classes =
+                val.classes.iter().map(|class| &class.class).eq(classes.iter().map(|class| &class.class));
+            let recalls: Vec<String> =
+                val.classes.iter().filter(|_| same_classes).map(|class| format!("{:10.3}", class.recall)).collect();
             writeln!(f, "{}", recalls.join(" "))?;
         }
         if !self.same_photographs {

@@ -87,14 +87,16 @@ fn class_images(folder: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     Ok(images)
 }
 
-/// SHA-256 over the classes' names and, for each photograph in order, its class and the SHA-256 of its
-/// content; in hexadecimal. File names do not count.
+/// SHA-256 over the classes' names and, for each photograph, its class and the SHA-256 of its content, sorted; in
+/// hexadecimal. File names do not count.
 pub fn fingerprint<'a>(classes: &Labels, images: impl Iterator<Item = (usize, &'a [u8; 32])>) -> String {
     let mut hash = Sha256::new();
     for name in classes.names() {
         hash.update((name.len() as u64).to_le_bytes());
         hash.update(name);
     }
+    let mut images: Vec<_> = images.collect();
+    images.sort_unstable();
     for (class, content) in images {
         hash.update((class as u64).to_le_bytes());
         hash.update(content);
@@ -147,6 +149,7 @@ mod tests {
         let (x, y) = ([1u8; 32], [2u8; 32]);
         let of = |images: &[(usize, &[u8; 32])]| fingerprint(&labels, images.iter().copied());
         assert_eq!(of(&[(0, &x), (1, &y)]), of(&[(0, &x), (1, &y)]));
+        assert_eq!(of(&[(0, &x), (1, &y)]), of(&[(1, &y), (0, &x)]), "whatever their names, and so their order");
         assert_ne!(of(&[(0, &x), (1, &y)]), of(&[(1, &x), (0, &y)]));
         assert_ne!(of(&[(0, &x)]), of(&[(0, &y)]));
     }

@@ -1,10 +1,12 @@
-//! What computes the features: the CPU, or a GPU that was seen to give the same.
+//! What computes the features: the CPU, or a GPU that was seen to give nearly the same.
+
+use std::panic::{self, AssertUnwindSafe};
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::vision::backbone::Device;
-use crate::vision::{BackboneError, Network};
+use crate::vision::{Backbone, BackboneError, Network};
 
 /// Features from a GPU may differ by this share of the largest: its convolutions round otherwise.
 const DIFFERENCE_MAX: f32 = 0.01;
@@ -20,36 +22,43 @@ pub enum Choice {
     Gpu,
 }
 
-/// The network on the device that computes, and why that is not the one that was asked for, where it is not.
-pub fn choose(network: Network, choice: Choice) -> (Network, Option<String>) {
+/// The network on the device that computes, what `make` makes of it, and why that is not the device that was asked for,
+/// where it is not.
+pub fn choose(
+    network: Network,
+    choice: Choice,
+    make: &dyn Fn(&Network) -> Result<Backbone, BackboneError>,
+) -> Result<(Network, Backbone, Option<String>), BackboneError> {
+    let on_cpu = make(&network)?;
     let wanted = match choice {
         Choice::Auto => cfg!(feature = "cuda"),
         Choice::Cpu => false,
         Choice::Gpu => true,
     };
     if !wanted {
-        return (network, None);
+        return Ok((network, on_cpu, None));
     }
-    let on_gpu = network.on(Device::Cuda);
-    match difference(&network, &on_gpu) {
-        Ok(difference) if difference <= DIFFERENCE_MAX => (on_gpu, None),
-        Ok(difference) => {
-            let percent = difference * 100.0;
-            (
-                network,
-                Some(format!("the GPU's features differ from the CPU's by {percent:.1} %; the CPU computes them")),
-            )
-        }
-        Err(error) => (network, Some(format!("{error}; the CPU computes the features"))),
-    }
+    let gpu = network.on(Device::Cuda);
+    let side = network.input_size();
+    // The CUDA runtime may panic where a part of it is not installed.
+    let tried = panic::catch_unwind(AssertUnwindSafe(|| {
+        let on_gpu = make(&gpu)?;
+        Ok((difference(&on_cpu, &on_gpu, 3 * side * side)?, on_gpu))
+    }));
+    let why = match tried {
+        Ok(Ok((difference, on_gpu))) if difference <= DIFFERENCE_MAX => return Ok((gpu, on_gpu, None)),
+        Ok(Ok((difference, _))) => format!("the GPU's features differ from the CPU's by {:.1} %", difference * 100.0),
+        Ok(Err(error)) => BackboneError::to_string(&error),
+        Err(_) => "the CUDA runtime panicked; its message stands above".into(),
+    };
+    Ok((network, on_cpu, Some(format!("{why}; the CPU computes the features"))))
 }
 
 /// The largest difference between what both give for one input, as a share of the largest number.
-fn difference(cpu: &Network, gpu: &Network) -> Result<f32, BackboneError> {
-    let side = cpu.input_size();
-    let input: Vec<f32> = (0..3 * side * side).map(|i| (i as f32 * 0.37).sin()).collect();
-    let expected = cpu.features(None)?.session()?.features(&input)?;
-    let found = gpu.features(None)?.session()?.features(&input)?;
+fn difference(cpu: &Backbone, gpu: &Backbone, input_len: usize) -> Result<f32, BackboneError> {
+    let input: Vec<f32> = (0..input_len).map(|i| (i as f32 * 0.37).sin()).collect();
+    let expected = cpu.session()?.features(&input)?;
+    let found = gpu.session()?.features(&input)?;
     let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, v| largest.max(v.abs()));
     // A number that is none differs from all.
     let off = |(a, b): (&f32, &f32)| if b.is_finite() { (a - b).abs() } else { f32::INFINITY };
@@ -60,19 +69,29 @@ fn difference(cpu: &Network, gpu: &Network) -> Result<f32, BackboneError> {
 mod tests {
     use super::*;
 
+    fn features(network: &Network) -> Result<Backbone, BackboneError> {
+        network.features(None)
+    }
+
     #[test]
-    fn the_cpu_agrees_with_itself() {
+    fn a_difference_is_a_share_of_the_largest_number() {
         let network = Network::built_in().unwrap();
-        assert_eq!(difference(&network, &network).unwrap(), 0.0);
-        assert_eq!(choose(network, Choice::Cpu).1, None);
+        let own = &network.last_conv().unwrap().tail;
+        let weight: Vec<f32> = own.weight().iter().map(|w| w * 1.1).collect();
+        let other = crate::vision::Tail::new(320, weight, own.bias().to_vec()).unwrap();
+        let (one, two) = (network.features(None).unwrap(), network.features(Some(&other)).unwrap());
+        let of = |other: &Backbone| difference(&one, other, 3 * 224 * 224).unwrap();
+        assert_eq!(of(&one), 0.0);
+        assert!(of(&two) > DIFFERENCE_MAX, "{}", of(&two));
+        assert_eq!(choose(network, Choice::Cpu, &features).unwrap().2, None);
     }
 
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn where_no_gpu_works_the_cpu_computes_and_it_is_said() {
-        let (network, why) = choose(Network::built_in().unwrap(), Choice::Gpu);
-        assert!(network.features(None).is_ok());
+        let (network, _, why) = choose(Network::built_in().unwrap(), Choice::Gpu, &features).unwrap();
+        assert_eq!(network.device(), Device::Cpu);
         assert!(why.unwrap().contains("built without the feature `cuda`; the CPU computes the features"));
-        assert_eq!(choose(network, Choice::Auto).1, None);
+        assert_eq!(choose(network, Choice::Auto, &features).unwrap().2, None);
     }
 }

@@ -1,11 +1,16 @@
-//! How good a model is: loss, accuracy, calibration, and what is taken for what.
+//! How good a model is: what it makes of photographs, loss, accuracy, calibration, and what is taken for what.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::augment::Views;
+use super::dataset::{Dataset, fingerprint};
+use super::features::{Extractor, Precision};
+use super::photographs::{Finding, Photograph, Photographs};
+use crate::bundle::{Bundle, BundleError};
 use crate::vision::head::argmax;
-use crate::vision::{Labels, Prediction};
+use crate::vision::{Labels, Network, Prediction};
 
 /// Confidences are put into this many equal bins for the calibration error.
 const BINS: usize = 15;
@@ -36,6 +41,56 @@ pub struct ClassFigures {
     pub precision: f64,
     pub recall: f64,
     pub f1: f64,
+}
+
+/// What a model makes of photographs whose classes are known.
+#[derive(Debug, Clone)]
+pub struct Measured {
+    pub photographs: Vec<Photograph>,
+    pub predictions: Vec<Prediction>,
+    pub evaluation: Evaluation,
+}
+
+impl Measured {
+    pub fn new(labels: &Labels, photographs: Vec<Photograph>, predictions: Vec<Prediction>) -> Self {
+        let classes: Vec<usize> = photographs.iter().map(|photograph| photograph.class).collect();
+        let evaluation = Evaluation::new(labels, &predictions, &classes);
+        Measured { photographs, predictions, evaluation }
+    }
+
+    /// Of the photographs, whatever their names.
+    pub fn fingerprint(&self, labels: &Labels) -> String {
+        fingerprint(labels, self.photographs.iter().map(|image| (image.class, &image.content)))
+    }
+}
+
+/// What a model makes of a dataset; mirrored as well, and the mean of both, where `mirror` says so. Gives what
+/// could not be used besides.
+pub fn evaluate(
+    bundle: &Bundle,
+    network: &Network,
+    dataset: &Dataset,
+    mirror: bool,
+    threads: usize,
+    progress: &(dyn Fn(usize) + Sync),
+) -> Result<(Measured, Vec<Finding>), BundleError> {
+    let photographs = Photographs::read(dataset, threads, &|_| {});
+    let extractor = Extractor {
+        network,
+        backbone: &bundle.backbone(network)?,
+        map: None,
+        preprocess: &bundle.manifest().preprocess,
+        precision: Precision::Single,
+        views: Views { count: 1 + usize::from(mirror), seed: 0 },
+        cache: None,
+        threads,
+    };
+    let (features, _) = extractor.run(&photographs.kept, progress)?;
+    let skill = bundle.skill();
+    let judge = |i: usize| skill.judge_views((0..features.views).map(|view| features.row(i, view)));
+    let predictions = (0..features.len()).map(judge).collect();
+    let left_out = [photographs.left_out, features.left_out].concat();
+    Ok((Measured::new(&skill.labels, features.images, predictions), left_out))
 }
 
 impl Evaluation {

@@ -1,6 +1,7 @@
 //! What the backbone says of every photograph, and of other views of it, computed on all cores.
 
 use std::borrow::Cow;
+use std::env::consts::ARCH;
 use std::io;
 use std::path::Path;
 use std::sync::Mutex;
@@ -16,6 +17,9 @@ use super::pool;
 use crate::vision::backbone::{Session, channels_last, sha256_hex};
 use crate::vision::preprocess::{self, Preprocess, Preprocessor};
 use crate::vision::{Backbone, BackboneError, Network, decode};
+
+/// Another version may decode or compute otherwise, and so may another kind of processor.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// A photograph with a shorter side shows nothing that could be learned.
 pub const SIDE_MIN: u32 = 32;
@@ -99,7 +103,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    fn bytes(self) -> usize {
+    pub fn bytes(self) -> usize {
         match self {
             Precision::Single => 4,
             Precision::Half => 2,
@@ -187,7 +191,7 @@ impl Extractor<'_> {
             _ => format!("views {} of seed {}", augment::VERSION, self.views.seed),
         };
         let all = format!(
-            "{} {feature} {tensor} {preprocess} {} {:?} {:?} {views}",
+            "{VERSION} {ARCH} {} {feature} {tensor} {preprocess} {} {:?} {:?} {views}",
             self.network.sha256(),
             preprocess::VERSION,
             self.network.device(),
@@ -245,4 +249,71 @@ pub fn read(path: &Path) -> Result<RgbImage, String> {
         return Err(format!("{width}×{height} pixels, fewer than {SIDE_MIN} a side"));
     }
     Ok(pixels)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use image::ImageFormat;
+
+    use super::*;
+    use crate::vision::decode::tests::{encode, gradient};
+
+    #[test]
+    fn views_are_added_to_those_that_are_kept_and_every_way_gives_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let photograph =
+            |name: &str, content: u8| Photograph { path: dir.path().join(name), class: 0, content: [content; 32] };
+        fs::write(dir.path().join("a.png"), encode(&gradient(60, 40), ImageFormat::Png)).unwrap();
+        fs::write(dir.path().join("b.png"), encode(&gradient(40, 90), ImageFormat::Png)).unwrap();
+        fs::write(dir.path().join("cut.png"), &encode(&gradient(40, 90), ImageFormat::Png)[..60]).unwrap();
+        fs::write(dir.path().join("tiny.png"), encode(&gradient(90, 31), ImageFormat::Png)).unwrap();
+        let images =
+            [photograph("a.png", 1), photograph("cut.png", 2), photograph("tiny.png", 3), photograph("b.png", 4)];
+        let (network, preprocess) = (Network::built_in().unwrap(), Preprocess::mobilenet_v2());
+        let backbone = network.trunk().unwrap();
+        let cache = dir.path().join("cache");
+        let run = |count: usize, cache: Option<&Path>, precision: Precision| {
+            let views = Views { count, seed: 7 };
+            let (network, backbone, preprocess) = (&network, &backbone, &preprocess);
+            let extractor =
+                Extractor { network, backbone, map: Some(320), preprocess, precision, views, cache, threads: 2 };
+            let (features, trouble) = extractor.run(&images, &|_| {}).unwrap();
+            assert!(trouble.is_none());
+            features
+        };
+        let whole = run(3, None, Precision::Half);
+        let names: Vec<_> = whole.left_out.iter().map(|f| f.file.file_name().unwrap().to_str().unwrap()).collect();
+        assert_eq!((whole.len(), names), (2, vec!["cut.png", "tiny.png"]));
+        assert_ne!(whole.row(0, 0), whole.row(0, 1));
+        let two = run(2, Some(&cache), Precision::Half);
+        assert_eq!((two.row(1, 0), two.row(1, 1)), (whole.row(1, 0), whole.row(1, 1)));
+        assert_eq!(run(3, Some(&cache), Precision::Half).values, whole.values, "one view is added");
+        assert_eq!(run(3, Some(&cache), Precision::Half).values, whole.values, "all is read");
+        let single = run(1, Some(&cache), Precision::Single);
+        let off = single.row(0, 0).iter().zip(whole.row(0, 0).iter()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(off > 0.0 && off < 0.01, "half the digits, the same numbers: {off}");
+    }
+
+    #[test]
+    fn a_cache_that_cannot_be_written_stops_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("a.png"), encode(&gradient(60, 40), ImageFormat::Png)).unwrap();
+        fs::write(dir.path().join("cache"), "a file where a folder should be").unwrap();
+        let (network, preprocess) = (Network::built_in().unwrap(), Preprocess::mobilenet_v2());
+        let extractor = Extractor {
+            network: &network,
+            backbone: &network.features(None).unwrap(),
+            map: None,
+            preprocess: &preprocess,
+            precision: Precision::Single,
+            views: Views::ONE,
+            cache: Some(&dir.path().join("cache")),
+            threads: 1,
+        };
+        let image = Photograph { path: dir.path().join("a.png"), class: 0, content: [1; 32] };
+        let (features, trouble) = extractor.run(&[image], &|_| {}).unwrap();
+        assert!(features.len() == 1 && trouble.is_some());
+    }
 }

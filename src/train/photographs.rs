@@ -92,8 +92,8 @@ impl Photographs {
         without
     }
 
-    /// Splits off about the given share, 0–1, for validation. A photograph's content alone decides where it
-    /// belongs: adding others moves none, and each class gives its share.
+    /// Splits off about the given share, 0–1, of each class for validation. A photograph's content alone decides where
+    /// it belongs, so that adding others moves none.
     pub fn split(self, share: f64) -> (Self, Self) {
         let (val, train) = self.kept.into_iter().partition(|photograph| place(&photograph.content) < share);
         (Photographs { kept: train, left_out: self.left_out }, Photographs { kept: val, left_out: Vec::new() })

@@ -28,7 +28,7 @@ pub fn map<S, T: Send, E: Send>(
         }
     };
     let mut results = thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads.max(1))
+        let workers: Vec<_> = (0..threads.clamp(1, count.max(1)))
             .map(|n| {
                 let builder = thread::Builder::new().name(format!("{name}-{n}"));
                 builder.spawn_scoped(scope, worker).expect("the system gives a core a thread")

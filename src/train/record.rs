@@ -5,7 +5,6 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde::{Deserialize, Serialize};
 
 use super::evaluate::Evaluation;
@@ -15,7 +14,9 @@ use super::session::{Parameters, Surroundings, Trained};
 use super::settings::{Recipe, Settings};
 use super::sgd::{Epoch, Group};
 use super::tensorboard::{self, Events};
+use crate::bundle::numbers;
 use crate::bundle::{Bundle, BundleError, Manifest, Parts};
+use crate::vision::backbone::Device;
 use crate::vision::{BackboneError, Network};
 
 pub const MODEL: &str = "model.bloom";
@@ -30,6 +31,8 @@ pub enum RecordError {
     Io { path: PathBuf, reason: String },
     #[error("{0}: holds a finished run; name another folder, or --overwrite it")]
     There(PathBuf),
+    #[error("{0}: holds files, but no run's; name another folder")]
+    NoRun(PathBuf),
     #[error(transparent)]
     Backbone(#[from] BackboneError),
     #[error(transparent)]
@@ -43,6 +46,8 @@ pub struct RunFigures {
     pub recipe: Recipe,
     pub seed: u64,
     pub seconds: f64,
+    /// What computed the features.
+    pub device: Device,
     pub train_images: usize,
     pub parameters: Parameters,
     /// The epoch whose numbers were kept.
@@ -63,21 +68,31 @@ pub struct Record {
 }
 
 impl Record {
-    /// Makes the folder, clears what an unfinished run left there, and writes the settings.
+    /// Refuses a folder whose content would be lost: a finished run, or files that are no run's.
+    pub fn check(folder: &Path, overwrite: bool) -> Result<(), RecordError> {
+        if folder.join(MODEL).exists() && !overwrite {
+            return Err(RecordError::There(folder.into()));
+        }
+        let empty = !folder.exists() || at(folder, fs::read_dir(folder))?.next().is_none();
+        // A run that was broken off has written its settings first.
+        if !empty && Settings::read(&folder.join(CONFIG)).is_err() {
+            return Err(RecordError::NoRun(folder.into()));
+        }
+        Ok(())
+    }
+
+    /// Makes the folder, clears what an earlier run left there, and writes the settings.
     pub fn begin(settings: &Settings, surroundings: &Surroundings) -> Result<Self, RecordError> {
         let folder = surroundings.out.clone();
-        if folder.join(MODEL).exists() && !surroundings.overwrite {
-            return Err(RecordError::There(folder));
-        }
         let checkpoints = folder.join(CHECKPOINTS);
         at(&checkpoints, fs::create_dir_all(&checkpoints))?;
-        let stale = |name: &str| [MODEL, METRICS, REPORT].contains(&name) || name.starts_with(tensorboard::PREFIX);
-        remove(&folder, stale)?;
-        remove(&checkpoints, |_| true)?;
+        let stale = |name: &str| name.starts_with(tensorboard::PREFIX) || name.starts_with(MODEL);
+        remove(&folder, |name| [METRICS, REPORT].contains(&name) || stale(name))?;
+        remove(&checkpoints, is_checkpoint)?;
+        let config = folder.join(CONFIG);
+        at(&config, fs::write(&config, settings.to_toml()))?;
         let events = at(&folder, Events::create(&folder, surroundings.created_at))?;
-        let record = Record { folder, settings: settings.clone(), threads: surroundings.threads, events };
-        record.write(CONFIG, settings.to_toml().as_bytes())?;
-        Ok(record)
+        Ok(Record { folder, settings: settings.clone(), threads: surroundings.threads, events })
     }
 
     /// Notes an epoch; keeps its numbers where it is the best so far, and drops those of the one before.
@@ -92,8 +107,9 @@ impl Record {
         at(self.events.path(), noted)?;
         if epoch.best {
             let name = format!("epoch-{:03}-val-loss-{:.4}.safetensors", epoch.epoch, epoch.val.loss);
-            self.write(&format!("{CHECKPOINTS}/{name}"), &checkpoint(groups))?;
-            remove(&self.folder.join(CHECKPOINTS), |there| there != name)?;
+            let tensors: Vec<_> = groups.iter().map(|g| (g.name, vec![g.values.len()], g.values.as_slice())).collect();
+            self.write(&format!("{CHECKPOINTS}/{name}"), &numbers::to_bytes(&tensors))?;
+            remove(&self.folder.join(CHECKPOINTS), |there| is_checkpoint(there) && there != name)?;
         }
         Ok(())
     }
@@ -105,6 +121,7 @@ impl Record {
             recipe: self.settings.recipe,
             seed: self.settings.sgd.seed,
             seconds: trained.time.as_secs_f64(),
+            device: network.device(),
             train_images: trained.train_images.iter().sum(),
             parameters: trained.parameters,
             best_epoch: trained.best_epoch(),
@@ -142,6 +159,10 @@ impl Record {
     }
 }
 
+fn is_checkpoint(name: &str) -> bool {
+    name.starts_with("epoch-") && name.ends_with(".safetensors")
+}
+
 /// Removes the files of a folder whose names are `unwanted`.
 fn remove(folder: &Path, unwanted: impl Fn(&str) -> bool) -> Result<(), RecordError> {
     for entry in at(folder, fs::read_dir(folder))? {
@@ -155,14 +176,4 @@ fn remove(folder: &Path, unwanted: impl Fn(&str) -> bool) -> Result<(), RecordEr
 
 fn at<T>(path: &Path, result: io::Result<T>) -> Result<T, RecordError> {
     result.map_err(|e| RecordError::Io { path: path.into(), reason: e.to_string() })
-}
-
-fn checkpoint(groups: &[Group]) -> Vec<u8> {
-    let bytes: Vec<Vec<u8>> =
-        groups.iter().map(|group| group.values.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
-    let views = groups.iter().zip(&bytes).map(|(group, bytes)| {
-        let view = TensorView::new(Dtype::F32, vec![group.values.len()], bytes);
-        (group.name, view.expect("the shape was made from the numbers"))
-    });
-    serialize(views, None).expect("plain tensors can be written")
 }

@@ -13,29 +13,33 @@ use super::augment::Views;
 use super::calibrate;
 use super::dataset::{Dataset, DatasetError, fingerprint};
 use super::device::{self, Choice};
-use super::evaluate::Evaluation;
+use super::evaluate::Measured;
 use super::features::{CacheTrouble, Extractor, Features, Precision};
 use super::head::HeadLearner;
 use super::photographs::{Finding, Photograph, Photographs};
 use super::pool;
 use super::record::{Record, RecordError};
+use super::report::grouped;
 use super::settings::{FineTune, Settings, SettingsError};
 use super::sgd::{self, Epoch, Group};
 use super::subspace;
 use super::tail::TailLearner;
+use crate::bundle::archive::FILE_BYTES_MAX;
 use crate::bundle::manifest::FORMAT;
-use crate::bundle::{BackboneRef, Bundle, BundleError, DatasetRef, Manifest, Metrics, Unknown, UnknownRule};
+use crate::bundle::{BackboneRef, DatasetRef, Manifest, Metrics, Unknown, UnknownRule};
 use crate::vision::classifier::Skill;
 use crate::vision::head::{HeadError, linear};
 use crate::vision::subspace::SubspaceError;
 use crate::vision::tail::TailError;
-use crate::vision::{BackboneError, Head, Labels, Network, Prediction, Preprocess, Subspace, Tail};
+use crate::vision::{Backbone, BackboneError, Head, Labels, Network, Preprocess, Subspace, Tail};
 
 /// Directions of the subspace that tells flowers from other things: with fewer, more of the other
 /// things pass; with more, the bundle grows and nothing is gained.
 const RANK: usize = 128;
+/// What a bundle holds beside a network that it carries is smaller.
+const ROOM: u64 = 16 << 20;
 
-/// What a run needs beside its settings; none of it changes what is learned.
+/// What a run needs beside its settings. The device may change the last digits of what is learned, the rest nothing.
 #[derive(Debug, Clone)]
 pub struct Surroundings {
     /// Where the run is written.
@@ -70,17 +74,9 @@ pub struct Trained {
     pub tail: Option<Tail>,
     /// What is not used, and why.
     pub left_out: Vec<Finding>,
-    /// What did not go as asked for and changed nothing that was learned.
+    /// What did not go as asked for.
     pub warnings: Vec<String>,
     pub time: Duration,
-}
-
-/// What a model makes of photographs whose classes are known.
-#[derive(Debug, Clone)]
-pub struct Measured {
-    pub photographs: Vec<Photograph>,
-    pub predictions: Vec<Prediction>,
-    pub evaluation: Evaluation,
 }
 
 /// Numbers in the network and the head.
@@ -119,6 +115,14 @@ pub enum TrainError {
     Backbone(#[from] BackboneError),
     #[error("{path}: of the class {class} no image is left to {purpose}{why}")]
     NothingLeft { path: PathBuf, class: String, purpose: &'static str, why: String },
+    #[error("{name}: {bytes} bytes, too large for a bundle to carry")]
+    TooLargeToEmbed { name: String, bytes: usize },
+    #[error(
+        "what the network says of the photographs takes {needed} MiB, {free} are free: fewer views (--augment) take less"
+    )]
+    NoRoom { needed: u64, free: u64 },
+    #[error("the loss was no number in epoch {0}: a smaller learning rate may help")]
+    NoNumber(usize),
     #[error("training gave no usable head: {0}; a smaller learning rate may help")]
     Diverged(#[from] HeadError),
     #[error("training gave no usable convolution: {0}; a smaller learning rate may help")]
@@ -129,7 +133,8 @@ pub enum TrainError {
     Record(#[from] RecordError),
 }
 
-/// Trains, measures, and writes the run's folder, the bundle last.
+/// Trains, measures, and writes the run's folder, the bundle last. What can be known to be wrong is said before anything
+/// is computed or removed.
 pub fn train(
     settings: &Settings,
     surroundings: &Surroundings,
@@ -137,39 +142,43 @@ pub fn train(
 ) -> Result<Trained, TrainError> {
     let began = Instant::now();
     settings.check()?;
+    Record::check(&surroundings.out, surroundings.overwrite)?;
     let dataset = Dataset::read(&settings.dataset)?;
-    let (network, cpu_because) = device::choose(network(settings)?, surroundings.device);
-    let session = Session { settings, surroundings, progress, network, labels: dataset.classes.clone() };
-    let photographs = session.photographs(&dataset)?;
+    let session = Session::new(settings, surroundings, progress, dataset.classes.clone())?;
+    let test = settings.test.as_deref().map(|path| session.dataset_like(path)).transpose()?;
+    let sets = session.sets(&dataset)?;
+    let known = Photographs { kept: [&sets.train.kept[..], &sets.val.kept].concat(), left_out: Vec::new() };
     let mut record = Record::begin(settings, surroundings)?;
-    let seen = session.seen(photographs)?;
+    let seen = session.seen(sets)?;
     let (learned, history) = session.learn(&seen, &mut record)?;
     let mut trained = session.judge(seen, learned, history)?;
-    trained.test = session.test(&mut trained)?;
-    trained.warnings.extend(cpu_because);
+    if let Some(test) = &test {
+        trained.test = Some(session.test(test, &known, &mut trained)?);
+    }
     trained.time = began.elapsed();
     let manifest = session.manifest(&trained);
     record.finish(&session.network, manifest, &trained)?;
     Ok(trained)
 }
 
-/// The network that the settings name.
-fn network(settings: &Settings) -> Result<Network, BackboneError> {
-    match &settings.backbone {
-        None => Network::built_in(),
-        Some(named) => Network::from_file(&named.file, &named.preprocess, named.feature.as_deref()),
-    }
-}
-
 struct Session<'a> {
     settings: &'a Settings,
     surroundings: &'a Surroundings,
     progress: &'a (dyn Fn(Progress) + Sync),
-    network: Network,
     labels: Labels,
+    network: Network,
+    /// What gives the features; or the maps that enter the last convolution, where that is trained.
+    backbone: Backbone,
+    warnings: Vec<String>,
 }
 
-/// The photographs to learn from and those to measure on, as the frozen part of the network sees them.
+/// What to learn from and what to measure on.
+struct Sets {
+    train: Photographs,
+    val: Photographs,
+}
+
+/// The same as the frozen part of the network sees it.
 struct Seen {
     train: Features,
     val: Features,
@@ -184,25 +193,58 @@ struct Learned {
     head: (Vec<f32>, Vec<f32>),
 }
 
-impl Session<'_> {
+impl<'a> Session<'a> {
+    fn new(
+        settings: &'a Settings,
+        surroundings: &'a Surroundings,
+        progress: &'a (dyn Fn(Progress) + Sync),
+        labels: Labels,
+    ) -> Result<Self, TrainError> {
+        let network = match &settings.backbone {
+            None => Network::built_in()?,
+            Some(named) => Network::from_file(&named.file, &named.preprocess, named.feature.as_deref())?,
+        };
+        if settings.embed_backbone && network.onnx().len() as u64 > FILE_BYTES_MAX - ROOM {
+            return Err(TrainError::TooLargeToEmbed { name: network.name().into(), bytes: network.onnx().len() });
+        }
+        let make = |network: &Network| match settings.fine_tune {
+            FineTune::None => network.features(None),
+            FineTune::LastConv => network.trunk(),
+        };
+        let (network, backbone, cpu_because) = device::choose(network, surroundings.device, &make)?;
+        let warnings = cpu_because.into_iter().collect();
+        Ok(Session { settings, surroundings, progress, labels, network, backbone, warnings })
+    }
+
     fn preprocess(&self) -> Preprocess {
         self.settings.preprocess()
     }
 
-    /// What to learn from and what to measure on; no photograph stands in both.
-    fn photographs(&self, dataset: &Dataset) -> Result<(Photographs, Photographs), TrainError> {
+    /// The photographs; none stands in both sets, and every class in each.
+    fn sets(&self, dataset: &Dataset) -> Result<Sets, TrainError> {
         let read = |set: &Dataset| {
             let of = set.images.len();
             let told = |done| (self.progress)(Progress::Read { done, of });
             Photographs::read(set, self.surroundings.threads, &told).without_doubles(None)
         };
-        match &self.settings.val {
+        let sets = match &self.settings.val {
             Some(path) => {
                 let val = read(&self.dataset_like(path)?);
-                Ok((read(dataset).without_doubles(Some(&val)), val))
+                Sets { train: read(dataset).without_doubles(Some(&val)), val }
             }
-            None => Ok(read(dataset).split(self.settings.val_fraction)),
-        }
+            None => {
+                let (train, val) = read(dataset).split(self.settings.val_fraction);
+                Sets { train, val }
+            }
+        };
+        let left_out = [&sets.train.left_out[..], &sets.val.left_out].concat();
+        self.every_class_is_in(&sets.train.kept, &self.settings.dataset, "learn from", &left_out)?;
+        self.every_class_is_in(&sets.val.kept, self.val_path(), "measure on", &left_out)?;
+        Ok(sets)
+    }
+
+    fn val_path(&self) -> &Path {
+        self.settings.val.as_ref().unwrap_or(&self.settings.dataset)
     }
 
     /// A dataset with the same classes.
@@ -212,27 +254,39 @@ impl Session<'_> {
         Ok(dataset)
     }
 
-    fn seen(&self, (train, val): (Photographs, Photographs)) -> Result<Seen, TrainError> {
+    fn seen(&self, Sets { train, val }: Sets) -> Result<Seen, TrainError> {
         let views = Views { count: self.settings.views, seed: self.settings.sgd.seed };
         let precision = match self.settings.fine_tune {
             FineTune::None => Precision::Single,
             FineTune::LastConv => Precision::Half,
         };
+        self.expect_room(
+            train.kept.len() * views.count * precision.bytes() + val.kept.len() * Precision::Single.bytes(),
+        )?;
         let of = train.kept.len() + val.kept.len();
         let (mut train_seen, trouble) = self.extract(&train.kept, views, precision, (0, of))?;
         let (mut val_seen, val_trouble) =
             self.extract(&val.kept, Views::ONE, Precision::Single, (train.kept.len(), of))?;
         let left_out = [train.left_out, take(&mut train_seen.left_out), val.left_out, take(&mut val_seen.left_out)];
         let left_out = left_out.concat();
-        self.every_class_is_in(&train_seen, &self.settings.dataset, "learn from", &left_out)?;
-        let val_path = self.settings.val.as_ref().unwrap_or(&self.settings.dataset);
-        self.every_class_is_in(&val_seen, val_path, "measure on", &left_out)?;
+        self.every_class_is_in(&train_seen.images, &self.settings.dataset, "learn from", &left_out)?;
+        self.every_class_is_in(&val_seen.images, self.val_path(), "measure on", &left_out)?;
         let trouble = trouble.or(val_trouble).map(|e| format!("features could not be kept for the next run: {e}"));
-        Ok(Seen { train: train_seen, val: val_seen, left_out, warnings: trouble.into_iter().collect() })
+        let warnings = self.warnings.iter().cloned().chain(trouble).collect();
+        Ok(Seen { train: train_seen, val: val_seen, left_out, warnings })
     }
 
-    /// Features, or the maps that enter the last convolution where that is trained. `told`: how many were done
-    /// before, and how many there are.
+    /// Refuses what would not fit into memory, before hours are spent on it. `per_number`: bytes for each number that
+    /// the backbone gives.
+    fn expect_room(&self, per_number: usize) -> Result<(), TrainError> {
+        let needed = (per_number * self.backbone.width()) as u64;
+        match memory_available() {
+            Some(free) if needed > free => Err(TrainError::NoRoom { needed: needed >> 20, free: free >> 20 }),
+            _ => Ok(()),
+        }
+    }
+
+    /// What the backbone gives. `told`: how many were done before, and how many there are.
     fn extract(
         &self,
         images: &[Photograph],
@@ -240,13 +294,13 @@ impl Session<'_> {
         precision: Precision,
         told: (usize, usize),
     ) -> Result<(Features, CacheTrouble), BackboneError> {
-        let (backbone, map) = match self.settings.fine_tune {
-            FineTune::None => (self.network.features(None)?, None),
-            FineTune::LastConv => (self.network.trunk()?, Some(self.network.last_conv()?.tail.inputs())),
+        let map = match self.settings.fine_tune {
+            FineTune::None => None,
+            FineTune::LastConv => Some(self.network.last_conv()?.tail.inputs()),
         };
         let extractor = Extractor {
             network: &self.network,
-            backbone: &backbone,
+            backbone: &self.backbone,
             map,
             preprocess: &self.preprocess(),
             precision,
@@ -259,19 +313,22 @@ impl Session<'_> {
 
     fn every_class_is_in(
         &self,
-        set: &Features,
+        set: &[Photograph],
         path: &Path,
         purpose: &'static str,
         left_out: &[Finding],
     ) -> Result<(), TrainError> {
-        let classes = set.classes();
-        let Some(missing) = (0..self.labels.names().len()).find(|class| !classes.contains(class)) else {
+        let is_there = |class: &usize| set.iter().any(|photograph| photograph.class == *class);
+        let Some(missing) = (0..self.labels.names().len()).find(|class| !is_there(class)) else {
             return Ok(());
         };
         let class = self.labels.name(Some(missing)).to_owned();
-        let why = left_out.iter().find(|finding| finding.file.parent() == Some(&path.join(&class)));
-        let why = why.map(|finding| format!("; for one, {}: {}", finding.file.display(), finding.problem));
-        Err(TrainError::NothingLeft { path: path.into(), class, purpose, why: why.unwrap_or_default() })
+        let why = match left_out.iter().find(|finding| finding.file.parent() == Some(&path.join(&class))) {
+            Some(finding) => format!("; for one, {}: {}", finding.file.display(), finding.problem),
+            None if self.settings.val.is_none() => "; more photographs, another --val-fraction or --val help".into(),
+            None => String::new(),
+        };
+        Err(TrainError::NothingLeft { path: path.into(), class, purpose, why })
     }
 
     fn learn(&self, seen: &Seen, record: &mut Record) -> Result<(Learned, Vec<Epoch>), TrainError> {
@@ -283,14 +340,14 @@ impl Session<'_> {
         match self.settings.fine_tune {
             FineTune::None => {
                 let mut learner = HeadLearner::new(&seen.train, &seen.val, classes, sgd);
-                let history = sgd::fit(&mut learner, sgd, &mut told)?;
+                let history = finite(sgd::fit(&mut learner, sgd, &mut told)?)?;
                 Ok((Learned { tail: None, head: learner.into_numbers() }, history))
             }
             FineTune::LastConv => {
                 let own = &self.network.last_conv()?.tail;
                 let mut learner =
                     TailLearner::new(&seen.train, &seen.val, own, classes, sgd, self.surroundings.threads);
-                let history = sgd::fit(&mut learner, sgd, &mut told)?;
+                let history = finite(sgd::fit(&mut learner, sgd, &mut told)?)?;
                 let (tail, weight, bias) = learner.numbers()?;
                 Ok((Learned { tail: Some(tail), head: (weight, bias) }, history))
             }
@@ -356,7 +413,9 @@ impl Session<'_> {
     /// The training set's subspace, with the threshold that rejects the asked share of the validation set.
     fn subspace(&self, train: &[Vec<f32>], val: &[Vec<f32>]) -> Result<Subspace, SubspaceError> {
         let width = train.first().map_or(0, Vec::len);
-        let basis = subspace::span(train.iter().map(Vec::as_slice), width, RANK, self.settings.sgd.seed);
+        // A subspace that is nearly all there is tells nothing apart.
+        let rank = RANK.min(width / 2).max(1);
+        let basis = subspace::span(train.iter().map(Vec::as_slice), width, rank, self.settings.sgd.seed);
         let open = Subspace::new(width, basis, 0.0)?;
         let mut similarities: Vec<f32> = val.iter().map(|row| open.similarity(row)).collect();
         similarities.sort_by(f32::total_cmp);
@@ -365,20 +424,20 @@ impl Session<'_> {
         open.with_threshold(threshold)
     }
 
-    /// Looks at the test photographs, once; what is wrong with them is added to what was left out.
-    fn test(&self, trained: &mut Trained) -> Result<Option<Measured>, TrainError> {
-        let Some(path) = &self.settings.test else { return Ok(None) };
-        let photographs = Photographs::read(&self.dataset_like(path)?, self.surroundings.threads, &|_| {});
-        let photographs = photographs.without_doubles(None);
+    /// Looks at the test photographs, once. Those that were learned from or measured on are left out.
+    fn test(&self, dataset: &Dataset, known: &Photographs, trained: &mut Trained) -> Result<Measured, TrainError> {
+        let photographs = Photographs::read(dataset, self.surroundings.threads, &|_| {});
+        let photographs = photographs.without_doubles(None).without_doubles(Some(known));
         let of = photographs.kept.len();
         let (mut seen, _) = self.extract(&photographs.kept, Views::ONE, Precision::Single, (0, of))?;
         let left_out = [photographs.left_out, take(&mut seen.left_out)].concat();
-        self.every_class_is_in(&seen, path, "test on", &left_out)?;
+        let path = self.settings.test.as_deref().unwrap_or(Path::new(""));
+        self.every_class_is_in(&seen.images, path, "test on", &left_out)?;
         trained.left_out.extend(left_out);
         let features = self.features_of(&seen, trained.tail.as_ref());
         let skill = self.skill(&trained.head, &trained.subspace);
         let predictions = features.iter().map(|row| skill.judge(row)).collect();
-        Ok(Some(Measured::new(&self.labels, seen.images, predictions)))
+        Ok(Measured::new(&self.labels, seen.images, predictions))
     }
 
     fn parameters(&self, head: &Head) -> Parameters {
@@ -411,7 +470,7 @@ impl Session<'_> {
             unknown: Unknown {
                 rule: UnknownRule::CosineSubspace,
                 threshold: trained.subspace.threshold(),
-                rejected_share: self.settings.reject,
+                rejected_share: evaluation.unknown as f32,
             },
             dataset: trained.dataset.clone(),
             metrics: Metrics { accuracy: evaluation.accuracy, loss: evaluation.loss, ece: evaluation.ece },
@@ -445,59 +504,19 @@ impl fmt::Display for Trained {
     }
 }
 
-impl Measured {
-    pub fn new(labels: &Labels, photographs: Vec<Photograph>, predictions: Vec<Prediction>) -> Self {
-        let classes: Vec<usize> = photographs.iter().map(|photograph| photograph.class).collect();
-        let evaluation = Evaluation::new(labels, &predictions, &classes);
-        Measured { photographs, predictions, evaluation }
-    }
-
-    /// Of the photographs, whatever their names.
-    pub fn fingerprint(&self, labels: &Labels) -> String {
-        fingerprint(labels, self.photographs.iter().map(|image| (image.class, &image.content)))
+/// A loss that is no number ends a training, and what it gave is of no use.
+fn finite(history: Vec<Epoch>) -> Result<Vec<Epoch>, TrainError> {
+    match history.last() {
+        Some(last) if !last.val.loss.is_finite() => Err(TrainError::NoNumber(last.epoch)),
+        _ => Ok(history),
     }
 }
 
-/// What a model makes of a dataset; mirrored as well, and the mean of both, where `mirror` says so. Gives what
-/// could not be used besides.
-pub fn evaluate(
-    bundle: &Bundle,
-    network: &Network,
-    dataset: &Dataset,
-    mirror: bool,
-    threads: usize,
-    progress: &(dyn Fn(usize) + Sync),
-) -> Result<(Measured, Vec<Finding>), BundleError> {
-    let photographs = Photographs::read(dataset, threads, &|_| {});
-    let extractor = Extractor {
-        network,
-        backbone: &bundle.backbone(network)?,
-        map: None,
-        preprocess: &bundle.manifest().preprocess,
-        precision: Precision::Single,
-        views: Views { count: 1 + usize::from(mirror), seed: 0 },
-        cache: None,
-        threads,
-    };
-    let (features, _) = extractor.run(&photographs.kept, progress)?;
-    let skill = bundle.skill();
-    let judge = |i: usize| skill.judge_views((0..features.views).map(|view| features.row(i, view)));
-    let predictions = (0..features.len()).map(judge).collect();
-    let left_out = [photographs.left_out, features.left_out].concat();
-    Ok((Measured::new(&skill.labels, features.images, predictions), left_out))
-}
-
-/// 2264389 → 2,264,389
-pub fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
+/// What programs may still take, in bytes, where the system says it.
+fn memory_available() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kilobytes| kilobytes << 10)
 }
 
 /// `2026-01-02T03:04:05.678Z` → 20260102030405
@@ -509,11 +528,6 @@ fn version(created_at: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_are_grouped() {
-        assert_eq!([5, 418_565, 2_264_389].map(grouped), ["5", "418,565", "2,264,389"]);
-    }
 
     #[test]
     fn versions_are_times_and_grow() {

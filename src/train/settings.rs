@@ -7,7 +7,10 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::sgd::{Optimiser, Schedule, Sgd};
-use crate::vision::Preprocess;
+use crate::bundle::manifest::check_name;
+use crate::vision::backbone::{self, sha256_hex};
+use crate::vision::{BackboneError, Preprocess};
+use crate::zoo;
 
 /// More views of a photograph than this teach nothing new.
 pub const VIEWS_MAX: usize = 64;
@@ -50,6 +53,15 @@ pub struct BackboneFile {
     pub preprocess: Preprocess,
 }
 
+/// How a network's input is made of pixels.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Scale {
+    /// x / 127.5 − 1: Keras's MobileNetV2, InceptionV3, Xception
+    Keras,
+    /// (x / 255 − mean) / deviation of ImageNet: torchvision's networks
+    Torchvision,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum FineTune {
@@ -78,7 +90,42 @@ pub enum SettingsError {
     #[error("{path}: {reason}")]
     File { path: PathBuf, reason: String },
     #[error("{key}: {given}, expected {expected}")]
-    Value { key: &'static str, given: String, expected: &'static str },
+    Value { key: &'static str, given: String, expected: String },
+}
+
+impl BackboneFile {
+    /// A file, or a network of the zoo by its name, fetched to `folder`. Its preprocessing is `scale`, or what the zoo says
+    /// of its hash; its size is what the file fixes, or `size`, or the usual.
+    pub fn find(
+        named: &str,
+        feature: Option<String>,
+        scale: Option<Scale>,
+        size: Option<u32>,
+        folder: Option<&Path>,
+    ) -> Result<Self, BackboneError> {
+        let failed = |reason: String| BackboneError::Load { name: named.into(), reason };
+        let file = match (zoo::named(named), folder) {
+            (Some(published), Some(folder)) => published.place(folder),
+            _ => named.into(),
+        };
+        if zoo::named(named).is_some() && !file.is_file() {
+            return Err(failed(format!("{} is not there; `bloomcast backbone fetch {named}`", file.display())));
+        }
+        let onnx = backbone::read_file(&file)?;
+        let anatomy = backbone::inspect(named, &onnx, feature.as_deref())?;
+        let known = zoo::with_sha256(&sha256_hex(&onnx)).map(|published| published.preprocess);
+        let scaled = scale.map(|scale| match scale {
+            Scale::Keras => Preprocess::mobilenet_v2(),
+            Scale::Torchvision => Preprocess::torchvision(224),
+        });
+        let preprocess = scaled
+            .or(known)
+            .ok_or_else(|| failed("not known by its hash; say how its input is made with --preprocess".into()))?;
+        let size = anatomy.size.or(size).unwrap_or(preprocess.size);
+        let preprocess = Preprocess { size, layout: anatomy.layout, ..preprocess };
+        preprocess.check().map_err(|e| failed(e.to_string()))?;
+        Ok(BackboneFile { file, feature, preprocess })
+    }
 }
 
 impl Recipe {
@@ -164,12 +211,34 @@ impl Settings {
 
     /// Refuses what cannot be trained with, by name.
     pub fn check(&self) -> Result<(), SettingsError> {
+        let wrong = |key, given: &str, expected| Err(SettingsError::Value { key, given: given.into(), expected });
+        if let Err(expected) = check_name(&self.name) {
+            return wrong("name", &self.name, expected);
+        }
+        if let Some(named) = &self.backbone {
+            if let Err(error) = named.preprocess.check() {
+                return wrong("backbone.preprocess", &error.to_string(), "what a network may take".into());
+            }
+            let name = named.file.file_stem().unwrap_or_default().to_string_lossy();
+            if let Err(expected) = check_name(&name) {
+                return wrong("backbone.file", &name, format!("a file called by {expected}"));
+            }
+        }
+        self.check_numbers()
+    }
+
+    fn check_numbers(&self) -> Result<(), SettingsError> {
         let sgd = &self.sgd;
         let share = |value: f32| (0.0..=1.0).contains(&value);
         let positive = |value: f32| value.is_finite() && value > 0.0;
         let not_negative = |value: f32| value.is_finite() && value >= 0.0;
         let checks: [(&'static str, bool, String, &'static str); 13] = [
-            ("val_fraction", share(self.val_fraction as f32), self.val_fraction.to_string(), "0 to 1"),
+            (
+                "val_fraction",
+                0.0 < self.val_fraction && self.val_fraction < 1.0,
+                self.val_fraction.to_string(),
+                "a share between 0 and 1",
+            ),
             ("views", (1..=VIEWS_MAX).contains(&self.views), self.views.to_string(), "1 to 64"),
             ("reject", share(self.reject), self.reject.to_string(), "0 to 1"),
             ("sgd.epochs", (1..=100_000).contains(&sgd.epochs), sgd.epochs.to_string(), "1 to 100000"),
@@ -185,7 +254,7 @@ impl Settings {
         ];
         match checks.into_iter().find(|(_, good, ..)| !good) {
             None => Ok(()),
-            Some((key, _, given, expected)) => Err(SettingsError::Value { key, given, expected }),
+            Some((key, _, given, expected)) => Err(SettingsError::Value { key, given, expected: expected.into() }),
         }
     }
 }
@@ -221,6 +290,9 @@ mod tests {
         settings.sgd.dropout = 1.0;
         assert_eq!(settings.check().unwrap_err().to_string(), "sgd.dropout: 1, expected 0 to below 1");
         settings.sgd.dropout = 0.0;
+        let named = Settings { name: "a\nb".into(), ..settings.clone() };
+        let error = named.check().unwrap_err().to_string();
+        assert_eq!(error, "name: a\nb, expected 1 to 64 bytes without control characters");
         settings.sgd.learning_rate = f32::NAN;
         assert_eq!(settings.check().unwrap_err().to_string(), "sgd.learning_rate: NaN, expected a number above 0");
     }

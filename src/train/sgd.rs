@@ -126,7 +126,8 @@ pub struct Epoch {
 }
 
 /// Trains; `told` sees each epoch as it ends, and the numbers as they are then. What it gives back as an error
-/// ends the training. Leaves the numbers of the best epoch.
+/// ends the training, and so does a loss that is no number: it stands last in what is given back. Leaves the numbers of
+/// the best epoch.
 pub fn fit<E>(
     learner: &mut dyn Learner,
     settings: &Sgd,
@@ -148,8 +149,7 @@ pub fn fit<E>(
             memory.step(learner.groups(), settings, learning_rate);
         }
         let val = learner.measure();
-        // A loss that is not a number is never the best.
-        let better = best.as_ref().is_none_or(|(best, _)| val.loss < best.val.loss || best.val.loss.is_nan());
+        let better = val.loss.is_finite() && best.as_ref().is_none_or(|(best, _)| val.loss < best.val.loss);
         let train_loss = loss / order.len() as f32;
         let ended = Epoch { epoch, learning_rate, train_loss, val, best: better };
         history.push(ended);
@@ -157,6 +157,9 @@ pub fn fit<E>(
             best = Some((ended, learner.groups().iter().map(|group| group.values.clone()).collect()));
         }
         told(&ended, learner.groups())?;
+        if !val.loss.is_finite() {
+            break;
+        }
         let since = epoch - best.as_ref().map_or(0, |(best, _)| best.epoch);
         if settings.patience > 0 && since >= settings.patience {
             break;

@@ -78,8 +78,8 @@ impl<'a> TailLearner<'a> {
         TailLearner { train, val, truth, dropout: settings.dropout, threads, inputs: own.inputs(), groups }
     }
 
-    /// The fine-tuned convolution; the weight `[classes, width]` and the bias `[classes]` of the head. None
-    /// where a number is none.
+    /// The fine-tuned convolution; the weight `[classes, width]` and the bias `[classes]` of the head. Fails where
+    /// training gave a number that is none.
     pub fn numbers(&self) -> Result<(Tail, Vec<f32>, Vec<f32>), crate::vision::tail::TailError> {
         let tail = Tail::new(self.inputs, self.weight_with_gain(), self.groups[SHIFT].values.clone())?;
         Ok((tail, self.groups[HEAD].values.clone(), self.groups[BIAS].values.clone()))

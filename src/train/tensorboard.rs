@@ -13,7 +13,7 @@ use prost::Message;
 /// What TensorBoard looks for in a file's name.
 pub const PREFIX: &str = "events.out.tfevents.";
 
-static SUM: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
+const SUM: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 
 #[derive(Clone, PartialEq, Message)]
 struct Event {

@@ -32,7 +32,7 @@ pub enum TailError {
 impl Tail {
     /// `weight`: `[outputs, inputs]`, a filter a row; `bias`: `[outputs]`.
     pub fn new(inputs: usize, weight: Vec<f32>, bias: Vec<f32>) -> Result<Self, TailError> {
-        if bias.is_empty() || inputs.checked_mul(bias.len()) != Some(weight.len()) {
+        if inputs == 0 || bias.is_empty() || inputs.checked_mul(bias.len()) != Some(weight.len()) {
             return Err(TailError::Shape { weights: weight.len(), biases: bias.len(), inputs });
         }
         if !weight.iter().chain(&bias).all(|v| v.abs() <= NUMBER_MAX) {
@@ -117,6 +117,7 @@ mod tests {
     fn what_is_no_convolution_is_refused() {
         assert!(matches!(Tail::new(2, vec![0.0; 3], vec![0.0; 2]), Err(TailError::Shape { .. })));
         assert!(matches!(Tail::new(2, vec![], vec![]), Err(TailError::Shape { .. })));
+        assert!(matches!(Tail::new(0, vec![], vec![0.0]), Err(TailError::Shape { .. })));
         assert_eq!(Tail::new(1, vec![f32::NAN], vec![0.0]), Err(TailError::TooLarge));
     }
 }

@@ -63,7 +63,7 @@ fn what_came_is_kept_for_the_next_call_and_a_server_without_parts_begins_anew() 
     let server = Server::start(archive.clone(), &[9_000, 0], true);
     let (code, text) = failure(&mut fetch(&server, &archive, &sha256_hex(&archive), &to));
     assert!(code == 1 && text.contains(&server.url), "{text}");
-    let kept = fs::metadata(dir.path().join("photos.tgz.part")).unwrap().len();
+    let kept = fs::metadata(dir.path().join("photos.fetched.tgz.part")).unwrap().len();
     assert!((1..=9_000).contains(&kept), "{kept}");
     assert!(!to.exists());
     let whole = Server::start(archive.clone(), &[], false);

@@ -14,8 +14,8 @@ use image::codecs::jpeg::JpegEncoder;
 use shown::Looker;
 pub use shown::Shown;
 
-use super::evaluate::{Evaluation, reliability};
-use super::session::{Measured, Trained, grouped};
+use super::evaluate::{Evaluation, Measured, reliability};
+use super::session::Trained;
 use super::settings::Settings;
 use crate::vision::head::softmax;
 use crate::vision::{BackboneError, Network, Prediction};
@@ -68,7 +68,7 @@ pub fn html(settings: &Settings, network: &Network, trained: &Trained, gallery: 
         curves(trained),
         confusion(&trained.val.evaluation, trained.labels.names()),
         calibration(&trained.val, trained.head.temperature()),
-        unknown(trained, settings.reject),
+        unknown(trained),
         test(trained),
         photographs("A look at the validation photographs", SHEET_NOTE, &gallery.sheet, "sheet"),
         photographs("The worst mistakes", WORST_NOTE, &gallery.worst, "sheet"),
@@ -234,14 +234,14 @@ fn without_temperature(after: &Prediction, temperature: f32) -> Prediction {
     Prediction { probabilities: softmax(&logits, 1.0), ..after.clone() }
 }
 
-fn unknown(trained: &Trained, reject: f32) -> String {
+fn unknown(trained: &Trained) -> String {
     let similarities: Vec<f32> = trained.val.predictions.iter().map(|prediction| prediction.similarity).collect();
     let threshold = trained.subspace.threshold();
     format!(
         "<h2>What it does not know</h2>\n<p>A picture whose features point out of the space that the flowers span is \
          <i>unknown</i>, however sure the softmax is. The threshold, {threshold:.4}, rejects {:.1} % of these flowers.</p>\n\
          <div class=\"panel chart\">{}</div>\n",
-        reject * 100.0,
+        trained.val.evaluation.unknown * 100.0,
         chart::histogram("similarities", &similarities, threshold)
     )
 }
@@ -331,6 +331,19 @@ fn jpeg(image: &RgbImage) -> Vec<u8> {
     bytes.into_inner()
 }
 
+/// 2264389 → 2,264,389
+pub fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
@@ -338,6 +351,11 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_are_grouped() {
+        assert_eq!([5, 418_565, 2_264_389].map(grouped), ["5", "418,565", "2,264,389"]);
+    }
 
     #[test]
     fn text_is_escaped() {

@@ -7,9 +7,10 @@ use image::{Rgb, RgbImage};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
+use crate::train::evaluate::Measured;
 use crate::train::features;
 use crate::train::photographs::Photograph;
-use crate::train::session::{Measured, Trained};
+use crate::train::session::Trained;
 use crate::train::{pool, sgd};
 use crate::vision::backbone::channels_last;
 use crate::vision::head::argmax;

@@ -182,7 +182,10 @@ impl<'a> Graph<'a> {
             && ints(conv, "pads").is_none_or(|pads| pads.iter().all(|pad| *pad == 0));
         let [_, inputs, 1, 1] = weight.dims[..] else { return None };
         let grouped = conv.attribute.iter().any(|a| a.name == "group" && a.i != 1);
-        if !plain || grouped {
+        // Numbers that another node uses as well cannot be replaced.
+        let uses =
+            |name: &String| self.graph.node.iter().flat_map(|node| &node.input).filter(|input| *input == name).count();
+        if !plain || grouped || uses(weight_name) != 1 || uses(bias_name) != 1 {
             return None;
         }
         let tail = Tail::new(inputs.try_into().ok()?, floats(weight)?, floats(bias)?).ok()?;

@@ -9,6 +9,7 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tract_onnx::pb::ModelProto;
 use tract_onnx::prelude::*;
@@ -44,7 +45,8 @@ pub enum BackboneError {
 }
 
 /// What runs a network.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Device {
     Cpu,
     /// The first NVIDIA GPU, through tract's CUDA runtime; only in a program built with the feature `cuda`.
@@ -56,7 +58,7 @@ pub enum Device {
 pub struct Network {
     name: String,
     sha256: String,
-    onnx: Cow<'static, [u8]>,
+    onnx: Arc<Cow<'static, [u8]>>,
     anatomy: Anatomy,
     input: [usize; 4],
     device: Device,
@@ -114,7 +116,7 @@ impl Network {
             TensorLayout::Nhwc => [1, size, size, 3],
         };
         let sha256 = sha256_hex(&onnx);
-        Ok(Network { name: name.into(), sha256, onnx, anatomy, input, device: Device::Cpu })
+        Ok(Network { name: name.into(), sha256, onnx: Arc::new(onnx), anatomy, input, device: Device::Cpu })
     }
 
     pub fn name(&self) -> &str {
@@ -241,8 +243,19 @@ fn parse(mut onnx: &[u8]) -> Result<ModelProto, String> {
     tract_onnx::onnx().proto_model_for_read(&mut onnx).map_err(|e| format!("{e:#}"))
 }
 
-/// The plan, and the shape of its output without the batch.
+/// The plan, and the shape of its output without the batch. Both tract, on a file that lies, and its CUDA runtime,
+/// without the toolkit's headers, may panic: that is an error here.
 fn load(
+    model: &ModelProto,
+    input: [usize; 4],
+    output: &str,
+    device: Device,
+) -> TractResult<(Arc<dyn Runnable>, Vec<usize>)> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| prepare(model, input, output, device)))
+        .map_err(|_| TractError::msg("it made the runtime panic; its message stands above"))?
+}
+
+fn prepare(
     model: &ModelProto,
     input: [usize; 4],
     output: &str,
@@ -256,7 +269,9 @@ fn load(
         .into_decluttered()?;
     let fact = model.output_fact(0)?.clone();
     let shape = match fact.shape.as_concrete() {
-        Some([1, shape @ ..]) if fact.datum_type == f32::datum_type() && !shape.is_empty() => shape.to_vec(),
+        Some([1, shape @ ..]) if fact.datum_type == f32::datum_type() && shape.iter().product::<usize>() > 0 => {
+            shape.to_vec()
+        }
         _ => return Err(TractError::msg(format!("the tensor `{output}` is {fact:?}, expected f32 with a batch of 1"))),
     };
     let plan = match device {
@@ -266,12 +281,9 @@ fn load(
     Ok((Arc::from(plan), shape))
 }
 
-/// Where the driver is good but the toolkit's headers are not there, tract's runtime panics: that is an error here.
 fn prepare_cuda(model: TypedModel) -> TractResult<Box<dyn Runnable>> {
-    let runtime = runtime_for_name("cuda")?
-        .ok_or_else(|| TractError::msg("this program was built without the feature `cuda`"))?;
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| runtime.prepare(model)))
-        .map_err(|_| TractError::msg("the CUDA runtime panicked as it began; its message stands above"))?
+    let runtime = runtime_for_name("cuda")?;
+    runtime.ok_or_else(|| TractError::msg("this program was built without the feature `cuda`"))?.prepare(model)
 }
 
 impl Session {
