@@ -47,6 +47,7 @@ lint: setup
 	$(CARGO) fmt --check
 	$(CARGO) clippy --release --locked --all-targets -- -D warnings
 	$(CARGO) clippy --release --locked --no-default-features -- -D warnings
+	$(CARGO) clippy --release --locked --features cuda -- -D warnings
 
 # What may be linked, by deny.toml.
 licences: setup

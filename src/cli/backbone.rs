@@ -100,7 +100,9 @@ struct Found {
     last_conv: Option<[usize; 2]>,
 }
 
-pub fn inspect(args: BackboneInspectArgs) -> Result<(), Failure> {
+pub fn inspect(mut args: BackboneInspectArgs) -> Result<(), Failure> {
+    // What is found does not depend on how pixels become numbers.
+    args.backbone.preprocess.get_or_insert(Scale::Keras);
     let network = match args.backbone.file()? {
         Some(named) => Network::from_file(&named.file, &named.preprocess, named.feature.as_deref())?,
         None => Network::built_in()?,

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::anyhow;
-use bloomcast::fetch::{self, Wanted, flower_photos};
+use bloomcast::fetch::{self, FetchError, Wanted, flower_photos};
 use bloomcast::train::dataset::Dataset;
 use bloomcast::vision::backbone::{read_file, sha256_hex};
 use bloomcast::zoo::{self, Published};
@@ -68,15 +68,18 @@ pub fn backbone(args: BackboneFetchArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Tries one address after the other.
+/// Tries one address after the other, as long as it is the address that fails.
 fn download(published: &Published, urls: &[String], to: &Path, progress: &dyn Fn(u64, u64)) -> anyhow::Result<()> {
-    let mut last = Err(anyhow!("{}: nobody publishes it as ONNX: {}", published.name, published.about));
+    if urls.is_empty() {
+        return Err(anyhow!("{}: not published as ONNX: {}", published.name, published.about));
+    }
+    let mut failures = Vec::new();
     for url in urls {
         let wanted = Wanted { url: url.clone(), bytes: published.bytes, sha256: published.sha256.clone() };
-        last = fetch::download(&wanted, to, progress).map_err(anyhow::Error::from);
-        if last.is_ok() {
-            break;
+        match fetch::download(&wanted, to, progress) {
+            Err(error @ (FetchError::Http { .. } | FetchError::Other { .. })) => failures.push(error.to_string()),
+            result => return Ok(result?),
         }
     }
-    last
+    Err(anyhow!("{}", failures.join("; ")))
 }

@@ -19,6 +19,7 @@ impl Bars {
             Progress::Features { done, of } => {
                 self.show("features", done as u64, of as u64);
             }
+            Progress::Warning(warning) => eprintln!("warning: {warning}"),
             Progress::Epoch { epoch, of } => {
                 let (loss, val) = (epoch.train_loss, epoch.val);
                 let message = format!("loss {loss:.4}, on others {:.4}, accuracy {:.4}", val.loss, val.accuracy);

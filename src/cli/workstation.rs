@@ -10,7 +10,7 @@ use bloomcast::train::dataset::Dataset;
 use bloomcast::train::device::Choice;
 use bloomcast::train::photographs::Finding;
 use bloomcast::train::session::Surroundings;
-use bloomcast::train::settings::FineTune;
+use bloomcast::train::settings::{DEFAULT_VAL_FRACTION, FineTune};
 use bloomcast::train::sgd::{Optimiser, Schedule};
 use bloomcast::train::{self, Recipe, Settings, inspect};
 use clap::{Args, Subcommand, value_parser};
@@ -157,9 +157,12 @@ pub struct CompareArgs {
 pub struct DatasetCheckArgs {
     /// Photographs to learn from, one folder a class
     dataset: PathBuf,
-    /// Photographs to measure on
-    #[arg(long)]
+    /// Photographs to measure on; a share of the dataset where none are named
+    #[arg(long, conflicts_with = "val_fraction")]
     val: Option<PathBuf>,
+    /// That share, as `train` splits it off
+    #[arg(long, default_value_t = DEFAULT_VAL_FRACTION)]
+    val_fraction: f64,
     /// One JSON document on standard output
     #[arg(long)]
     json: bool,
@@ -190,9 +193,6 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     let bars = Bars::default();
     let trained = train::train(&settings, &surroundings, &|progress| bars.train(progress))?;
     name_left_out(&trained.left_out);
-    for warning in &trained.warnings {
-        eprintln!("warning: {warning}");
-    }
     write!(std::io::stdout().lock(), "{trained}")?;
     Ok(())
 }
@@ -237,7 +237,30 @@ impl TrainArgs {
         set(&mut sgd.balance, learning.balance);
         set(&mut sgd.dropout, learning.dropout);
         set(&mut sgd.seed, learning.seed);
+        learning.expect_used(&settings)?;
         Ok(settings)
+    }
+}
+
+impl LearningArgs {
+    /// Refuses a flag that the run would not look at.
+    fn expect_used(&self, settings: &Settings) -> Result<(), Failure> {
+        let sgd = &settings.sgd;
+        let momentum = self.momentum.is_some() || self.nesterov.is_some();
+        let step = self.step_epochs.is_some() || self.step_factor.is_some();
+        for (unused, what) in [
+            (momentum && sgd.optimiser != Optimiser::Sgd, "--momentum and --nesterov belong to --optimiser sgd"),
+            (step && sgd.schedule != Schedule::Step, "--step-epochs and --step-factor belong to --schedule step"),
+            (
+                self.dropout.is_some() && settings.fine_tune == FineTune::None,
+                "--dropout belongs to --fine-tune last-conv",
+            ),
+        ] {
+            if unused {
+                return Err(Failure::usage(anyhow!(what)));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -272,7 +295,7 @@ pub fn dataset_check(args: &DatasetCheckArgs) -> Result<(), Failure> {
     let told = |done: usize| {
         bars.show("photographs", done as u64, of as u64);
     };
-    let found = inspect::inspect(&dataset, val.as_ref(), cores(), &told);
+    let found = inspect::inspect(&dataset, val.as_ref(), args.val_fraction, cores(), &told);
     show(&found, args.json)?;
     match found.findings.len() {
         0 => Ok(()),

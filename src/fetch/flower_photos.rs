@@ -18,7 +18,9 @@ pub fn published() -> Wanted {
 /// Downloads, unpacks to `folder`, and deletes the archive. The folder takes its name when all is unpacked: one that is
 /// there is taken as it is.
 pub fn fetch(wanted: &Wanted, folder: &Path, progress: &dyn Fn(u64, u64)) -> Result<(), FetchError> {
-    if folder.exists() {
+    // An empty folder is none.
+    let filled = folder.read_dir().is_ok_and(|mut content| content.next().is_some());
+    if filled {
         return Ok(());
     }
     // A name that nobody else gives to an archive of their own.

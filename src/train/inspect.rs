@@ -32,17 +32,21 @@ pub struct Count {
 /// 256 bits: whether each pixel of a 17 × 16 grey copy is darker than its right neighbour.
 type Fingerprint = [u64; 4];
 
-/// Looks at every photograph of `dataset`, and of `val` where there is one. Finds what cannot be read or
-/// is too small, what stands there twice, and what looks the same in both.
+/// Looks at every photograph of `dataset`, and of `val`; where there is none, the share of the dataset that the trainer
+/// would split off stands for it. Finds what cannot be read or is too small, what stands there twice, and what looks the
+/// same in both.
 pub fn inspect(
     dataset: &Dataset,
     val: Option<&Dataset>,
+    val_fraction: f64,
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Inspection {
     let read = |set: &Dataset| Photographs::read(set, threads, &|_| {}).without_doubles(None);
-    let val_photographs = val.map(read).unwrap_or_default();
-    let photographs = read(dataset).without_doubles(Some(&val_photographs));
+    let (photographs, val_photographs) = match val.map(read) {
+        Some(val) => (read(dataset).without_doubles(Some(&val)), val),
+        None => read(dataset).split(val_fraction),
+    };
     let (train, val_kept) = (photographs.kept.len(), val_photographs.kept);
     let images: Vec<_> = photographs.kept.iter().chain(&val_kept).collect();
     let look = |(): &mut (), i: usize| Ok::<_, Infallible>(features::read(&images[i].path).map(|p| fingerprint(&p)));
@@ -138,7 +142,7 @@ mod tests {
         // The same picture in another file.
         put("val/roses/b.jpg", &encode(&flower(2), ImageFormat::Jpeg));
         let read = |name: &str| Dataset::read(&dir.path().join(name)).unwrap();
-        let found = inspect(&read("train"), Some(&read("val")), 2, &|_| {});
+        let found = inspect(&read("train"), Some(&read("val")), 0.2, 2, &|_| {});
         assert_eq!(found.images, 8);
         assert_eq!(found.classes[0], Count { class: "daisy".into(), images: 5 });
         let text = found.to_string().replace(&format!("{}/", dir.path().display()), "");

@@ -92,11 +92,29 @@ impl Photographs {
         without
     }
 
-    /// Splits off about the given share, 0–1, of each class for validation. A photograph's content alone decides where
-    /// it belongs, so that adding others moves none.
+    /// Splits off about the given share, 0–1, of each class for validation, and of a class of two or more at least one and
+    /// never all. A photograph's content alone decides where it belongs, so that adding others moves none; only where one
+    /// stood there in want of a better may it go back.
     pub fn split(self, share: f64) -> (Self, Self) {
-        let (val, train) = self.kept.into_iter().partition(|photograph| place(&photograph.content) < share);
+        let mut of_class: HashMap<usize, Vec<f64>> = HashMap::new();
+        for photograph in &self.kept {
+            of_class.entry(photograph.class).or_default().push(place(&photograph.content));
+        }
+        let limits: HashMap<usize, f64> =
+            of_class.into_iter().map(|(class, places)| (class, limit(places, share))).collect();
+        let in_val = |photograph: &Photograph| place(&photograph.content) < limits[&photograph.class];
+        let (val, train) = self.kept.into_iter().partition(in_val);
         (Photographs { kept: train, left_out: self.left_out }, Photographs { kept: val, left_out: Vec::new() })
+    }
+}
+
+/// The place below which a class's photographs are for validation: `share`, or what leaves one on either side.
+fn limit(mut places: Vec<f64>, share: f64) -> f64 {
+    places.sort_by(f64::total_cmp);
+    match places[..] {
+        [first, second, ..] if share <= first => second,
+        [.., last] if places.len() > 1 && share > last => last,
+        _ => share,
     }
 }
 
@@ -148,7 +166,19 @@ mod tests {
         let more: Vec<(u8, usize)> = (0..=250).map(|i| (i, usize::from(i % 2))).collect();
         let (_, more_val) = photographs(&more).split(0.2);
         assert_eq!(more_val.kept[..val.kept.len()], val.kept, "the same, in the same order");
-        let (all, none) = photographs(&rows).split(0.0);
-        assert_eq!((all.kept.len(), none.kept.len()), (201, 0));
+    }
+
+    #[test]
+    fn a_small_class_gives_one_and_keeps_one() {
+        for (class_size, share) in [(2, 0.2), (3, 0.01), (4, 0.99), (8, 0.2)] {
+            let rows: Vec<(u8, usize)> = (0..30 * class_size).map(|i| (i as u8, i / class_size)).collect();
+            let (train, val) = photographs(&rows).split(share);
+            for class in 0..30 {
+                let of = |set: &Photographs| set.kept.iter().filter(|p| p.class == class).count();
+                assert!(of(&train) >= 1 && of(&val) >= 1, "class {class} of {class_size} at {share}");
+            }
+        }
+        let (train, val) = photographs(&[(1, 0)]).split(0.2);
+        assert_eq!(train.kept.len() + val.kept.len(), 1, "of one there is no half");
     }
 }

@@ -64,15 +64,17 @@ pub fn confusion(labels: &Labels, counts: &[Vec<usize>]) -> RgbImage {
 /// Photographs in rows of `columns`, blue titles where right, red ones with the true class where wrong.
 pub fn sheet(shown: &[Shown], columns: u32) -> RgbImage {
     let rows = (shown.len() as u32).div_ceil(columns).max(1);
-    let (wide, high) = (PHOTOGRAPH + 8, PHOTOGRAPH + TITLE + 8);
+    let (wide, high) = (PHOTOGRAPH + 8, PHOTOGRAPH + 2 * TITLE + 8);
     let mut canvas = Canvas(RgbImage::from_pixel(columns * wide, rows * high, Rgb([255; 3])));
     for (i, one) in shown.iter().enumerate() {
         let (x, y) = (i as u32 % columns * wide + 4, i as u32 / columns * high + 4);
-        let title = shortened(&one.title(), PHOTOGRAPH);
         let ink = if one.right() { RIGHT } else { WRONG };
-        canvas.write(&title, (x + PHOTOGRAPH / 2, y + TITLE / 2), ink, Alignment::Center);
+        for (line, text) in one.title_lines().iter().enumerate() {
+            let at = (x + PHOTOGRAPH / 2, y + TITLE / 2 + line as u32 * TITLE);
+            canvas.write(&shortened(text, PHOTOGRAPH), at, ink, Alignment::Center);
+        }
         let small = imageops::resize(&one.thumbnail, PHOTOGRAPH, PHOTOGRAPH, FilterType::Triangle);
-        imageops::replace(&mut canvas.0, &small, i64::from(x), i64::from(y + TITLE));
+        imageops::replace(&mut canvas.0, &small, i64::from(x), i64::from(y + 2 * TITLE));
     }
     canvas.0
 }

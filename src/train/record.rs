@@ -31,8 +31,8 @@ pub enum RecordError {
     Io { path: PathBuf, reason: String },
     #[error("{0}: holds a finished run; name another folder, or --overwrite it")]
     There(PathBuf),
-    #[error("{0}: holds files, but no run's; name another folder")]
-    NoRun(PathBuf),
+    #[error("{folder}: holds {file}, which is no run's; name another folder")]
+    NoRun { folder: PathBuf, file: PathBuf },
     #[error(transparent)]
     Backbone(#[from] BackboneError),
     #[error(transparent)]
@@ -73,10 +73,16 @@ impl Record {
         if folder.join(MODEL).exists() && !overwrite {
             return Err(RecordError::There(folder.into()));
         }
-        let empty = !folder.exists() || at(folder, fs::read_dir(folder))?.next().is_none();
-        // A run that was broken off has written its settings first.
-        if !empty && Settings::read(&folder.join(CONFIG)).is_err() {
-            return Err(RecordError::NoRun(folder.into()));
+        let is_run = |name: &str| {
+            [CONFIG, CHECKPOINTS, METRICS, REPORT].contains(&name) || name.starts_with(MODEL) || is_events(name)
+        };
+        if folder.exists() {
+            for entry in at(folder, fs::read_dir(folder))? {
+                let name = at(folder, entry)?.file_name();
+                if !is_run(&name.to_string_lossy()) {
+                    return Err(RecordError::NoRun { folder: folder.into(), file: name.into() });
+                }
+            }
         }
         Ok(())
     }
@@ -86,8 +92,8 @@ impl Record {
         let folder = surroundings.out.clone();
         let checkpoints = folder.join(CHECKPOINTS);
         at(&checkpoints, fs::create_dir_all(&checkpoints))?;
-        let stale = |name: &str| name.starts_with(tensorboard::PREFIX) || name.starts_with(MODEL);
-        remove(&folder, |name| [METRICS, REPORT].contains(&name) || stale(name))?;
+        let stale = |name: &str| [METRICS, REPORT].contains(&name) || name.starts_with(MODEL) || is_events(name);
+        remove(&folder, stale)?;
         remove(&checkpoints, is_checkpoint)?;
         let config = folder.join(CONFIG);
         at(&config, fs::write(&config, settings.to_toml()))?;
@@ -157,6 +163,10 @@ impl Record {
         let path = self.folder.join(name);
         at(&path, fs::write(&path, bytes))
     }
+}
+
+fn is_events(name: &str) -> bool {
+    name.starts_with(tensorboard::PREFIX)
 }
 
 fn is_checkpoint(name: &str) -> bool {

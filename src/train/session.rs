@@ -74,8 +74,6 @@ pub struct Trained {
     pub tail: Option<Tail>,
     /// What is not used, and why.
     pub left_out: Vec<Finding>,
-    /// What did not go as asked for.
-    pub warnings: Vec<String>,
     pub time: Duration,
 }
 
@@ -87,8 +85,10 @@ pub struct Parameters {
 }
 
 /// What a run is doing.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub enum Progress {
+    /// Something does not go as asked for; the run goes on.
+    Warning(String),
     /// Files whose content is known, of how many.
     Read {
         done: usize,
@@ -169,7 +169,6 @@ struct Session<'a> {
     network: Network,
     /// What gives the features; or the maps that enter the last convolution, where that is trained.
     backbone: Backbone,
-    warnings: Vec<String>,
 }
 
 /// What to learn from and what to measure on.
@@ -183,7 +182,6 @@ struct Seen {
     train: Features,
     val: Features,
     left_out: Vec<Finding>,
-    warnings: Vec<String>,
 }
 
 /// What training gave.
@@ -212,8 +210,10 @@ impl<'a> Session<'a> {
             FineTune::LastConv => network.trunk(),
         };
         let (network, backbone, cpu_because) = device::choose(network, surroundings.device, &make)?;
-        let warnings = cpu_because.into_iter().collect();
-        Ok(Session { settings, surroundings, progress, labels, network, backbone, warnings })
+        if let Some(why) = cpu_because {
+            progress(Progress::Warning(why));
+        }
+        Ok(Session { settings, surroundings, progress, labels, network, backbone })
     }
 
     fn preprocess(&self) -> Preprocess {
@@ -271,9 +271,10 @@ impl<'a> Session<'a> {
         let left_out = left_out.concat();
         self.every_class_is_in(&train_seen.images, &self.settings.dataset, "learn from", &left_out)?;
         self.every_class_is_in(&val_seen.images, self.val_path(), "measure on", &left_out)?;
-        let trouble = trouble.or(val_trouble).map(|e| format!("features could not be kept for the next run: {e}"));
-        let warnings = self.warnings.iter().cloned().chain(trouble).collect();
-        Ok(Seen { train: train_seen, val: val_seen, left_out, warnings })
+        if let Some(error) = trouble.or(val_trouble) {
+            (self.progress)(Progress::Warning(format!("features could not be kept for the next run: {error}")));
+        }
+        Ok(Seen { train: train_seen, val: val_seen, left_out })
     }
 
     /// Refuses what would not fit into memory, before hours are spent on it. `per_number`: bytes for each number that
@@ -386,7 +387,6 @@ impl<'a> Session<'a> {
             subspace,
             tail: learned.tail,
             left_out: seen.left_out,
-            warnings: seen.warnings,
             time: Duration::ZERO,
         })
     }

@@ -15,6 +15,9 @@ use crate::zoo;
 /// More views of a photograph than this teach nothing new.
 pub const VIEWS_MAX: usize = 64;
 
+/// Of the photographs, where no others are named to measure on.
+pub const DEFAULT_VAL_FRACTION: f64 = 0.2;
+
 /// Everything that decides what a run gives, beside the photographs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -121,6 +124,11 @@ impl BackboneFile {
         let preprocess = scaled
             .or(known)
             .ok_or_else(|| failed("not known by its hash; say how its input is made with --preprocess".into()))?;
+        if let (Some(fixed), Some(asked)) = (anatomy.size, size)
+            && fixed != asked
+        {
+            return Err(failed(format!("looks at {fixed} pixels, not {asked}")));
+        }
         let size = anatomy.size.or(size).unwrap_or(preprocess.size);
         let preprocess = Preprocess { size, layout: anatomy.layout, ..preprocess };
         preprocess.check().map_err(|e| failed(e.to_string()))?;
@@ -162,10 +170,10 @@ impl Recipe {
             dropout: 0.0,
         };
         let conv = Sgd {
-            epochs: 28,
+            epochs: 40,
             optimiser: Optimiser::Adam,
             learning_rate: 2e-3,
-            weight_decay: 0.0,
+            weight_decay: 0.7,
             dropout: 0.2,
             ..head.clone()
         };
@@ -180,7 +188,7 @@ impl Recipe {
             recipe: self,
             dataset,
             val: None,
-            val_fraction: 0.2,
+            val_fraction: DEFAULT_VAL_FRACTION,
             test: None,
             fine_tune,
             views,
@@ -214,6 +222,11 @@ impl Settings {
         let wrong = |key, given: &str, expected| Err(SettingsError::Value { key, given: given.into(), expected });
         if let Err(expected) = check_name(&self.name) {
             return wrong("name", &self.name, expected);
+        }
+        let paths =
+            [Some(&self.dataset), self.val.as_ref(), self.test.as_ref(), self.backbone.as_ref().map(|b| &b.file)];
+        if let Some(path) = paths.into_iter().flatten().find(|path| path.to_str().is_none()) {
+            return wrong("path", &path.display().to_string(), "UTF-8, which config.toml can hold".into());
         }
         if let Some(named) = &self.backbone {
             if let Err(error) = named.preprocess.check() {

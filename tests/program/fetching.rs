@@ -73,6 +73,27 @@ fn what_came_is_kept_for_the_next_call_and_a_server_without_parts_begins_anew() 
 }
 
 #[test]
+fn the_beginning_of_another_file_is_forgotten() {
+    let archive = archive();
+    let dir = tempfile::tempdir().unwrap();
+    let (to, part) = (dir.path().join("photos"), dir.path().join("photos.fetched.tgz.part"));
+    // Of another file, shorter and longer than the one that is wanted.
+    for there in [vec![7; 500], vec![7; archive.len() + 500]] {
+        fs::write(&part, there).unwrap();
+        let server = Server::start(archive.clone(), &[], true);
+        let done = output(&mut fetch(&server, &archive, &sha256_hex(&archive).to_uppercase(), &to));
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        assert_eq!(server.began().last(), Some(&0), "from the beginning");
+        fs::remove_dir_all(&to).unwrap();
+    }
+    let held = fs::File::create(&part).unwrap();
+    held.lock().unwrap();
+    let server = Server::start(archive.clone(), &[], true);
+    let (code, text) = failure(&mut fetch(&server, &archive, &sha256_hex(&archive), &to));
+    assert!(code == 1 && text.contains("photos.fetched.tgz.part: another download writes it"), "{text}");
+}
+
+#[test]
 fn another_file_than_expected_is_refused_and_deleted() {
     let archive = archive();
     let dir = tempfile::tempdir().unwrap();
@@ -81,7 +102,12 @@ fn another_file_than_expected_is_refused_and_deleted() {
     altered[100] ^= 1;
     let server = Server::start(altered, &[], true);
     let (code, text) = failure(&mut fetch(&server, &archive, &sha256_hex(&archive), &to));
-    assert!(code == 1 && text.contains("expected") && text.contains(&sha256_hex(&archive)), "{text}");
+    assert!(
+        code == 1
+            && text.contains("photos.fetched.tgz.part from http://127.0.0.1")
+            && text.contains(&sha256_hex(&archive)),
+        "{text}"
+    );
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
 
     let server = Server::start(b"not a network".to_vec(), &[], true);

@@ -16,6 +16,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn bloomcast() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bloomcast"));
+    // What a test keeps from run to run is its own, and the network is this machine.
+    command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env("NO_PROXY", "127.0.0.1").env_remove("ALL_PROXY");
     // No setting of the caller's reaches a test.
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("BLOOMCAST__")) {
         command.env_remove(name);

@@ -149,8 +149,17 @@ fn a_killed_run_leaves_no_bundle_and_its_folder_can_be_used_again() {
     assert!(code == 1 && text.contains("metrics.json: No such file"), "{text}");
     succeed(&mut train(dir.path(), "run", &["--recipe", "frozen", "--epochs", "3"]));
     assert!(run.join("model.bloom").exists());
-    let checkpoints = fs::read_dir(&checkpoints).unwrap().count();
-    assert_eq!(checkpoints, 1, "those of the killed run are gone");
+    assert_eq!(fs::read_dir(&checkpoints).unwrap().count(), 1, "those of the killed run are gone");
+    // A finished run that is being replaced is gone from the start.
+    let flags = ["--recipe", "frozen", "--epochs", "100000", "--overwrite"];
+    let mut process = Process::start(&mut train(dir.path(), "run", &flags));
+    wait_until("the old bundle to go", || !run.join("model.bloom").exists());
+    process.kill();
+    assert!(!run.join("model.bloom").exists());
+    // A folder with other things in it is not touched.
+    fs::write(run.join("thesis.txt"), "a year's work").unwrap();
+    let (code, text) = failure(&mut train(dir.path(), "run", &["--recipe", "frozen", "--overwrite"]));
+    assert!(code == 1 && text.contains("run: holds thesis.txt, which is no run's"), "{text}");
 }
 
 /// The shell's limit on a file's size stands for a full disk: the system refuses to write more.
@@ -172,6 +181,7 @@ fn a_full_disk_is_said_and_leaves_no_bundle() {
     assert!(!dir.path().join("run/model.bloom").exists());
     // Where nothing can be kept, it is said, and training goes on to where it has to write.
     let (code, text) = failure(&mut limited("other", 2, &["--recipe", "frozen", "--seed", "3", "--augment", "2"]));
-    assert!(code == 1 && text.contains("File too large"), "{code} {text}");
+    assert!(code == 1 && text.contains("val-loss-"), "a checkpoint is what it stops at: {code} {text}");
+    assert!(text.contains("warning: features could not be kept for the next run: File too large"), "{text}");
     assert!(!dir.path().join("other/model.bloom").exists());
 }

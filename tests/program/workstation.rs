@@ -137,6 +137,9 @@ fn settings_that_make_no_sense_are_a_mistake_in_usage() {
         ("--reject=5", "reject: 5, expected 0 to 1"),
         ("--learning-rate=-1", "sgd.learning_rate: -1, expected a number above 0"),
         ("--augment=0", "views: 0, expected 1 to 64"),
+        ("--momentum=0.5", "--momentum and --nesterov belong to --optimiser sgd"),
+        ("--step-epochs=3", "--step-epochs and --step-factor belong to --schedule step"),
+        ("--val-fraction=1", "cannot be used with"),
         ("--recipe=best", "invalid value 'best' for '--recipe"),
     ] {
         let (code, text) = failure(bloomcast().args(["train", "x", "--val", "y", "--out", "z", wrong]));

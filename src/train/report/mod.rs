@@ -88,7 +88,7 @@ pub fn html(settings: &Settings, network: &Network, trained: &Trained, gallery: 
     )
 }
 
-const SHEET_NOTE: &str = "Thirty by chance. Blue: named right. Red: named wrong, with what it is.";
+const SHEET_NOTE: &str = "By chance. Blue: named right. Red: named wrong, with what it is.";
 const WORST_NOTE: &str = "Named wrong, the surest first: where the labels, or the model, should be looked at.";
 
 fn header(settings: &Settings, network: &Network, trained: &Trained) -> String {
@@ -275,7 +275,7 @@ fn figure(shown: &Shown) -> String {
     format!(
         "<figure><figcaption class=\"{class}\" title=\"{0}\">{0}{unknown}</figcaption><img alt=\"{1}\" title=\"{1}\" \
          src=\"data:image/jpeg;base64,{2}\"></figure>\n",
-        escaped(&shown.title()),
+        escaped(shown.title_lines().join(" ").trim_end()),
         escaped(&shown.file),
         STANDARD.encode(jpeg(&shown.thumbnail))
     )
@@ -286,7 +286,7 @@ fn seen(seen: Option<&[Shown]>) -> String {
     match seen {
         Some(seen) => photographs(
             title,
-            "The surest of each class. Warm places speak for the class, more than for the mean of all; dark ones do not. The \
+            "The surest of the classes. Warm places speak for the class, more than for the mean of all; dark ones do not. The \
              head is linear in the mean over the places, so that this is no estimate: it is what each place adds.",
             seen,
             "sheet five",

@@ -40,12 +40,9 @@ impl Shown {
     }
 
     /// What was seen; and what it is, where that was wrong.
-    pub fn title(&self) -> String {
-        let percent = self.confidence * 100.0;
-        match self.right() {
-            true => format!("{} {percent:.0} %", self.taken_for),
-            false => format!("{} {percent:.0} % ({})", self.taken_for, self.truth),
-        }
+    pub fn title_lines(&self) -> [String; 2] {
+        let truth = if self.right() { String::new() } else { format!("({})", self.truth) };
+        [format!("{} {:.0} %", self.taken_for, self.confidence * 100.0), truth]
     }
 }
 
