@@ -3,16 +3,19 @@
 
 use std::convert::Infallible;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
-use bloomcast::bench::drawn_jpeg;
-use bloomcast::train::Recipe;
+use bloomcast::bench::{Bench, drawn_jpeg};
+use bloomcast::bundle::Bundle;
 use bloomcast::train::augment::Views;
+use bloomcast::train::device::Choice;
 use bloomcast::train::features::{Extractor, Features, Precision, Values};
 use bloomcast::train::head::HeadLearner;
 use bloomcast::train::photographs::Photograph;
+use bloomcast::train::session::Surroundings;
 use bloomcast::train::sgd::{self, Learner, Sgd};
 use bloomcast::train::tail::TailLearner;
+use bloomcast::train::{Recipe, train};
 use bloomcast::vision::{Network, Preprocess};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
@@ -58,20 +61,59 @@ fn extraction(c: &mut Criterion) {
     let backbone = network.features(None).unwrap();
     let mut group = c.benchmark_group("extraction");
     group.sample_size(10).measurement_time(Duration::from_secs(40)).throughput(Throughput::Elements(200));
+    let extractor = |threads| Extractor {
+        network: &network,
+        backbone: &backbone,
+        map: None,
+        preprocess: &preprocess,
+        precision: Precision::Single,
+        views: Views::ONE,
+        cache: None,
+        threads,
+    };
     for threads in [1, threads()] {
-        let extractor = Extractor {
-            network: &network,
-            backbone: &backbone,
-            map: None,
-            preprocess: &preprocess,
-            precision: Precision::Single,
-            views: Views::ONE,
-            cache: None,
-            threads,
-        };
-        let run = || extractor.run(&photographs, &|_| {}).unwrap();
+        let run = || extractor(threads).run(&photographs, &|_| {}).unwrap();
         group.bench_function(format!("200 photographs of 640×480, threads: {threads}"), |b| b.iter(run));
     }
+    group.finish();
+    // Against what `bloomcast bench` says of one frame on one thread.
+    let frame = Bench::new(&Bundle::built_in().unwrap(), None).unwrap().run(Some(&path), 100).unwrap();
+    let single = 1e3 / frame.stages.frame.median_ms;
+    let began = Instant::now();
+    extractor(threads()).run(&photographs, &|_| {}).unwrap();
+    let rate = photographs.len() as f64 / began.elapsed().as_secs_f64();
+    let share = rate / (threads() as f64 * single);
+    println!(
+        "{rate:.1} photographs a second on {} threads, {single:.1} frames on one: {share:.2} of all cores",
+        threads()
+    );
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+/// A whole run whose features are kept: hashing, reading, 100 epochs, calibration, report, bundle.
+fn warm_run(c: &mut Criterion) {
+    let photographs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/flowers");
+    if !photographs.is_dir() {
+        println!("skipped: a whole run: no photographs in ../shared/flowers");
+        return;
+    }
+    let folder = std::env::temp_dir().join(format!("bloomcast-bench-run-{}", std::process::id()));
+    let mut settings = Recipe::Frozen.settings(photographs.join("train"));
+    settings.val = Some(photographs.join("val"));
+    settings.sgd.epochs = 100;
+    let surroundings = Surroundings {
+        out: folder.join("run"),
+        overwrite: true,
+        cache: Some(folder.join("cache")),
+        threads: threads(),
+        device: Choice::Cpu,
+        created_at: SystemTime::UNIX_EPOCH,
+    };
+    let run = || train(&settings, &surroundings, &|_| {}).unwrap();
+    run();
+    let mut group = c.benchmark_group("run");
+    group.sample_size(10);
+    group.bench_function("frozen, 100 epochs, features kept", |b| b.iter(run));
     group.finish();
     std::fs::remove_dir_all(folder).unwrap();
 }
@@ -103,5 +145,5 @@ fn learning(c: &mut Criterion) {
     println!("peak memory with the maps of {PHOTOGRAPHS} photographs, six views each:{peak}");
 }
 
-criterion_group!(benches, extraction, learning);
+criterion_group!(benches, extraction, learning, warm_run);
 criterion_main!(benches);
