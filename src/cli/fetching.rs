@@ -47,6 +47,7 @@ pub fn dataset(args: DatasetFetchArgs) -> Result<(), Failure> {
     };
     let bars = Bars::default();
     flower_photos::fetch(&wanted, &args.folder, &|done, of| bars.bytes("download", done, of))?;
+    drop(bars);
     let dataset = Dataset::read(&args.folder)?;
     let (images, classes) = (dataset.images.len(), dataset.classes.names().join(", "));
     writeln!(std::io::stdout().lock(), "{}: {images} photographs of {classes}", args.folder.display())?;
@@ -64,6 +65,7 @@ pub fn backbone(args: BackboneFetchArgs) -> Result<(), Failure> {
     }
     let bars = Bars::default();
     download(&published, &urls, &place, &|done, of| bars.bytes("download", done, of))?;
+    drop(bars);
     writeln!(std::io::stdout().lock(), "{}", place.display())?;
     Ok(())
 }

@@ -1,9 +1,10 @@
 //! How far a long command is: a bar on standard error, and only on a terminal.
 
+use std::fmt::Write;
 use std::sync::Mutex;
 
 use bloomcast::train::session::Progress;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 /// One bar at a time; it changes with what is done.
 #[derive(Default)]
@@ -13,47 +14,66 @@ impl Bars {
     /// Shows a step of the trainer.
     pub fn train(&self, progress: Progress) {
         match progress {
-            Progress::Read { done, of } => {
-                self.show("photographs", done as u64, of as u64);
-            }
-            Progress::Features { done, of } => {
-                self.show("features", done as u64, of as u64);
-            }
+            Progress::Read { done, of } => self.show("photographs", done as u64, of as u64),
+            Progress::Features { done, of } => self.show("features", done as u64, of as u64),
             Progress::Warning(warning) => eprintln!("warning: {warning}"),
             Progress::Epoch { epoch, of } => {
                 let (loss, val) = (epoch.train_loss, epoch.val);
                 let message = format!("loss {loss:.4}, on others {:.4}, accuracy {:.4}", val.loss, val.accuracy);
-                self.show("epochs", epoch.epoch as u64, of as u64).set_message(message);
+                self.at("epochs", COUNTED, epoch.epoch as u64, of as u64, message);
             }
         }
     }
 
-    /// Shows that `done` of `of` are done; a bar that is full stays where it stands.
-    pub fn show(&self, what: &'static str, done: u64, of: u64) -> ProgressBar {
-        self.at(what, "{pos}/{len}  {per_sec:>9}  {eta} left  {msg}", done, of)
+    /// Shows that `done` of `of` are done.
+    pub fn show(&self, what: &'static str, done: u64, of: u64) {
+        self.at(what, COUNTED, done, of, String::new());
     }
 
     /// The same for bytes.
     #[cfg(feature = "fetch")]
     pub fn bytes(&self, what: &'static str, done: u64, of: u64) {
-        self.at(what, "{bytes}/{total_bytes}  {binary_bytes_per_sec}  {eta} left", done, of);
+        self.at(what, "{bytes}/{total_bytes}  {binary_bytes_per_sec}  {eta} left", done, of, String::new());
     }
 
-    fn at(&self, what: &'static str, figures: &str, done: u64, of: u64) -> ProgressBar {
+    fn at(&self, what: &'static str, figures: &str, done: u64, of: u64, message: String) {
         let mut current = self.0.lock().expect("nothing panics with the lock held");
-        let bar = match &*current {
-            Some((shown, bar)) if *shown == what && bar.length() == Some(of) => bar.clone(),
-            _ => {
-                let style = ProgressStyle::with_template(&format!("{what:12} {{bar:30}} {figures}"));
-                let bar = ProgressBar::new(of).with_style(style.expect("the template is good"));
-                *current = Some((what, bar.clone()));
-                bar
+        let bar = match current.take() {
+            Some((shown, bar)) if shown == what && bar.length() == Some(of) => bar,
+            before => {
+                leave(before);
+                ProgressBar::new(of).with_style(style(what, figures))
             }
         };
+        bar.set_message(message);
         bar.set_position(bar.position().max(done));
-        if done == of {
-            bar.abandon();
+        *current = Some((what, bar));
+    }
+}
+
+const COUNTED: &str = "{pos}/{len}  {rate}  {eta} left  {msg}";
+
+fn style(what: &str, figures: &str) -> ProgressStyle {
+    let rate = |state: &ProgressState, to: &mut dyn Write| {
+        // A terminal that is gone is no reason to stop.
+        let _ = write!(to, "{:.1}/s", state.per_sec());
+    };
+    let template = format!("{what:12} {{bar:30}} {figures}");
+    ProgressStyle::with_template(&template).expect("the template is good").with_key("rate", rate)
+}
+
+/// Lets a bar stand, and what comes next begin on a line of its own.
+fn leave(bar: Option<(&'static str, ProgressBar)>) {
+    if let Some((_, bar)) = bar {
+        bar.abandon();
+        if !bar.is_hidden() {
+            eprintln!();
         }
-        bar
+    }
+}
+
+impl Drop for Bars {
+    fn drop(&mut self) {
+        leave(self.0.get_mut().expect("nothing panics with the lock held").take());
     }
 }

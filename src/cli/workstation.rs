@@ -47,7 +47,7 @@ pub struct TrainArgs {
     /// The model's name [default: flowers]
     #[arg(long)]
     name: Option<String>,
-    /// Share of the validation photographs that may be rejected as unknown [default: 0.01]
+    /// Share of the validation photographs that may be rejected as unknown [default: 0.03]
     #[arg(long)]
     reject: Option<f32>,
     /// Replace a run that stands in --out
@@ -192,6 +192,7 @@ pub fn train(args: TrainArgs) -> Result<(), Failure> {
     settings.check().map_err(Failure::usage)?;
     let bars = Bars::default();
     let trained = train::train(&settings, &surroundings, &|progress| bars.train(progress))?;
+    drop(bars);
     name_left_out(&trained.left_out);
     write!(std::io::stdout().lock(), "{trained}")?;
     Ok(())
@@ -292,10 +293,9 @@ pub fn dataset_check(args: &DatasetCheckArgs) -> Result<(), Failure> {
     }
     let of = dataset.images.len() + val.as_ref().map_or(0, |val| val.images.len());
     let bars = Bars::default();
-    let told = |done: usize| {
-        bars.show("photographs", done as u64, of as u64);
-    };
+    let told = |done: usize| bars.show("photographs", done as u64, of as u64);
     let found = inspect::inspect(&dataset, val.as_ref(), args.val_fraction, cores(), &told);
+    drop(bars);
     show(&found, args.json)?;
     match found.findings.len() {
         0 => Ok(()),
@@ -314,11 +314,10 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     dataset.expect_classes(&bundle.manifest().classes, &args.dataset)?;
     let bars = Bars::default();
     let of = dataset.images.len();
-    let told = |done: usize| {
-        bars.show("photographs", done as u64, of as u64);
-    };
+    let told = |done: usize| bars.show("photographs", done as u64, of as u64);
     let (measured, left_out) =
         train::evaluate::evaluate(&bundle, &network, &dataset, args.model.mirror, cores(), &told)?;
+    drop(bars);
     name_left_out(&left_out);
     if measured.photographs.is_empty() {
         return Err(anyhow!("{}: no image could be decoded", args.dataset.display()).into());

@@ -192,7 +192,7 @@ impl Recipe {
             test: None,
             fine_tune,
             views,
-            reject: 0.01,
+            reject: 0.03,
             embed_backbone: false,
             backbone: None,
             sgd,
