@@ -419,9 +419,7 @@ impl<'a> Session<'a> {
         let open = Subspace::new(width, basis, 0.0)?;
         let mut similarities: Vec<f32> = val.iter().map(|row| open.similarity(row)).collect();
         similarities.sort_by(f32::total_cmp);
-        let rejected = (self.settings.reject * similarities.len() as f32) as usize;
-        let threshold = similarities[rejected.min(similarities.len() - 1)];
-        open.with_threshold(threshold)
+        open.with_threshold(threshold(&similarities, self.settings.reject))
     }
 
     /// Looks at the test photographs, once. Those that were learned from or measured on are left out.
@@ -504,6 +502,15 @@ impl fmt::Display for Trained {
     }
 }
 
+/// Between the similarities of the last photograph that is rejected and the first that is not, so that another machine's
+/// rounding moves none across. in: sorted, at least one.
+fn threshold(similarities: &[f32], reject: f32) -> f32 {
+    let rejected = ((reject * similarities.len() as f32) as usize).min(similarities.len() - 1);
+    let first = similarities[rejected];
+    let last = rejected.checked_sub(1).map_or(first * 0.98, |last| similarities[last]);
+    f32::midpoint(last, first)
+}
+
 /// A loss that is no number ends a training, and what it gave is of no use.
 fn finite(history: Vec<Epoch>) -> Result<Vec<Epoch>, TrainError> {
     match history.last() {
@@ -528,6 +535,14 @@ fn version(created_at: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_threshold_stands_between_two_photographs() {
+        let sorted = [0.5, 0.75, 0.8, 0.9];
+        assert_eq!(threshold(&sorted, 0.25), 0.625);
+        assert_eq!(threshold(&sorted, 0.5), 0.775);
+        assert!((0.48..0.5).contains(&threshold(&sorted, 0.0)) && (0.8..0.9).contains(&threshold(&sorted, 1.0)));
+    }
 
     #[test]
     fn versions_are_times_and_grow() {
