@@ -12,7 +12,7 @@ use bloomcast::train::device::Choice;
 use bloomcast::train::features::{Extractor, Features, Precision, Values};
 use bloomcast::train::head::HeadLearner;
 use bloomcast::train::photographs::Photograph;
-use bloomcast::train::session::Surroundings;
+use bloomcast::train::run::Surroundings;
 use bloomcast::train::sgd::{self, Learner, Sgd};
 use bloomcast::train::tail::TailLearner;
 use bloomcast::train::{Recipe, train};

@@ -30,6 +30,11 @@ struct Zoo {
     backbone: Vec<Published>,
 }
 
+/// Where fetched networks lie, in the user's cache.
+pub fn folder() -> Option<PathBuf> {
+    crate::user_cache().map(|cache| cache.join("backbones"))
+}
+
 pub fn all() -> Vec<Published> {
     let zoo: Zoo = toml::from_str(ZOO).expect("the zoo inside the program is good; a test reads it");
     zoo.backbone

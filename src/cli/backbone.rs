@@ -2,9 +2,7 @@
 
 use std::fmt;
 use std::io::Write;
-use std::path::PathBuf;
 
-use anyhow::Context;
 use bloomcast::train::settings::{BackboneFile, Scale};
 use bloomcast::vision::Network;
 use bloomcast::vision::backbone::Anatomy;
@@ -57,18 +55,13 @@ impl BackboneArgs {
     /// The file that is named, with its preprocessing.
     pub fn file(self) -> anyhow::Result<Option<BackboneFile>> {
         let Some(named) = self.backbone else { return Ok(None) };
-        let found = BackboneFile::find(&named, self.feature, self.preprocess, self.size, folder().ok().as_deref())?;
+        let found = BackboneFile::find(&named, self.feature, self.preprocess, self.size, zoo::folder().as_deref())?;
         Ok(Some(BackboneFile { file: std::path::absolute(found.file)?, ..found }))
     }
 }
 
-/// Where fetched networks lie.
-pub fn folder() -> anyhow::Result<PathBuf> {
-    bloomcast::user_cache().map(|cache| cache.join("backbones")).context("no home directory: name a file")
-}
-
 pub fn list() -> Result<(), Failure> {
-    let folder = folder().ok();
+    let folder = zoo::folder();
     let mut out = std::io::stdout().lock();
     for published in zoo::all() {
         let there = folder.as_deref().is_some_and(|folder| published.place(folder).is_file());

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use bloomcast::fetch::{self, FetchError, Wanted, flower_photos};
 use bloomcast::train::dataset::Dataset;
 use bloomcast::vision::backbone::{read_file, sha256_hex};
@@ -57,7 +57,7 @@ pub fn dataset(args: DatasetFetchArgs) -> Result<(), Failure> {
 pub fn backbone(args: BackboneFetchArgs) -> Result<(), Failure> {
     let published = zoo::named(&args.name)
         .ok_or_else(|| anyhow!("{}: no network of that name; `bloomcast backbone list` shows them", args.name))?;
-    let place = published.place(&args.to.map_or_else(super::backbone::folder, Ok)?);
+    let place = published.place(&args.to.or_else(zoo::folder).context("no home directory: name a folder with --to")?);
     let urls = args.url.map_or_else(|| published.urls.clone(), |url| vec![url]);
     if place.is_file() && sha256_hex(&read_file(&place)?) == published.sha256 {
         writeln!(std::io::stdout().lock(), "{}: already there", place.display())?;

@@ -9,7 +9,7 @@ use bloomcast::train::compare::Comparison;
 use bloomcast::train::dataset::Dataset;
 use bloomcast::train::device::Choice;
 use bloomcast::train::photographs::Finding;
-use bloomcast::train::session::Surroundings;
+use bloomcast::train::run::Surroundings;
 use bloomcast::train::settings::{DEFAULT_VAL_FRACTION, FineTune};
 use bloomcast::train::sgd::{Optimiser, Schedule};
 use bloomcast::train::{self, Recipe, Settings, inspect};

@@ -15,6 +15,7 @@ mod picture;
 pub mod pool;
 pub mod record;
 pub mod report;
+pub mod run;
 pub mod session;
 pub mod settings;
 pub mod sgd;
@@ -22,5 +23,6 @@ pub mod subspace;
 pub mod tail;
 pub mod tensorboard;
 
-pub use session::{TrainError, Trained, train};
+pub use run::Trained;
+pub use session::{TrainError, train};
 pub use settings::{Recipe, Settings};

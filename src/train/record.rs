@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::evaluate::Evaluation;
 use super::picture;
 use super::report::{self, Gallery};
-use super::session::{Parameters, Surroundings, Trained};
+use super::run::{Parameters, Surroundings, Trained};
 use super::settings::{Recipe, Settings};
 use super::sgd::{Epoch, Group};
 use super::tensorboard::{self, Events};

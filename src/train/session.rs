@@ -1,25 +1,23 @@
 //! A training run: photographs in, a bundle and what there is to say of it out.
 
 use std::convert::Infallible;
-use std::fmt;
 use std::mem::take;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use humantime::format_rfc3339_millis;
-use serde::{Deserialize, Serialize};
 
 use super::augment::Views;
 use super::calibrate;
 use super::dataset::{Dataset, DatasetError, fingerprint};
-use super::device::{self, Choice};
+use super::device;
 use super::evaluate::Measured;
 use super::features::{CacheTrouble, Extractor, Features, Precision};
 use super::head::HeadLearner;
 use super::photographs::{Finding, Photograph, Photographs};
 use super::pool;
 use super::record::{Record, RecordError};
-use super::report::grouped;
+use super::run::{Parameters, Surroundings, Trained};
 use super::settings::{FineTune, Settings, SettingsError};
 use super::sgd::{self, Epoch, Group};
 use super::subspace;
@@ -38,51 +36,6 @@ use crate::vision::{Backbone, BackboneError, Head, Labels, Network, Preprocess, 
 const RANK: usize = 128;
 /// What a bundle holds beside a network that it carries is smaller.
 const ROOM: u64 = 16 << 20;
-
-/// What a run needs beside its settings. The device may change the last digits of what is learned, the rest nothing.
-#[derive(Debug, Clone)]
-pub struct Surroundings {
-    /// Where the run is written.
-    pub out: PathBuf,
-    /// Whether a run that is there may be replaced.
-    pub overwrite: bool,
-    /// Where features are kept from run to run; nowhere where it is none.
-    pub cache: Option<PathBuf>,
-    pub threads: usize,
-    /// What computes the features.
-    pub device: Choice,
-    /// When the run is said to have happened; its version follows from it.
-    pub created_at: SystemTime,
-}
-
-/// What a run gave.
-#[derive(Debug)]
-pub struct Trained {
-    pub labels: Labels,
-    pub parameters: Parameters,
-    /// Photographs of each class that were learned from.
-    pub train_images: Vec<usize>,
-    /// What was learned from and measured on.
-    pub dataset: DatasetRef,
-    pub val: Measured,
-    /// On photographs that had no part in it.
-    pub test: Option<Measured>,
-    pub history: Vec<Epoch>,
-    pub head: Head,
-    pub subspace: Subspace,
-    /// A fine-tuned last convolution.
-    pub tail: Option<Tail>,
-    /// What is not used, and why.
-    pub left_out: Vec<Finding>,
-    pub time: Duration,
-}
-
-/// Numbers in the network and the head.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Parameters {
-    pub total: usize,
-    pub trained: usize,
-}
 
 /// What a run is doing.
 #[derive(Debug, Clone)]
@@ -476,29 +429,6 @@ impl<'a> Session<'a> {
             program: format!("bloomcast {}", env!("CARGO_PKG_VERSION")),
             members: Default::default(),
         }
-    }
-}
-
-impl Trained {
-    /// The epoch whose numbers were kept, from 1.
-    pub fn best_epoch(&self) -> usize {
-        self.history.iter().rev().find(|epoch| epoch.best).map_or(0, |epoch| epoch.epoch)
-    }
-}
-
-impl fmt::Display for Trained {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Parameters { total, trained } = self.parameters;
-        let (images, seconds) = (self.dataset.train_images, self.time.as_secs_f64());
-        let [total, trained, frozen] = [total, trained, total - trained].map(grouped);
-        writeln!(f, "{total} parameters, {trained} trained, {frozen} frozen")?;
-        writeln!(f, "learned from {images} photographs in {seconds:.1} s, measured on others:\n")?;
-        self.val.evaluation.fmt(f)?;
-        if let Some(test) = &self.test {
-            writeln!(f, "on the test photographs, which had no part in it:\n")?;
-            test.evaluation.fmt(f)?;
-        }
-        Ok(())
     }
 }
 

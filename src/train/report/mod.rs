@@ -15,7 +15,7 @@ use shown::Looker;
 pub use shown::Shown;
 
 use super::evaluate::{Evaluation, Measured, reliability};
-use super::session::Trained;
+use super::run::{Trained, grouped};
 use super::settings::Settings;
 use crate::vision::head::softmax;
 use crate::vision::{BackboneError, Network, Prediction};
@@ -331,19 +331,6 @@ fn jpeg(image: &RgbImage) -> Vec<u8> {
     bytes.into_inner()
 }
 
-/// 2264389 → 2,264,389
-pub fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
-}
-
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
@@ -351,11 +338,6 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_are_grouped() {
-        assert_eq!([5, 418_565, 2_264_389].map(grouped), ["5", "418,565", "2,264,389"]);
-    }
 
     #[test]
     fn text_is_escaped() {

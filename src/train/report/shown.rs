@@ -10,7 +10,7 @@ use rand_chacha::rand_core::SeedableRng;
 use crate::train::evaluate::Measured;
 use crate::train::features;
 use crate::train::photographs::Photograph;
-use crate::train::session::Trained;
+use crate::train::run::Trained;
 use crate::train::{pool, sgd};
 use crate::vision::backbone::channels_last;
 use crate::vision::head::argmax;
