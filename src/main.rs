@@ -10,6 +10,8 @@ fn main() -> ExitCode {
     let command = cli::Cli::parse();
     match command.run() {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever read what was written has seen enough.
+        Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
         Err(failure) => {
             // Each error names its cause itself.
             eprintln!("error: {}", failure.error);

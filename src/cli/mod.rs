@@ -74,6 +74,12 @@ impl Failure {
         Failure { code: 2, error: error.into() }
     }
 
+    /// Whether it is only that nobody reads on.
+    pub fn is_broken_pipe(&self) -> bool {
+        let error = self.error.downcast_ref::<std::io::Error>();
+        error.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+    }
+
     fn config(error: impl Into<anyhow::Error>) -> Self {
         Failure { code: CONFIG, error: error.into() }
     }

@@ -1,6 +1,7 @@
 //! Images that are no good, on the command line.
 
 use std::fs;
+use std::process::Stdio;
 
 use super::tools::{bloomcast, failure, json, of_class, output, photographs};
 
@@ -49,6 +50,19 @@ fn each_bad_image_is_named_and_the_good_ones_are_answered() {
         assert!(text.contains(expected), "{expected} in {text}");
     }
     assert!(!text.contains("panicked"));
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("i.png");
+    image::RgbImage::new(40, 40).save(&image).unwrap();
+    let mut command = bloomcast();
+    let mut child = command.arg("classify").arg(&image).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // Long before it has loaded the network and has something to write.
+    drop(child.stdout.take());
+    let ended = child.wait_with_output().unwrap();
+    assert!(ended.status.success() && ended.stderr.is_empty(), "{}", String::from_utf8_lossy(&ended.stderr));
 }
 
 #[test]
