@@ -164,7 +164,7 @@ impl Bundle {
                 given: given(&name, &sha256),
             });
         }
-        Ok(Network::from_bytes(&name, onnx, preprocess, feature)?)
+        Ok(Network::from_hashed(&name, sha256, onnx, preprocess, feature)?)
     }
 
     fn content(&self, reason: String) -> BundleError {

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use crate::vision::backbone::hex;
+
 /// How long a server may take to answer, and how long it may send nothing.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Broken connections that are made again, each from where the last one ended.
@@ -149,7 +151,7 @@ fn check(wanted: &Wanted, part: &Path) -> Result<(), FetchError> {
         hash.update(&buffer[..read]);
         bytes += read as u64;
     }
-    let sha256: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let sha256 = hex(&hash.finalize());
     if bytes == wanted.bytes && sha256.eq_ignore_ascii_case(&wanted.sha256) {
         return Ok(());
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use super::photographs::Content;
+use crate::vision::backbone::hex;
 
 const MAGIC: &[u8; 8] = b"bloomft1";
 /// In the name of a file that is being written, and how old one is that nobody writes any more.
@@ -86,8 +87,7 @@ impl Cache {
     }
 
     fn path(&self, content: &Content) -> PathBuf {
-        let name: String = content.iter().map(|byte| format!("{byte:02x}")).collect();
-        self.folder.join(name)
+        self.folder.join(hex(content))
     }
 }
 

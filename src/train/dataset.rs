@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use crate::camera::replay::is_image;
 use crate::vision::Labels;
+use crate::vision::backbone::hex;
 use crate::vision::labels::LabelsError;
 
 /// Photographs and what each of them shows.
@@ -101,7 +102,7 @@ pub fn fingerprint<'a>(classes: &Labels, images: impl Iterator<Item = (usize, &'
         hash.update((class as u64).to_le_bytes());
         hash.update(content);
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&hash.finalize())
 }
 
 #[cfg(test)]

@@ -73,9 +73,7 @@ impl Record {
         if folder.join(MODEL).exists() && !overwrite {
             return Err(RecordError::There(folder.into()));
         }
-        let is_run = |name: &str| {
-            [CONFIG, CHECKPOINTS, METRICS, REPORT].contains(&name) || name.starts_with(MODEL) || is_events(name)
-        };
+        let is_run = |name: &str| [CONFIG, CHECKPOINTS].contains(&name) || is_result(name);
         if folder.exists() {
             for entry in at(folder, fs::read_dir(folder))? {
                 let name = at(folder, entry)?.file_name();
@@ -92,8 +90,7 @@ impl Record {
         let folder = surroundings.out.clone();
         let checkpoints = folder.join(CHECKPOINTS);
         at(&checkpoints, fs::create_dir_all(&checkpoints))?;
-        let stale = |name: &str| [METRICS, REPORT].contains(&name) || name.starts_with(MODEL) || is_events(name);
-        remove(&folder, stale)?;
+        remove(&folder, is_result)?;
         remove(&checkpoints, is_checkpoint)?;
         let config = folder.join(CONFIG);
         at(&config, fs::write(&config, settings.to_toml()))?;
@@ -165,8 +162,9 @@ impl Record {
     }
 }
 
-fn is_events(name: &str) -> bool {
-    name.starts_with(tensorboard::PREFIX)
+/// What a run writes beside its settings and checkpoints; the bundle may stand there in part.
+fn is_result(name: &str) -> bool {
+    [METRICS, REPORT].contains(&name) || [MODEL, tensorboard::PREFIX].iter().any(|begin| name.starts_with(begin))
 }
 
 fn is_checkpoint(name: &str) -> bool {

@@ -12,7 +12,7 @@ use crate::train::features;
 use crate::train::photographs::Photograph;
 use crate::train::run::Trained;
 use crate::train::{pool, sgd};
-use crate::vision::backbone::channels_last;
+use crate::vision::backbone::{Session, channels_last};
 use crate::vision::head::argmax;
 use crate::vision::{BackboneError, Head, Labels, Network, Prediction, Preprocess, Preprocessor, Tail};
 
@@ -134,8 +134,7 @@ impl<'a> Looker<'a> {
         let init = || {
             Ok((trunk.session()?, Preprocessor::new(self.preprocess.clone()), vec![0.0; self.preprocess.input_len()]))
         };
-        let paint = |(session, preprocessor, input): &mut (_, Preprocessor, Vec<f32>), n: usize| {
-            let session: &mut crate::vision::backbone::Session = session;
+        let paint = |(session, preprocessor, input): &mut (Session, Preprocessor, Vec<f32>), n: usize| {
             let (photograph, prediction) = (&measured.photographs[places[n]], &measured.predictions[places[n]]);
             let Ok(pixels) = features::read(&photograph.path) else { return Ok(None) };
             preprocessor.run(&pixels, input);

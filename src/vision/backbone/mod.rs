@@ -59,6 +59,7 @@ pub struct Network {
     name: String,
     sha256: String,
     onnx: Arc<Cow<'static, [u8]>>,
+    model: Arc<ModelProto>,
     anatomy: Anatomy,
     input: [usize; 4],
     device: Device,
@@ -101,8 +102,21 @@ impl Network {
         preprocess: &Preprocess,
         feature: Option<&str>,
     ) -> Result<Self, BackboneError> {
+        let sha256 = sha256_hex(&onnx);
+        Self::from_hashed(name, sha256, onnx, preprocess, feature)
+    }
+
+    /// The same, where the file's SHA-256 is known already.
+    pub fn from_hashed(
+        name: &str,
+        sha256: String,
+        onnx: Cow<'static, [u8]>,
+        preprocess: &Preprocess,
+        feature: Option<&str>,
+    ) -> Result<Self, BackboneError> {
         let failed = |reason: String| BackboneError::Load { name: name.into(), reason };
-        let anatomy = inspect(name, &onnx, feature)?;
+        let model = parse(&onnx).map_err(failed)?;
+        let anatomy = Anatomy::of(&model, feature).map_err(failed)?;
         if anatomy.layout != preprocess.layout {
             let (is, not) = (anatomy.layout.axes(), preprocess.layout.axes());
             return Err(failed(format!("its input is {is}, not {not}")));
@@ -115,8 +129,8 @@ impl Network {
             TensorLayout::Nchw => [1, 3, size, size],
             TensorLayout::Nhwc => [1, size, size, 3],
         };
-        let sha256 = sha256_hex(&onnx);
-        Ok(Network { name: name.into(), sha256, onnx: Arc::new(onnx), anatomy, input, device: Device::Cpu })
+        let (onnx, model) = (Arc::new(onnx), Arc::new(model));
+        Ok(Network { name: name.into(), sha256, onnx, model, anatomy, input, device: Device::Cpu })
     }
 
     pub fn name(&self) -> &str {
@@ -153,7 +167,7 @@ impl Network {
 
     /// Pictures in, features out; with `tail` in place of the network's own last convolution, where there is one.
     pub fn features(&self, tail: Option<&Tail>) -> Result<Backbone, BackboneError> {
-        let mut model = self.parse()?;
+        let mut model = Cow::Borrowed(&*self.model);
         if let Some(tail) = tail {
             let own = self.last_conv()?;
             if (own.tail.inputs(), own.tail.outputs()) != (tail.inputs(), tail.outputs()) {
@@ -165,7 +179,7 @@ impl Network {
                     tail.inputs()
                 )));
             }
-            own.replace(&mut model, tail);
+            own.replace(model.to_mut(), tail);
         }
         let backbone = self.cut(&model, &self.anatomy.feature)?;
         if backbone.shape.iter().filter(|n| **n != 1).count() > 1 {
@@ -178,7 +192,7 @@ impl Network {
     /// Pictures in, the map that enters the last convolution out: `[channels, height, width]`.
     pub fn trunk(&self) -> Result<Backbone, BackboneError> {
         let own = self.last_conv()?;
-        let trunk = self.cut(&self.parse()?, &own.input)?;
+        let trunk = self.cut(&self.model, &own.input)?;
         match trunk.shape[..] {
             [channels, height, width] if channels == own.tail.inputs() && height * width > 0 => Ok(trunk),
             _ => Err(self.failed(format!("`{}` is {:?}, expected a map", own.input, trunk.shape))),
@@ -191,10 +205,6 @@ impl Network {
             let expected = "expected a 1×1 convolution, ReLU6 and a mean over all places before the features";
             self.failed(format!("has no last convolution that can be fine-tuned: {expected}"))
         })
-    }
-
-    fn parse(&self) -> Result<ModelProto, BackboneError> {
-        parse(&self.onnx).map_err(|reason| self.failed(reason))
     }
 
     fn cut(&self, model: &ModelProto, output: &str) -> Result<Backbone, BackboneError> {
@@ -301,7 +311,12 @@ impl Session {
 
 /// SHA-256 in hexadecimal, as it stands in manifests.
 pub fn sha256_hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(bytes))
+}
+
+/// Two digits a byte.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// CHW → HWC: a map's channels side by side at each place. in: `[channels, places]`; out: `[places, channels]`.
