@@ -1,12 +1,12 @@
 //! One frame, stage by stage: `cargo bench`.
 
-use bloomcast::bench::drawn_jpeg;
 use bloomcast::bundle::Bundle;
+use bloomcast::vision::drawn;
 use bloomcast::vision::{Network, Preprocess, Preprocessor, decode};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 fn stages(c: &mut Criterion) {
-    let jpeg = drawn_jpeg(640, 480);
+    let jpeg = drawn::jpeg(640, 480);
     let image = decode::encoded(&jpeg).unwrap();
     let spec = Preprocess::mobilenet_v2();
     let mut input = vec![0.0; spec.input_len()];

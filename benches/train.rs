@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use bloomcast::bench::{Bench, drawn_jpeg};
+use bloomcast::bench::Bench;
 use bloomcast::bundle::Bundle;
 use bloomcast::train::augment::Views;
 use bloomcast::train::device::Choice;
@@ -16,6 +16,7 @@ use bloomcast::train::run::Surroundings;
 use bloomcast::train::sgd::{self, Learner, Sgd};
 use bloomcast::train::tail::TailLearner;
 use bloomcast::train::{Recipe, train};
+use bloomcast::vision::drawn;
 use bloomcast::vision::{Network, Preprocess};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
@@ -55,7 +56,7 @@ fn extraction(c: &mut Criterion) {
     let folder = std::env::temp_dir().join(format!("bloomcast-bench-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let path = folder.join("drawn.jpg");
-    std::fs::write(&path, drawn_jpeg(640, 480)).unwrap();
+    std::fs::write(&path, drawn::jpeg(640, 480)).unwrap();
     let photographs: Vec<Photograph> = (0..200).map(|i| photograph(&path, i)).collect();
     let (network, preprocess) = (Network::built_in().unwrap(), Preprocess::mobilenet_v2());
     let backbone = network.features(None).unwrap();

@@ -1,16 +1,14 @@
 //! How long a frame takes on this machine, stage by stage.
 
 use std::fmt;
-use std::io::Cursor;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use image::{ImageFormat, Rgb, RgbImage};
 use serde::Serialize;
 
 use crate::bundle::{Bundle, BundleError};
 use crate::vision::decode::{self, DecodeError};
-use crate::vision::{BackboneError, Classifier, Stages};
+use crate::vision::{BackboneError, Classifier, Stages, drawn};
 
 /// Frames before the first that counts: caches and clocks are warm then.
 const WARM_UP: usize = 5;
@@ -118,7 +116,7 @@ impl Bench {
         };
         let jpeg = match image {
             Some(path) => decode::read_file(path).map_err(named)?,
-            None => drawn_jpeg(640, 480),
+            None => drawn::jpeg(640, 480),
         };
         let mut frames = Vec::with_capacity(runs);
         for run in 0..WARM_UP + runs.max(1) {
@@ -134,24 +132,6 @@ impl Bench {
     }
 }
 
-/// A picture with edges and slopes, about as hard to decode as a photograph; always the same.
-pub fn drawn_jpeg(width: u32, height: u32) -> Vec<u8> {
-    let image = RgbImage::from_fn(width, height, |x, y| {
-        let wave = (x as f32 / 23.0).sin() * (y as f32 / 31.0).cos();
-        let petals = ((x as f32 - 320.0).atan2(y as f32 - 240.0) * 8.0).sin();
-        let grain = (x.wrapping_mul(2_654_435_761) ^ y.wrapping_mul(2_246_822_519)) >> 28;
-        let level = |base: f32, depth: f32| (base + depth * wave + grain as f32).clamp(0.0, 255.0) as u8;
-        if petals > 0.3 {
-            Rgb([level(210.0, 40.0), level(190.0, 50.0), level(40.0, 30.0)])
-        } else {
-            Rgb([level(50.0, 40.0), level(110.0, 60.0), level(45.0, 30.0)])
-        }
-    });
-    let mut bytes = Cursor::new(Vec::new());
-    image.write_to(&mut bytes, ImageFormat::Jpeg).expect("memory takes a small JPEG");
-    bytes.into_inner()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,10 +141,5 @@ mod tests {
         let times = (1..=200).rev().map(Duration::from_millis).collect();
         assert_eq!(Figures::of(times), Figures { median_ms: 100.0, p99_ms: 198.0, runs: 200 });
         assert_eq!(Figures::of(vec![Duration::from_millis(3)]), Figures { median_ms: 3.0, p99_ms: 3.0, runs: 1 });
-    }
-
-    #[test]
-    fn the_drawn_picture_is_a_picture() {
-        assert_eq!(decode::encoded(&drawn_jpeg(64, 48)).unwrap().dimensions(), (64, 48));
     }
 }

@@ -26,20 +26,38 @@ pub enum ArchiveError {
     Unexpected(String),
     #[error("{0} is missing")]
     Missing(String),
+    #[error("{name}: {bytes} bytes, expected at most {max}")]
+    LargeMember { name: &'static str, bytes: usize, max: usize },
+    #[error("no bundle as this program writes it: byte {0} is another")]
+    Strange(usize),
 }
 
-/// The members of a bundle by name.
+/// The members of a bundle by name, in the order of the file.
 #[derive(Debug)]
 pub struct Members(Vec<(String, Vec<u8>)>);
 
 impl Members {
     pub fn take(&mut self, name: &str) -> Option<Vec<u8>> {
         let at = self.0.iter().position(|(there, _)| there == name);
-        at.map(|at| self.0.swap_remove(at).1)
+        at.map(|at| self.0.remove(at).1)
     }
 
     pub fn require(&mut self, name: &str) -> Result<Vec<u8>, ArchiveError> {
         self.take(name).ok_or_else(|| ArchiveError::Missing(name.into()))
+    }
+
+    /// What [`Self::require`] gives, where it is no larger than `max`.
+    pub fn require_small(&mut self, name: &'static str, max: usize) -> Result<Vec<u8>, ArchiveError> {
+        let content = self.require(name)?;
+        match content.len() {
+            bytes if bytes > max => Err(ArchiveError::LargeMember { name, bytes, max }),
+            _ => Ok(content),
+        }
+    }
+
+    /// The members as [`pack`] takes them.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.0.iter().map(|(name, content)| (name.as_str(), content.as_slice()))
     }
 
     /// Refuses what nobody asked for.
@@ -58,7 +76,8 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>, ArchiveError> {
     Ok(bytes)
 }
 
-/// in: a whole tar. What a header claims is never allocated: a member is copied from the bytes there.
+/// in: a whole tar, as [`pack`] writes it, to the last byte. What a header claims is never allocated: a member is copied
+/// from the bytes there.
 pub fn unpack(bytes: &[u8]) -> Result<Members, ArchiveError> {
     let tar = |e: io::Error| ArchiveError::Tar(e.to_string());
     let mut archive = tar::Archive::new(bytes);
@@ -86,28 +105,64 @@ pub fn unpack(bytes: &[u8]) -> Result<Members, ArchiveError> {
     if members.is_empty() {
         return Err(ArchiveError::Tar("empty".into()));
     }
-    Ok(Members(members))
+    let members = Members(members);
+    expect_same(bytes, &members)?;
+    Ok(members)
+}
+
+/// Refuses whatever differs from what these members are packed into: no byte of a bundle is without a meaning.
+fn expect_same(bytes: &[u8], members: &Members) -> Result<(), ArchiveError> {
+    let mut same = Same { rest: bytes };
+    let packed = pack_to(&mut same, members.iter());
+    let at = bytes.len() - same.rest.len();
+    if packed.is_err() || !same.rest.is_empty() { Err(ArchiveError::Strange(at)) } else { Ok(()) }
+}
+
+/// Takes what is written to it only where it goes on with the same bytes.
+struct Same<'a> {
+    rest: &'a [u8],
+}
+
+impl Write for Same<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let same = bytes.iter().zip(self.rest).take_while(|(a, b)| a == b).count();
+        self.rest = &self.rest[same..];
+        if same == bytes.len() { Ok(same) } else { Err(io::ErrorKind::InvalidData.into()) }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// The same members give the same bytes: no times, no owners.
-pub fn pack(members: &[(&str, &[u8])]) -> Vec<u8> {
-    let mut builder = tar::Builder::new(Vec::new());
+pub fn pack<'a>(members: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    pack_to(&mut bytes, members).expect("memory takes short names and their bytes");
+    bytes
+}
+
+fn pack_to<'a>(out: &mut impl Write, members: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> io::Result<()> {
+    let mut builder = tar::Builder::new(out);
     for (name, content) in members {
         let mut header = tar::Header::new_ustar();
         header.set_size(content.len() as u64);
         header.set_mode(0o644);
         header.set_mtime(0);
-        builder.append_data(&mut header, name, *content).expect("memory takes a short name and its bytes");
+        builder.append_data(&mut header, name, content)?;
     }
-    builder.into_inner().expect("memory takes the end of the archive")
+    builder.finish()
 }
+
+/// Ending of a file that is being written.
+pub const PART: &str = "part";
 
 /// Writes beside the file, flushes to the disk, and renames: there is the old file or the new one.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), ArchiveError> {
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(ArchiveError::TooLarge);
     }
-    let temporary = path.with_extension("bloom.part");
+    let temporary = path.with_added_extension(PART);
     let written = File::create(&temporary)
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
         .and_then(|()| fs::rename(&temporary, path));
@@ -127,7 +182,7 @@ mod tests {
 
     #[test]
     fn path_tricks_doubles_and_crowds_are_refused() {
-        let unpack_of = |members: &[(&str, &[u8])]| unpack(&pack(members)).map(|_| ());
+        let unpack_of = |members: &[(&str, &[u8])]| unpack(&pack(members.iter().copied())).map(|_| ());
         assert!(matches!(unpack_of(&[("a/b", b"x")]), Err(ArchiveError::Name(_))));
         assert!(matches!(unpack_of(&[(".hidden", b"x")]), Err(ArchiveError::Name(_))));
         assert!(matches!(unpack_of(&[("a", b"x"), ("a", b"y")]), Err(ArchiveError::Double(_))));
@@ -138,12 +193,29 @@ mod tests {
 
     #[test]
     fn a_member_that_claims_more_than_is_there_is_cut_short() {
-        let mut bytes = pack(&[("a", &[7; 100])]);
+        let mut bytes = pack([("a", [7; 100].as_slice())]);
         let mut header = tar::Header::new_ustar();
         header.set_path("a").unwrap();
         header.set_size(1 << 40);
         header.set_cksum();
         bytes[..512].copy_from_slice(header.as_bytes());
         assert!(matches!(unpack(&bytes), Err(ArchiveError::Tar(_))));
+    }
+
+    #[test]
+    fn every_byte_counts() {
+        let bytes = pack([("a", [7; 100].as_slice()), ("b", b"x")]);
+        for at in 0..bytes.len() {
+            for bit in [1, 32, 128] {
+                let mut changed = bytes.clone();
+                changed[at] ^= bit;
+                let same = unpack(&changed).is_ok_and(|members| {
+                    members.iter().collect::<Vec<_>>() == [("a", [7; 100].as_slice()), ("b", b"x")]
+                });
+                assert!(!same, "byte {at} means nothing");
+            }
+        }
+        assert!(unpack(&[&bytes[..], &[0; 512]].concat()).is_err(), "longer");
+        assert!(unpack(&bytes[..bytes.len() - 512]).is_err(), "shorter");
     }
 }

@@ -10,6 +10,10 @@ use crate::vision::{Labels, Preprocess};
 
 /// The member that holds it.
 pub const NAME: &str = "manifest.json";
+/// The member that vouches for it.
+pub const SIGNATURE: &str = "manifest.json.sig";
+/// A manifest with as many and as long class names as there may be is smaller.
+pub const BYTES_MAX: usize = 256 << 10;
 /// The format this program writes, and the only one it reads.
 pub const FORMAT: u32 = 1;
 
@@ -140,16 +144,12 @@ impl Manifest {
         self.members = members.iter().map(|(name, content)| ((*name).into(), Member::of(content))).collect();
     }
 
-    /// Every member that the manifest names is there and is what it says.
-    pub(super) fn check_members(&self, members: &[(&str, &[u8])]) -> Result<(), String> {
-        for name in self.members.keys() {
-            if !members.iter().any(|(there, _)| there == name) {
-                return Err(format!("{NAME} names {name}, which this program does not know"));
-            }
-        }
+    /// Every member that the manifest names is there, is what it says, and no other is there.
+    pub(super) fn check_members<'a>(&self, members: impl Iterator<Item = (&'a str, &'a [u8])>) -> Result<(), String> {
+        let mut left: Vec<&String> = self.members.keys().collect();
         for (name, content) in members {
             let found = Member::of(content);
-            match self.members.get(*name) {
+            match self.members.get(name) {
                 None => return Err(format!("{NAME} does not name {name}")),
                 Some(member) if *member != found => {
                     return Err(format!(
@@ -157,9 +157,9 @@ impl Manifest {
                         found.bytes, found.sha256, member.bytes, member.sha256
                     ));
                 }
-                Some(_) => {}
+                Some(_) => left.retain(|named| *named != name),
             }
         }
-        Ok(())
+        left.first().map_or(Ok(()), |missing| Err(format!("{NAME} names {missing}, which is missing")))
     }
 }

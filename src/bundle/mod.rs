@@ -1,18 +1,28 @@
 //! A trained model in one file, `.bloom`: what it is, what it was made for, and its numbers.
 //!
-//! A tar of `manifest.json`, `head.safetensors`, and where they belong to it `tail.safetensors`, a
-//! fine-tuned last convolution, and `backbone.onnx`, the network it was made for. The manifest names every
-//! other member with its size and SHA-256.
+//! A tar of `manifest.json`, `manifest.json.sig`, `head.safetensors`, and where they belong to it
+//! `tail.safetensors`, a fine-tuned last convolution, `backbone.onnx`, the network it was made for, and
+//! `selftest.safetensors`, what it must answer wherever it runs. The manifest names every other member with
+//! its size and SHA-256, and the signature vouches for the manifest: no byte is without somebody who vouches
+//! for it.
 
 pub mod archive;
 pub mod manifest;
 pub mod numbers;
+pub mod selftest;
+pub mod signature;
+pub mod store;
 
 use std::borrow::Cow;
 use std::path::Path;
 
 pub use archive::ArchiveError;
 pub use manifest::{BackboneRef, DatasetRef, Manifest, Metrics, Unknown, UnknownRule};
+pub use selftest::SelfTest;
+pub use signature::{Keyring, PrivateKey, PublicKey};
+pub use store::Store;
+
+use signature::Signed;
 
 use crate::vision::backbone::{self, sha256_hex};
 use crate::vision::classifier::Skill;
@@ -22,8 +32,10 @@ use crate::vision::{Backbone, BackboneError, Classifier, Head, Network, Subspace
 pub const BUILT_IN: &[u8] = include_bytes!("../../models/flowers.bloom");
 
 const HEAD: &str = "head.safetensors";
-const TAIL: &str = "tail.safetensors";
+/// Also a manifest's key for it.
+pub const TAIL: &str = "tail.safetensors";
 const BACKBONE: &str = "backbone.onnx";
+const SELF_TEST: &str = "selftest.safetensors";
 
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
@@ -44,6 +56,8 @@ pub struct Bundle {
     file: String,
     sha256: String,
     manifest: Manifest,
+    /// The key that vouches for it, trusted or not.
+    signer: Option<PublicKey>,
     parts: Parts,
 }
 
@@ -56,12 +70,13 @@ pub struct Parts {
     pub tail: Option<Tail>,
     /// The ONNX file of a backbone that devices do not have.
     pub backbone: Option<Vec<u8>>,
+    pub self_test: Option<SelfTest>,
 }
 
 impl Bundle {
     /// Puts a trained model together; `manifest.members` is filled in when it is written.
     pub fn new(manifest: Manifest, parts: Parts) -> Self {
-        Bundle { file: "just trained".into(), sha256: String::new(), manifest, parts }
+        Bundle { file: "just trained".into(), sha256: String::new(), manifest, signer: None, parts }
     }
 
     /// The model inside this program.
@@ -75,17 +90,20 @@ impl Bundle {
         Self::from_bytes(&file, &bytes)
     }
 
-    /// in: a whole `.bloom` file; `file` is its name in messages.
+    /// in: a whole `.bloom` file; `file` is its name in messages. A signature that is there must fit, whoever made it.
     pub fn from_bytes(file: &str, bytes: &[u8]) -> Result<Self, BundleError> {
         let archive = |source| BundleError::Archive { file: file.into(), source };
         let content = |reason: String| BundleError::Content { file: file.into(), reason };
         let mut members = archive::unpack(bytes).map_err(archive)?;
-        let manifest = members.require(manifest::NAME).map_err(archive)?;
+        let signer = signer(&members).map_err(|e| content(format!("{}: {e}", manifest::SIGNATURE)))?;
+        members.take(manifest::SIGNATURE);
+        let manifest = members.require_small(manifest::NAME, manifest::BYTES_MAX).map_err(archive)?;
         let manifest = Manifest::from_json(&manifest).map_err(|e| content(format!("{}: {e}", manifest::NAME)))?;
+        manifest.check_members(members.iter()).map_err(content)?;
         let head = members.require(HEAD).map_err(archive)?;
         let (tail, backbone) = (members.take(TAIL), members.take(BACKBONE));
+        let self_test = members.take(SELF_TEST);
         members.expect_none().map_err(archive)?;
-        manifest.check_members(&present(&head, tail.as_deref(), backbone.as_deref())).map_err(content)?;
         let (head, subspace) = numbers::head_from(&manifest, &head).map_err(|e| content(format!("{HEAD}: {e}")))?;
         let tail = tail.map(|tail| numbers::tail_from(&tail)).transpose();
         let tail = tail.map_err(|e| content(format!("{TAIL}: {e}")))?;
@@ -96,19 +114,25 @@ impl Bundle {
             let (rows, names) = (head.classes(), manifest.classes.names().len());
             return Err(content(format!("{HEAD} has {rows} classes, {} names {names}", manifest::NAME)));
         }
-        let parts = Parts { head, subspace, tail, backbone };
-        Ok(Bundle { file: file.into(), sha256: sha256_hex(bytes), manifest, parts })
+        let self_test = self_test.map(|test| SelfTest::from_bytes(&test, head.classes(), head.width())).transpose();
+        let self_test = self_test.map_err(|e| content(format!("{SELF_TEST}: {e}")))?;
+        let parts = Parts { head, subspace, tail, backbone, self_test };
+        Ok(Bundle { file: file.into(), sha256: sha256_hex(bytes), manifest, signer, parts })
     }
 
-    /// The whole file's bytes.
+    /// The whole file's bytes; unsigned, since a signature is for what was signed.
     pub fn to_bytes(&self) -> Vec<u8> {
         let head = numbers::head_to_bytes(&self.parts.head, &self.parts.subspace);
         let tail = self.parts.tail.as_ref().map(numbers::tail_to_bytes);
-        let members = present(&head, tail.as_deref(), self.parts.backbone.as_deref());
+        let self_test = self.parts.self_test.as_ref().map(SelfTest::to_bytes);
+        let optional =
+            [(TAIL, tail.as_deref()), (BACKBONE, self.parts.backbone.as_deref()), (SELF_TEST, self_test.as_deref())];
+        let optional = optional.into_iter().filter_map(|(name, content)| Some((name, content?)));
+        let members: Vec<(&str, &[u8])> = std::iter::once((HEAD, head.as_slice())).chain(optional).collect();
         let mut manifest = self.manifest.clone();
         manifest.set_members(&members);
         let manifest = manifest.to_json();
-        archive::pack(&[&[(manifest::NAME, manifest.as_slice())], &members[..]].concat())
+        archive::pack(std::iter::once((manifest::NAME, manifest.as_slice())).chain(members))
     }
 
     /// Writes the file whole or not at all.
@@ -121,6 +145,16 @@ impl Bundle {
         &self.manifest
     }
 
+    /// The key that signed it, trusted or not.
+    pub fn signer(&self) -> Option<&PublicKey> {
+        self.signer.as_ref()
+    }
+
+    /// Gives it what it must answer wherever it runs.
+    pub fn set_self_test(&mut self, self_test: SelfTest) {
+        self.parts.self_test = Some(self_test);
+    }
+
     pub fn parts(&self) -> &Parts {
         &self.parts
     }
@@ -130,7 +164,7 @@ impl Bundle {
         &self.sha256
     }
 
-    /// The model at work: on the network in `file`, else on that it carries, else on the one inside the program;
+    /// The model at work: on the network it carries, else on that in `file`, else on the one inside the program;
     /// refused where it was made for another.
     pub fn classifier(&self, file: Option<&Path>) -> Result<Classifier, BundleError> {
         Ok(Classifier::new(&self.backbone(&self.network(file)?)?, self.skill())?)
@@ -146,14 +180,14 @@ impl Bundle {
         Ok(backbone)
     }
 
-    /// The network it was made for: that in `file`, or the one it carries, or the one inside the program.
+    /// The network it was made for: the one it carries, or that in `file`, or the one inside the program.
     pub fn network(&self, file: Option<&Path>) -> Result<Network, BundleError> {
         let (wanted, preprocess) = (&self.manifest.backbone, &self.manifest.preprocess);
         let feature = Some(wanted.feature.as_str());
         let given = |name: &str, sha256: &str| format!("{name} (sha256 {sha256:.12}…)");
         let (name, onnx): (String, Cow<'static, [u8]>) = match (&self.parts.backbone, file) {
-            (_, Some(path)) => (path.display().to_string(), backbone::read_file(path)?.into()),
-            (Some(onnx), None) => (wanted.name.clone(), onnx.clone().into()),
+            (Some(onnx), _) => (wanted.name.clone(), onnx.clone().into()),
+            (None, Some(path)) => (path.display().to_string(), backbone::read_file(path)?.into()),
             (None, None) => (backbone::MOBILENET_V2_NAME.to_owned(), backbone::MOBILENET_V2.into()),
         };
         let sha256 = sha256_hex(&onnx);
@@ -182,11 +216,24 @@ impl Bundle {
     }
 }
 
-/// The members beside the manifest, by name.
-fn present<'a>(head: &'a [u8], tail: Option<&'a [u8]>, backbone: Option<&'a [u8]>) -> Vec<(&'static str, &'a [u8])> {
-    let optional = [(TAIL, tail), (BACKBONE, backbone)];
-    let optional = optional.into_iter().filter_map(|(name, content)| Some((name, content?)));
-    std::iter::once((HEAD, head)).chain(optional).collect()
+/// Signs a `.bloom` file anew, whoever signed it before. in and out: a whole file; `file` is its name in messages.
+pub fn sign(file: &str, bytes: &[u8], key: &PrivateKey) -> Result<Vec<u8>, BundleError> {
+    Bundle::from_bytes(file, bytes)?;
+    let archive = |source| BundleError::Archive { file: file.into(), source };
+    let mut members = archive::unpack(bytes).map_err(archive)?;
+    members.take(manifest::SIGNATURE);
+    let manifest = members.require(manifest::NAME).map_err(archive)?;
+    let signature = key.sign(&manifest).to_bytes();
+    let vouched = [(manifest::NAME, manifest.as_slice()), (manifest::SIGNATURE, signature.as_slice())];
+    Ok(archive::pack(vouched.into_iter().chain(members.iter())))
+}
+
+/// The key that vouches for the manifest; none where nobody does, an error where the signature does not fit.
+fn signer(members: &archive::Members) -> Result<Option<PublicKey>, signature::SignatureError> {
+    let find = |name| members.iter().find(|(there, _)| *there == name).map(|(_, content)| content);
+    let Some(signature) = find(manifest::SIGNATURE) else { return Ok(None) };
+    let signed = Signed::from_bytes(signature)?;
+    signed.check(find(manifest::NAME).unwrap_or_default()).map(Some)
 }
 
 #[cfg(test)]
@@ -216,7 +263,7 @@ mod tests {
         };
         let head = Head::new(4, vec![0.5; 8], vec![0.1, 0.2], 1.5).unwrap();
         let subspace = Subspace::new(4, basis, 0.5).unwrap();
-        Bundle::new(manifest, Parts { head, subspace, tail: None, backbone: None })
+        Bundle::new(manifest, Parts { head, subspace, tail: None, backbone: None, self_test: None })
     }
 
     /// With everything that a bundle may hold.
@@ -224,7 +271,17 @@ mod tests {
         let mut full = bundle();
         full.parts.tail = Some(Tail::new(2, vec![0.25; 8], vec![0.5; 4]).unwrap());
         full.parts.backbone = Some(b"a network".to_vec());
+        let answer = selftest::Answer { probabilities: vec![0.5; 2], similarity: 1.0 };
+        full.parts.self_test = Some(SelfTest::new(vec![vec![1.0; 4]], vec![vec![7; 9]], vec![answer.clone(), answer]));
         full
+    }
+
+    /// A key, and a ring that trusts it.
+    fn key() -> (PrivateKey, Keyring) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("trainer.key");
+        PrivateKey::generate(&path).unwrap();
+        (PrivateKey::read(&path).unwrap(), Keyring::read(dir.path()).unwrap())
     }
 
     #[test]
@@ -240,25 +297,45 @@ mod tests {
     }
 
     #[test]
-    fn every_changed_bit_and_every_cut_is_refused_or_harmless() {
-        let whole = full();
-        let bytes = whole.to_bytes();
+    fn every_changed_bit_and_every_cut_of_a_signed_bundle_is_refused() {
+        let (key, ring) = key();
+        let unsigned = full().to_bytes();
+        let bytes = sign("test", &unsigned, &key).unwrap();
+        let whole = Bundle::from_bytes("test", &bytes).unwrap();
+        assert_eq!(ring.trust(whole.signer()), Ok("trainer"));
+        assert_eq!(whole.parts, full().parts);
         for at in 0..bytes.len() {
-            let mut changed = bytes.clone();
-            changed[at] ^= 1;
-            // Nothing vouches for the manifest itself yet; the numbers are hashed.
-            if let Ok(read) = Bundle::from_bytes("test", &changed) {
-                let (read, whole) = (read.parts, &whole.parts);
-                assert_eq!(read.head.weight(), whole.head.weight(), "byte {at}");
-                assert_eq!(read.subspace.basis(), whole.subspace.basis(), "byte {at}");
-                assert_eq!((&read.tail, &read.backbone), (&whole.tail, &whole.backbone), "byte {at}");
+            for bit in 0..8 {
+                let mut changed = bytes.clone();
+                changed[at] ^= 1 << bit;
+                assert!(Bundle::from_bytes("test", &changed).is_err(), "byte {at}, bit {bit}");
             }
         }
-        for cut in (0..bytes.len()).step_by(97) {
-            if let Ok(read) = Bundle::from_bytes("test", &bytes[..cut]) {
-                assert_eq!(read.parts, whole.parts, "cut at {cut}");
-            }
+        for cut in 0..bytes.len() {
+            assert!(Bundle::from_bytes("test", &bytes[..cut]).is_err(), "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn a_signature_is_for_one_manifest_and_can_be_replaced() {
+        let ((ours, ring), (theirs, _)) = (key(), key());
+        let unsigned = bundle().to_bytes();
+        assert!(ring.trust(Bundle::from_bytes("test", &unsigned).unwrap().signer()).is_err());
+        let stranger = sign("test", &unsigned, &theirs).unwrap();
+        assert!(ring.trust(Bundle::from_bytes("test", &stranger).unwrap().signer()).is_err());
+        let again = sign("test", &stranger, &ours).unwrap();
+        assert_eq!(again, sign("test", &unsigned, &ours).unwrap());
+        // The signature of one model under another.
+        let mut other = bundle();
+        other.manifest.version = 4;
+        let mut members = archive::unpack(&again).unwrap();
+        let signature = members.require(manifest::SIGNATURE).unwrap();
+        let mut others = archive::unpack(&other.to_bytes()).unwrap();
+        let (manifest, head) = (others.require(manifest::NAME).unwrap(), others.require(HEAD).unwrap());
+        let mixed = [(manifest::NAME, &manifest), (manifest::SIGNATURE, &signature), (HEAD, &head)];
+        let mixed = archive::pack(mixed.map(|(name, content)| (name, content.as_slice())));
+        let error = Bundle::from_bytes("test", &mixed).unwrap_err().to_string();
+        assert!(error.contains("manifest.json.sig: does not fit"), "{error}");
     }
 
     #[test]
@@ -294,9 +371,19 @@ mod tests {
     fn what_the_manifest_does_not_name_is_refused() {
         let mut members = archive::unpack(&bundle().to_bytes()).unwrap();
         let (manifest, head) = (members.require(manifest::NAME).unwrap(), members.require(HEAD).unwrap());
-        let stuffed = archive::pack(&[(manifest::NAME, &manifest), (HEAD, &head), ("extra", b"x")]);
+        let stuffed = archive::pack([(manifest::NAME, &manifest[..]), (HEAD, &head), ("extra", b"x")]);
         let error = Bundle::from_bytes("test", &stuffed).unwrap_err().to_string();
-        assert!(error.contains("extra: not a member of a bundle"), "{error}");
+        assert!(error.contains("manifest.json does not name extra"), "{error}");
+    }
+
+    #[test]
+    fn a_manifest_that_is_too_large_is_never_parsed() {
+        let huge = vec![b' '; manifest::BYTES_MAX + 1];
+        let error = Bundle::from_bytes("test", &archive::pack([(manifest::NAME, &huge[..])])).unwrap_err().to_string();
+        assert_eq!(error, "model test: manifest.json: 262145 bytes, expected at most 262144");
+        let mut many = bundle();
+        many.manifest.classes = Labels::new((0..1000).map(|i| format!("{i:064}")).collect()).unwrap();
+        assert!(many.manifest.to_json().len() < manifest::BYTES_MAX, "a manifest with as many classes as there may be");
     }
 
     #[test]

@@ -21,6 +21,10 @@ pub enum NumbersError {
     Subspace(#[from] SubspaceError),
     #[error("{0}")]
     Tail(#[from] TailError),
+    #[error("expected 1 to 16 vectors of {width} features, 1 to 4 pictures and an answer of {classes} classes each")]
+    SelfTest { classes: usize, width: usize },
+    #[error("holds a number that is not finite")]
+    NotFinite,
 }
 
 /// `weight` `[classes, width]`, `bias` `[classes]`, `subspace` `[rank, width]`.
@@ -60,7 +64,7 @@ pub fn tail_to_bytes(tail: &Tail) -> Vec<u8> {
 }
 
 /// Columns and values of a tensor with two axes.
-fn matrix(tensors: &SafeTensors<'_>, name: &'static str) -> Result<(usize, Vec<f32>), NumbersError> {
+pub(super) fn matrix(tensors: &SafeTensors<'_>, name: &'static str) -> Result<(usize, Vec<f32>), NumbersError> {
     let tensor = tensors.tensor(name)?;
     match *tensor.shape() {
         [_, columns] if tensor.dtype() == Dtype::F32 => Ok((columns, floats(tensor.data()))),
@@ -68,7 +72,7 @@ fn matrix(tensors: &SafeTensors<'_>, name: &'static str) -> Result<(usize, Vec<f
     }
 }
 
-fn vector(tensors: &SafeTensors<'_>, name: &'static str) -> Result<Vec<f32>, NumbersError> {
+pub(super) fn vector(tensors: &SafeTensors<'_>, name: &'static str) -> Result<Vec<f32>, NumbersError> {
     let tensor = tensors.tensor(name)?;
     match tensor.shape() {
         [_] if tensor.dtype() == Dtype::F32 => Ok(floats(tensor.data())),
@@ -94,6 +98,6 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
 }
 
-fn little_endian(values: &[f32]) -> Vec<u8> {
+pub(super) fn little_endian(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }

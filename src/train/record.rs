@@ -15,15 +15,18 @@ use super::settings::{Recipe, Settings};
 use super::sgd::{Epoch, Group};
 use super::tensorboard::{self, Events};
 use crate::bundle::numbers;
-use crate::bundle::{Bundle, BundleError, Manifest, Parts};
+use crate::bundle::selftest::SelfTestError;
+use crate::bundle::{Bundle, BundleError, Manifest, Parts, SelfTest};
 use crate::vision::backbone::Device;
-use crate::vision::{BackboneError, Network};
+use crate::vision::{BackboneError, Classifier, Network, drawn};
 
 pub const MODEL: &str = "model.bloom";
 pub const METRICS: &str = "metrics.json";
 pub const CONFIG: &str = "config.toml";
 pub const REPORT: &str = "report.html";
 const CHECKPOINTS: &str = "checkpoints";
+/// Drawn for the self-test, so that nobody's photographs travel: wider than high, and higher than wide.
+const SELF_TEST_SIZES: [(u32, u32); 2] = [(320, 240), (97, 131)];
 
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
@@ -37,6 +40,8 @@ pub enum RecordError {
     Backbone(#[from] BackboneError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    #[error(transparent)]
+    SelfTest(#[from] SelfTestError),
 }
 
 /// The figures of a finished run, as `metrics.json` holds them.
@@ -144,8 +149,14 @@ impl Record {
             subspace: trained.subspace.clone(),
             tail: trained.tail.clone(),
             backbone: self.settings.embed_backbone.then(|| network.onnx().to_vec()),
+            self_test: None,
         };
-        Ok(Bundle::new(manifest, parts).write(&self.folder.join(MODEL))?)
+        let mut bundle = Bundle::new(manifest, parts);
+        // As the devices will answer, whatever computed the features.
+        let mut classifier = Classifier::new(&bundle.backbone(&network.on(Device::Cpu))?, bundle.skill())?;
+        let images = SELF_TEST_SIZES.map(|(width, height)| drawn::jpeg(width, height)).to_vec();
+        bundle.set_self_test(SelfTest::ask(&mut classifier, trained.examples.clone(), images)?);
+        Ok(bundle.write(&self.folder.join(MODEL))?)
     }
 
     /// The pictures for TensorBoard.

@@ -46,6 +46,8 @@ pub struct Trained {
     pub subspace: Subspace,
     /// A fine-tuned last convolution.
     pub tail: Option<Tail>,
+    /// Features of a photograph of each class, for the self-test.
+    pub examples: Vec<Vec<f32>>,
     /// What is not used, and why.
     pub left_out: Vec<Finding>,
     pub time: Duration,

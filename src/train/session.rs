@@ -29,7 +29,7 @@ use crate::vision::classifier::Skill;
 use crate::vision::head::{HeadError, linear};
 use crate::vision::subspace::SubspaceError;
 use crate::vision::tail::TailError;
-use crate::vision::{Backbone, BackboneError, Head, Labels, Network, Preprocess, Subspace, Tail};
+use crate::vision::{Backbone, BackboneError, Head, Labels, Network, Prediction, Preprocess, Subspace, Tail};
 
 /// Directions of the subspace that tells flowers from other things: with fewer, more of the other
 /// things pass; with more, the bundle grows and nothing is gained.
@@ -318,7 +318,8 @@ impl<'a> Session<'a> {
         let head = Head::new(width, weight, bias, calibrate::temperature(&logits, &seen.val.classes()))?;
         let subspace = self.subspace(&train, &val)?;
         let skill = self.skill(&head, &subspace);
-        let predictions = val.iter().map(|row| skill.judge(row)).collect();
+        let predictions: Vec<Prediction> = val.iter().map(|row| skill.judge(row)).collect();
+        let examples = examples(&val, &predictions, &seen.val.classes());
         let val = Measured::new(&self.labels, seen.val.images, predictions);
         let classes = seen.train.classes();
         let of_class = |class| classes.iter().filter(|other| **other == class).count();
@@ -339,6 +340,7 @@ impl<'a> Session<'a> {
             head,
             subspace,
             tail: learned.tail,
+            examples,
             left_out: seen.left_out,
             time: Duration::ZERO,
         })
@@ -439,6 +441,20 @@ fn threshold(similarities: &[f32], reject: f32) -> f32 {
     let first = similarities[rejected];
     let last = rejected.checked_sub(1).map_or(first * 0.98, |last| similarities[last]);
     f32::midpoint(last, first)
+}
+
+/// The features of the photograph of each class that it is named best by. in: `[width]` each, what each was taken for, what
+/// each is.
+fn examples(features: &[Vec<f32>], predictions: &[Prediction], classes: &[usize]) -> Vec<Vec<f32>> {
+    let best = |class: usize| {
+        let of_class = (0..features.len()).filter(|i| classes[*i] == class);
+        of_class.max_by(|a, b| {
+            let sure = |i: usize| predictions[i].probabilities[class];
+            sure(*a).total_cmp(&sure(*b))
+        })
+    };
+    let count = predictions.first().map_or(0, |prediction| prediction.probabilities.len());
+    (0..count).filter_map(best).map(|i| features[i].clone()).collect()
 }
 
 /// A loss that is no number ends a training, and what it gave is of no use.

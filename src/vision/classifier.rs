@@ -84,6 +84,10 @@ impl Classifier {
         &self.skill.labels
     }
 
+    pub fn skill(&self) -> &Skill {
+        &self.skill
+    }
+
     /// What a picture and its mirrored self are taken for, the mean of both. in: H×W×3 u8 RGB, any size.
     pub fn classify_with_mirror(&mut self, image: &RgbImage) -> Result<Prediction, BackboneError> {
         let mut features = |image: &RgbImage| {

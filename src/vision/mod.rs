@@ -4,6 +4,7 @@
 pub mod backbone;
 pub mod classifier;
 pub mod decode;
+pub mod drawn;
 pub mod head;
 pub mod labels;
 pub mod preprocess;
