@@ -2,7 +2,8 @@
 //!
 //! `camera` (a thread) → mailbox → `vision` (a thread: decode, classify, decide) → outbox and state →
 //! `mqtt` (the thread that called [`Daemon::run`]). Each stage ends when the one before it has ended, so
-//! that what was decided is still said.
+//! that what was decided is still said. Beside the street, `fleet` (a thread) takes new models from `mqtt`
+//! and hands them to `vision`.
 
 use std::future::Future;
 use std::path::Path;
@@ -15,31 +16,40 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use crate::bundle::{Bundle, BundleError};
+use crate::bundle::signature::KeyError;
+use crate::bundle::{Keyring, Store};
 use crate::camera::latest;
 use crate::camera::rpicam::{self, Rpicam};
 use crate::camera::{self, CameraError, FrameSource, Next, Pace, replay};
 use crate::config::{Config, ConfigError, Source};
 use crate::decide::Decider;
+use crate::fleet::model::{Deciding, ModelError, Shelf};
+use crate::fleet::receive::{Ends, Input, Receiver, Setup};
 use crate::health::Counters;
-use crate::mqtt::{Link, LinkSettings, Outbox, discovery, message, topics::Topics};
-use crate::vision::decode;
-use crate::vision::{BackboneError, Classifier};
-use crate::watcher::{Observer, Voice, Watcher};
+use crate::mqtt::outbox::Limits;
+use crate::mqtt::{Link, LinkSettings, Outbox, message, topics::Topics};
+use crate::vision::BackboneError;
+use crate::vision::{Labels, decode};
+use crate::watcher::{Observer, Orders, Voice, Watcher};
 
 /// Settings from afar that wait for the vision thread.
 const ORDERS_MAX: usize = 16;
 /// How long a stop waits for the vision thread, which may be at a frame, and then for the camera's.
 const VISION_END: Duration = Duration::from_millis(800);
 const CAMERA_END: Duration = Duration::from_millis(300);
+const FLEET_END: Duration = Duration::from_millis(500);
+/// Answers to whoever sends models, which wait while the broker is away.
+const ANSWERS: Limits = Limits { entries_max: 64, bytes_max: 256 << 10 };
 
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
     #[error(transparent)]
     Config(#[from] ConfigError),
-    #[error("model.bundle: {0}")]
-    Bundle(#[from] BundleError),
-    #[error("model.backbone: {0}")]
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error("model.trusted_keys: {0}")]
+    Keys(#[from] KeyError),
+    #[error(transparent)]
     Backbone(#[from] BackboneError),
     #[error("camera: {0}")]
     Camera(#[from] CameraError),
@@ -54,8 +64,8 @@ pub struct Daemon {
     config: Config,
     topics: Topics,
     link: LinkSettings,
-    bundle: Bundle,
-    classifier: Classifier,
+    shelf: Shelf,
+    deciding: Deciding,
     decider: Decider,
     source: Box<dyn FrameSource>,
     pace: Pace,
@@ -63,18 +73,29 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Loads the model and checks what can be checked without the camera and the broker.
+    /// Loads the model and checks what can be checked without the camera and the broker. What the store needs, is done.
     pub fn prepare(config: Config) -> Result<Self, DaemonError> {
-        let (bundle, classifier) = load_model(&config)?;
-        let rules = config.rules(classifier.labels())?;
+        Self::with_store(config, Store::new)
+    }
+
+    /// The same, and changes nothing.
+    pub fn examine(config: Config) -> Result<Self, DaemonError> {
+        Self::with_store(config, Store::for_looking)
+    }
+
+    fn with_store(config: Config, open: fn(&Path) -> Store) -> Result<Self, DaemonError> {
+        let shelf = config.shelf(open);
+        Keyring::read(&config.model.trusted_keys)?;
+        let deciding = shelf.deciding()?;
+        let rules = config.rules(deciding.loaded.classifier.labels())?;
         let pace = Pace::new(config.camera.interval_ms);
         Ok(Daemon {
             topics: config.topics()?,
             link: config.link()?,
             source: source(&config, &pace)?,
             decider: Decider::new(rules, SystemTime::now()),
-            bundle,
-            classifier,
+            shelf,
+            deciding,
             config,
             pace,
             counters: Arc::default(),
@@ -83,12 +104,11 @@ impl Daemon {
 
     /// The model's name and version.
     pub fn model(&self) -> String {
-        let manifest = self.bundle.manifest();
-        format!("{} {}", manifest.name, manifest.version)
+        self.deciding.loaded.model.identity().to_string()
     }
 
-    pub fn labels(&self) -> &crate::vision::Labels {
-        self.classifier.labels()
+    pub fn labels(&self) -> &Labels {
+        self.deciding.loaded.classifier.labels()
     }
 
     /// Waits for one frame from the camera and classifies it, within the stall time.
@@ -108,7 +128,7 @@ impl Daemon {
         };
         self.source.close();
         let picture = decode::picture(&frame.picture).map_err(|e| CameraError::Broken(e.to_string()))?;
-        self.classifier.classify(&picture)?;
+        self.deciding.loaded.classifier.classify(&picture)?;
         Ok(())
     }
 
@@ -128,39 +148,45 @@ impl Daemon {
 
     /// Makes the channels and starts the threads; the link is for the caller to run.
     fn start(self, observer: Observer) -> Result<(Stages, Link), DaemonError> {
-        let labels = self.classifier.labels().clone();
+        let labels = self.deciding.loaded.classifier.labels().clone();
         let sender = message::Sender {
             device: self.topics.device().to_string(),
             camera: self.config.camera.name.clone(),
-            labels: labels.clone(),
-            model: self.bundle.manifest().version,
+            labels,
+            model: self.deciding.loaded.model.manifest.version,
         };
-        let mut fixed = vec![(self.topics.model(), message::model(&self.bundle))];
-        if self.config.mqtt.discovery.enabled {
-            fixed.insert(0, (self.topics.discovery(), discovery::device(&self.topics, &labels)));
-        }
-        let outbox = Outbox::new(self.config.outbox());
-        let (orders, ordered) = mpsc::sync_channel(ORDERS_MAX);
+        let (outbox, answers) = (Outbox::new(self.config.outbox()), Outbox::new(ANSWERS));
+        let (orders, settings) = mpsc::sync_channel(ORDERS_MAX);
+        let (swaps, swapped) = mpsc::sync_channel(1);
         let (frames, mailbox) = latest::mailbox();
         let rules = self.config.supervisor(&self.pace);
         let patience = Duration::from_millis(self.config.camera.stall_ms);
-        let voice = Voice::new(self.decider, sender, outbox.clone(), self.counters.clone());
-        let (mut watcher, state) =
-            Watcher::new(mailbox, self.classifier, voice, ordered, self.pace, patience, observer);
+        let (topics, counters) = (self.topics, self.counters);
+        let setup =
+            Setup { config: self.config, topics: topics.clone(), shelf: self.shelf, answers: answers.clone(), swaps };
+        let (receiver, classifier, Ends { inbox, about, witness }) = Receiver::new(setup, self.deciding);
+        let voice = Voice::new(self.decider, sender, topics.event(), outbox.clone(), counters.clone());
+        let said = about.subscribe();
+        let ordered = Orders { settings, swaps: swapped, about, witness };
+        let (mut watcher, state) = Watcher::new(mailbox, classifier, voice, ordered, self.pace, patience, observer);
         let link = Link {
             settings: self.link,
-            topics: self.topics,
-            fixed,
+            topics,
+            about: said,
             state,
             outbox,
+            answers,
             orders,
-            counters: self.counters.clone(),
+            mail: Box::new(move |mail| inbox.try_send(Input::Mail(mail)).is_ok()),
+            counters: counters.clone(),
         };
-        let (mut source, counters) = (self.source, self.counters);
+        let mut source = self.source;
         let camera = Stage::spawn("camera", move || camera::watch(source.as_mut(), &rules, &frames, &counters))?;
         let (stop, stopped) = watch::channel(false);
+        let stopped_too = stopped.clone();
+        let fleet = Stage::spawn("fleet", move || receiver.run(&stopped_too))?;
         let vision = Stage::spawn("vision", move || watcher.watch(&stopped))?;
-        Ok((Stages { camera, vision, stop }, link))
+        Ok((Stages { camera, vision, fleet, stop }, link))
     }
 }
 
@@ -168,6 +194,7 @@ impl Daemon {
 struct Stages {
     camera: Stage,
     vision: Stage,
+    fleet: Stage,
     stop: watch::Sender<bool>,
 }
 
@@ -191,9 +218,10 @@ async fn conduct(
     stages.stop.send_replace(true);
     let vision = stages.vision.join(VISION_END).await;
     let camera = stages.camera.join(CAMERA_END).await;
+    let fleet = stages.fleet.join(FLEET_END).await;
     end_link.send_replace(true);
     link.await.map_err(|_| DaemonError::Panicked("mqtt"))?;
-    vision.and(camera)
+    vision.and(camera).and(fleet)
 }
 
 /// A thread whose end can be waited for.
@@ -228,20 +256,6 @@ impl Stage {
         }
         self.thread.join().map_err(|_| DaemonError::Panicked(self.name))
     }
-}
-
-/// The model that the configuration names, and the model at work.
-fn load_model(config: &Config) -> Result<(Bundle, Classifier), DaemonError> {
-    fn named(path: &Path) -> Option<&Path> {
-        (!path.as_os_str().is_empty()).then_some(path)
-    }
-    let bundle = named(&config.model.bundle).map_or_else(Bundle::built_in, Bundle::read)?;
-    let file = named(&config.model.backbone);
-    let classifier = bundle.classifier(file).map_err(|error| match (error, file) {
-        (BundleError::Backbone(error), Some(_)) => DaemonError::Backbone(error),
-        (error, _) => DaemonError::Bundle(error),
-    })?;
-    Ok((bundle, classifier))
 }
 
 fn source(config: &Config, pace: &Pace) -> Result<Box<dyn FrameSource>, CameraError> {

@@ -117,6 +117,18 @@ impl Decider {
         self.told.as_ref().is_some_and(|told| told.camera_ok)
     }
 
+    /// What was told last.
+    pub fn told(&self) -> Option<&Sight> {
+        self.told.as_ref()
+    }
+
+    /// Other classes: what was seen of the old ones is forgotten, and should have been taken back before.
+    pub fn relearn(&mut self, thresholds: Vec<Thresholds>) {
+        self.values = vec![0.0; thresholds.len()];
+        self.rules.thresholds = thresholds;
+        (self.class, self.last_frame, self.pending, self.told) = (None, None, None, None);
+    }
+
     pub fn rules_mut(&mut self) -> &mut Rules {
         &mut self.rules
     }

@@ -1,19 +1,21 @@
 //! The stage from frames to decisions: decodes, classifies, decides, and hands over what is to be said.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant, SystemTime};
 
+use image::RgbImage;
 use tokio::sync::watch;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::camera::latest::{self, News, Taken};
 use crate::camera::{Frame, Pace};
-use crate::decide::{Decider, Decision, Flicker};
+use crate::decide::{Decider, Decision, Flicker, Thresholds};
 use crate::health::Counters;
-use crate::mqtt::{Outbox, Setting, message};
+use crate::mqtt::{About, Outbox, Setting, message};
 use crate::vision::{Classifier, Prediction, Stages, decode};
 
 /// How often settings are looked for while no frame comes.
@@ -32,13 +34,48 @@ pub struct Seen {
 /// Called with each frame that was classified, on the vision thread.
 pub type Observer = Box<dyn FnMut(Seen) + Send>;
 
+/// Is told how a model fares with each frame; false once it wants to know no more.
+pub type Witness = Box<dyn FnMut(Report) -> bool + Send>;
+
+/// How a model fared with a frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Report {
+    /// How long its network took.
+    Seen(Duration),
+    /// The model failed, which no picture is to blame for.
+    Failed(String),
+}
+
+/// Another model, to be put in the place of the present one between two frames.
+pub struct Swap {
+    pub classifier: Classifier,
+    pub version: u64,
+    /// Of its classes.
+    pub thresholds: Vec<Thresholds>,
+    /// What there is to say of it.
+    pub about: About,
+    pub witness: Option<Witness>,
+    /// Takes the model that was replaced, and is thereby told that it was.
+    pub replaced: mpsc::SyncSender<Classifier>,
+}
+
+/// What comes to the vision thread besides frames.
+pub struct Orders {
+    pub settings: mpsc::Receiver<Setting>,
+    pub swaps: mpsc::Receiver<Swap>,
+    /// Where it is told what there is to say of another model.
+    pub about: watch::Sender<About>,
+    /// Of the model at the start, where it is on trial.
+    pub witness: Option<Witness>,
+}
+
 /// What the vision thread works with.
 pub struct Watcher {
     mailbox: latest::Receiver,
     classifier: Classifier,
     voice: Voice,
     state: watch::Sender<Vec<u8>>,
-    orders: mpsc::Receiver<Setting>,
+    orders: Orders,
     pace: Pace,
     observer: Observer,
     /// After so long without a frame that could be classified, nothing is seen.
@@ -53,7 +90,7 @@ impl Watcher {
         mailbox: latest::Receiver,
         classifier: Classifier,
         mut voice: Voice,
-        orders: mpsc::Receiver<Setting>,
+        orders: Orders,
         pace: Pace,
         patience: Duration,
         observer: Observer,
@@ -98,8 +135,26 @@ impl Watcher {
         let began = Instant::now();
         let picture = decode::picture(&frame.picture).map_err(|e| e.to_string())?;
         let decode = began.elapsed();
-        let (prediction, stages) = self.classifier.classify(&picture).map_err(|e| e.to_string())?;
+        let (prediction, stages) = self.judge(&picture)?;
         Ok((prediction, Stages { decode, ..stages }))
+    }
+
+    /// A model on trial that panics fails the trial; any other ends the program.
+    fn judge(&mut self, picture: &RgbImage) -> Result<(Prediction, Stages), String> {
+        let classifier = &mut self.classifier;
+        let Some(witness) = &mut self.orders.witness else {
+            return classifier.classify(picture).map_err(|e| e.to_string());
+        };
+        let judged = catch_unwind(AssertUnwindSafe(|| classifier.classify(picture).map_err(|e| e.to_string())))
+            .unwrap_or_else(|_| Err("it panicked; its message stands in the log".into()));
+        let wants_more = witness(match &judged {
+            Ok((_, stages)) => Report::Seen(stages.backbone),
+            Err(reason) => Report::Failed(reason.clone()),
+        });
+        if !wants_more {
+            self.orders.witness = None;
+        }
+        judged
     }
 
     fn skip(&mut self, frame: &Frame, reason: &str) {
@@ -124,12 +179,41 @@ impl Watcher {
 
     /// Does what was asked from afar.
     fn obey(&mut self) {
-        while let Ok(setting) = self.orders.try_recv() {
+        while let Ok(setting) = self.orders.settings.try_recv() {
             match self.apply(setting) {
                 Ok(()) => info!("set from afar: {setting:?}"),
                 Err(flicker) => warn!("the setting {setting:?} is left out: {flicker}"),
             }
         }
+        if let Ok(swap) = self.orders.swaps.try_recv() {
+            self.swap(swap);
+        }
+    }
+
+    /// Puts another model in the place of the present one. What is seen stays seen where the classes are the same.
+    fn swap(&mut self, swap: Swap) {
+        let same_classes = self.voice.sender.labels == *swap.classifier.labels();
+        if !same_classes {
+            // In the words of the old model.
+            let camera_ok = self.voice.decider.camera_ok();
+            self.see_nothing(SystemTime::now(), camera_ok);
+        }
+        let replaced = std::mem::replace(&mut self.classifier, swap.classifier);
+        self.voice.sender.labels = self.classifier.labels().clone();
+        self.voice.sender.model = swap.version;
+        self.orders.about.send_replace(swap.about);
+        self.orders.witness = swap.witness;
+        if same_classes {
+            if let Some(sight) = self.voice.decider.told() {
+                self.state.send_replace(self.voice.sender.state(sight, self.voice.paused));
+            }
+        } else {
+            let camera_ok = self.voice.decider.camera_ok();
+            self.voice.decider.relearn(swap.thresholds);
+            self.see_nothing(SystemTime::now(), camera_ok);
+        }
+        // Nobody waits for it where the program is about to end.
+        let _ = swap.replaced.send(replaced);
     }
 
     fn pause(&mut self, paused: bool) {
@@ -162,14 +246,22 @@ impl Watcher {
 pub struct Voice {
     decider: Decider,
     sender: message::Sender,
+    /// Where events go.
+    topic: String,
     outbox: Outbox,
     counters: Arc<Counters>,
     paused: bool,
 }
 
 impl Voice {
-    pub fn new(decider: Decider, sender: message::Sender, outbox: Outbox, counters: Arc<Counters>) -> Self {
-        Voice { decider, sender, outbox, counters, paused: false }
+    pub fn new(
+        decider: Decider,
+        sender: message::Sender,
+        topic: String,
+        outbox: Outbox,
+        counters: Arc<Counters>,
+    ) -> Self {
+        Voice { decider, sender, topic, outbox, counters, paused: false }
     }
 
     /// Puts the event of a change into the outbox; gives the state where it is worth telling.
@@ -184,7 +276,8 @@ impl Voice {
                 decision.sight.confidence
             );
             self.counters.events.add(1);
-            let lost = self.outbox.push(self.sender.event(id, &decision.sight, previous));
+            let event = self.sender.event(id, &decision.sight, previous);
+            let lost = self.outbox.push(self.topic.clone(), event);
             if !lost.is_empty() {
                 self.counters.events_lost.add(lost.len() as u64);
                 error!("the outbox is full: {} events are lost, oldest first; see mqtt.outbox_entries_max", lost.len());

@@ -32,9 +32,8 @@ use crate::vision::{Backbone, BackboneError, Classifier, Head, Network, Subspace
 pub const BUILT_IN: &[u8] = include_bytes!("../../models/flowers.bloom");
 
 const HEAD: &str = "head.safetensors";
-/// Also a manifest's key for it.
 pub const TAIL: &str = "tail.safetensors";
-const BACKBONE: &str = "backbone.onnx";
+pub const BACKBONE: &str = "backbone.onnx";
 const SELF_TEST: &str = "selftest.safetensors";
 
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +113,14 @@ impl Bundle {
             let (rows, names) = (head.classes(), manifest.classes.names().len());
             return Err(content(format!("{HEAD} has {rows} classes, {} names {names}", manifest::NAME)));
         }
+        if let Some(carried) =
+            manifest.members.get(BACKBONE).filter(|carried| carried.sha256 != manifest.backbone.sha256)
+        {
+            let (carried, wanted) = (&carried.sha256, &manifest.backbone.sha256);
+            return Err(content(format!(
+                "{BACKBONE} is not the network it was made for: {carried:.12}…, not {wanted:.12}…"
+            )));
+        }
         let self_test = self_test.map(|test| SelfTest::from_bytes(&test, head.classes(), head.width())).transpose();
         let self_test = self_test.map_err(|e| content(format!("{SELF_TEST}: {e}")))?;
         let parts = Parts { head, subspace, tail, backbone, self_test };
@@ -153,6 +160,11 @@ impl Bundle {
     /// Gives it what it must answer wherever it runs.
     pub fn set_self_test(&mut self, self_test: SelfTest) {
         self.parts.self_test = Some(self_test);
+    }
+
+    /// Takes it out, since it is asked once.
+    pub fn take_self_test(&mut self) -> Option<SelfTest> {
+        self.parts.self_test.take()
     }
 
     pub fn parts(&self) -> &Parts {
@@ -271,6 +283,7 @@ mod tests {
         let mut full = bundle();
         full.parts.tail = Some(Tail::new(2, vec![0.25; 8], vec![0.5; 4]).unwrap());
         full.parts.backbone = Some(b"a network".to_vec());
+        full.manifest.backbone.sha256 = sha256_hex(b"a network");
         let answer = selftest::Answer { probabilities: vec![0.5; 2], similarity: 1.0 };
         full.parts.self_test = Some(SelfTest::new(vec![vec![1.0; 4]], vec![vec![7; 9]], vec![answer.clone(), answer]));
         full

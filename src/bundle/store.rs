@@ -36,7 +36,7 @@ pub enum StoreError {
     Archive { path: PathBuf, source: ArchiveError },
     #[error("there is no model before this one")]
     NoPrevious,
-    #[error("no model is on trial")]
+    #[error("this model is not on trial: the store was changed by hand")]
     NoTrial,
 }
 
@@ -76,7 +76,7 @@ pub struct Trial {
 /// What the store says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    schema: u32,
+    pub schema: u32,
     /// Grows with each change; an order that names it cannot be given twice.
     pub generation: u64,
     /// The model that was confirmed last.
@@ -109,6 +109,10 @@ impl State {
     /// What decides while all is well.
     pub fn deciding(&self) -> Place {
         self.trial.as_ref().map_or_else(|| self.current.clone(), |trial| Place::Slot(trial.slot.clone()))
+    }
+
+    fn trial_of(&mut self, sha256: &str) -> Result<&mut Trial, StoreError> {
+        self.trial.as_mut().filter(|trial| trial.slot.sha256 == sha256).ok_or(StoreError::NoTrial)
     }
 
     fn slots(&self) -> impl Iterator<Item = &Slot> {
@@ -195,28 +199,32 @@ impl Store {
         put
     }
 
-    /// Notes how far the trial is.
-    pub fn set_phase(&self, phase: Phase) -> Result<State, StoreError> {
+    /// Notes how far the trial of a model is.
+    pub fn set_phase(&self, sha256: &str, phase: Phase) -> Result<State, StoreError> {
         self.change(|state| {
-            state.trial.as_mut().ok_or(StoreError::NoTrial)?.phase = phase;
+            state.trial_of(sha256)?.phase = phase;
             Ok(())
         })
     }
 
     /// The model on trial has proved itself.
-    pub fn confirm(&self) -> Result<State, StoreError> {
+    pub fn confirm(&self, sha256: &str) -> Result<State, StoreError> {
         self.change(|state| {
-            let trial = state.trial.take().ok_or(StoreError::NoTrial)?;
-            state.taken_back.retain(|sha256| *sha256 != trial.slot.sha256);
-            let before = std::mem::replace(&mut state.current, Place::Slot(trial.slot));
-            state.previous = Some(before);
+            let slot = state.trial_of(sha256)?.slot.clone();
+            state.taken_back.retain(|taken_back| taken_back != sha256);
+            let before = std::mem::replace(&mut state.current, Place::Slot(slot));
+            (state.previous, state.trial) = (Some(before), None);
             Ok(())
         })
     }
 
     /// The model on trial has failed.
-    pub fn abandon(&self) -> Result<State, StoreError> {
-        self.change(|state| state.trial.take().map(drop).ok_or(StoreError::NoTrial))
+    pub fn abandon(&self, sha256: &str) -> Result<State, StoreError> {
+        self.change(|state| {
+            state.trial_of(sha256)?;
+            state.trial = None;
+            Ok(())
+        })
     }
 
     /// Goes back: from a trial to the current model, else to the one before, and remembers what was taken back.
@@ -338,13 +346,17 @@ mod tests {
         let store = Store::new(&dir.path().join("store"));
         for version in versions {
             install(&store, *version);
-            store.confirm().unwrap();
+            store.confirm(&name(*version)).unwrap();
         }
         (dir, store)
     }
 
     fn install(store: &Store, version: u8) -> State {
         store.try_out(slot(&[version], version.into()), &[version], Phase::Waiting).unwrap()
+    }
+
+    fn name(version: u8) -> String {
+        sha256_hex(&[version])
     }
 
     fn version(place: &Place) -> u64 {
@@ -364,12 +376,13 @@ mod tests {
         assert_eq!(store.state().unwrap(), State::default());
         let on_trial = install(&store, 1);
         assert_eq!((version(&on_trial.deciding()), version(&on_trial.current)), (1, 0));
-        let confirmed = store.confirm().unwrap();
+        assert!(matches!(store.confirm(&name(2)), Err(StoreError::NoTrial)), "another one is on trial");
+        let confirmed = store.confirm(&name(1)).unwrap();
         assert_eq!((version(&confirmed.deciding()), confirmed.previous.as_ref().map(version)), (1, Some(0)));
         assert!(confirmed.generation > on_trial.generation);
-        assert!(matches!(store.confirm(), Err(StoreError::NoTrial)));
+        assert!(matches!(store.confirm(&name(1)), Err(StoreError::NoTrial)));
         install(&store, 2);
-        assert_eq!(version(&store.abandon().unwrap().deciding()), 1);
+        assert_eq!(version(&store.abandon(&name(2)).unwrap().deciding()), 1);
         assert_eq!(files(&store), 1, "what failed is gone");
     }
 
@@ -379,13 +392,13 @@ mod tests {
         assert_eq!(files(&store), 2, "the current model and the one before");
         let back = store.take_back().unwrap();
         assert_eq!((version(&back.current), back.previous.clone()), (2, None));
-        assert_eq!(back.taken_back, [slot(&[3], 3).sha256]);
+        assert_eq!(back.taken_back, [name(3)]);
         assert_eq!(files(&store), 1);
         assert!(matches!(store.take_back(), Err(StoreError::NoPrevious)));
         install(&store, 4);
         assert_eq!(version(&store.take_back().unwrap().deciding()), 2, "from a trial to the current model");
         install(&store, 3);
-        assert!(!store.confirm().unwrap().taken_back.contains(&slot(&[3], 3).sha256));
+        assert!(!store.confirm(&name(3)).unwrap().taken_back.contains(&name(3)));
     }
 
     #[test]
@@ -402,7 +415,7 @@ mod tests {
 
         fs::write(store.folder.join(STATE), "{").unwrap();
         assert!(matches!(store.state(), Err(StoreError::Damaged { .. })));
-        assert!(store.confirm().is_err() && store.tidy().is_err());
+        assert!(store.confirm(&name(2)).is_err() && store.tidy().is_err());
         assert_eq!(files(&store), 1, "who knows what it named");
         let settled = store.settle(Place::BuiltIn, "the state".into()).unwrap();
         assert_eq!((version(&settled.deciding()), files(&store)), (0, 0));

@@ -74,8 +74,14 @@ pub struct BenchArgs {
     json: bool,
 }
 
+impl ConfigArgs {
+    pub fn load(&self) -> Result<Config, Failure> {
+        Config::load(self.config.as_deref(), &self.set).map_err(Failure::config)
+    }
+}
+
 pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
-    let config = Config::load(args.config.as_deref(), &args.set).map_err(Failure::config)?;
+    let config = args.load()?;
     log_to_stderr(config.log.level);
     let daemon = Daemon::prepare(config).map_err(Failure::config)?;
     tracing::info!("ready: the model {} knows {}", daemon.model(), daemon.labels().names().join(", "));
@@ -84,8 +90,7 @@ pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
 }
 
 pub fn check(args: &ConfigArgs) -> Result<(), Failure> {
-    let config = Config::load(args.config.as_deref(), &args.set).map_err(Failure::config)?;
-    let mut daemon = Daemon::prepare(config).map_err(Failure::config)?;
+    let mut daemon = Daemon::examine(args.load()?).map_err(Failure::config)?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "configuration: good")?;
     writeln!(out, "model: {}, {}", daemon.model(), daemon.labels().names().join(", "))?;

@@ -6,6 +6,7 @@ mod backbone;
 mod device;
 #[cfg(feature = "fetch")]
 mod fetching;
+mod fleet;
 mod progress;
 mod workstation;
 
@@ -22,6 +23,7 @@ use backbone::BackboneCommand;
 #[cfg(feature = "demo")]
 use device::DemoArgs;
 use device::{BenchArgs, ClassifyArgs, ConfigArgs};
+use fleet::{InstallArgs, KeygenArgs, PushArgs, RollbackArgs, SignArgs, VerifyArgs};
 use workstation::{CompareArgs, DatasetCommand, EvaluateArgs, TrainArgs};
 
 /// Watches a camera, names the flower it sees, and says so over MQTT.
@@ -57,6 +59,18 @@ enum Command {
     Evaluate(EvaluateArgs),
     /// Time a frame, stage by stage, on this machine
     Bench(BenchArgs),
+    /// Make a key that signs models, and its public half for the devices
+    Keygen(KeygenArgs),
+    /// Vouch for a model
+    Sign(SignArgs),
+    /// See who vouches for a model, and that nothing of it was altered
+    Verify(VerifyArgs),
+    /// Put a model into this device's store
+    Install(InstallArgs),
+    /// Send a model to devices, and wait until each has confirmed it
+    Push(PushArgs),
+    /// Let the model before decide again, here or on devices
+    Rollback(RollbackArgs),
 }
 
 /// An error and the exit code that goes with it.
@@ -110,6 +124,12 @@ impl Cli {
             Command::Compare(args) => workstation::compare(&args),
             Command::Evaluate(args) => workstation::evaluate(&args),
             Command::Bench(args) => device::bench(&args),
+            Command::Keygen(args) => fleet::keygen(&args),
+            Command::Sign(args) => fleet::sign(&args),
+            Command::Verify(args) => fleet::verify(&args),
+            Command::Install(args) => fleet::install(&args),
+            Command::Push(args) => fleet::push_bundle(&args),
+            Command::Rollback(args) => fleet::rollback(&args),
         }
     }
 }

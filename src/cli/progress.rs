@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::sync::Mutex;
 
 use bloomcast::train::session::Progress;
-use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 
 /// One bar at a time; it changes with what is done.
 #[derive(Default)]
@@ -48,6 +48,37 @@ impl Bars {
         bar.set_message(message);
         bar.set_position(bar.position().max(done));
         *current = Some((what, bar));
+    }
+}
+
+/// A line a device, and only on a terminal.
+#[derive(Default)]
+pub struct Devices {
+    all: MultiProgress,
+    bars: Mutex<Vec<ProgressBar>>,
+}
+
+impl Devices {
+    /// Shows what each device is at, and how many pieces of how many have arrived; always the same devices.
+    pub fn show(&self, devices: &[(&str, (String, u32, u32))]) {
+        let mut bars = self.bars.lock().expect("nothing panics with the lock held");
+        let width = devices.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+        for (i, (name, (doing, there, of))) in devices.iter().enumerate() {
+            if bars.len() == i {
+                let style = ProgressStyle::with_template("{prefix} {bar:30} {msg}").expect("the template is good");
+                let bar = ProgressBar::new(u64::from(*of)).with_style(style).with_prefix(format!("{name:width$}"));
+                bars.push(self.all.add(bar));
+            }
+            bars[i].set_length(u64::from(*of).max(1));
+            bars[i].set_position(u64::from(*there));
+            bars[i].set_message(doing.clone());
+        }
+    }
+}
+
+impl Drop for Devices {
+    fn drop(&mut self) {
+        self.bars.get_mut().expect("nothing panics with the lock held").iter().for_each(ProgressBar::abandon);
     }
 }
 

@@ -14,9 +14,13 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::bundle::{Store, archive};
 use crate::camera::{Pace, PixelFormat, Supervisor};
 use crate::decide::{Rules, Thresholds};
-use crate::mqtt::link::{Credentials, LinkSettings};
+use crate::fleet::message::Terms;
+use crate::fleet::model::Shelf;
+use crate::mqtt::access::{Access, Credentials};
+use crate::mqtt::link::LinkSettings;
 use crate::mqtt::outbox::Limits;
 use crate::mqtt::topics::{DeviceName, Topics, check_prefix};
 use crate::vision::Labels;
@@ -51,6 +55,7 @@ pub struct Config {
     pub model: Model,
     pub decide: Decide,
     pub mqtt: Mqtt,
+    pub fleet: Fleet,
     pub log: Log,
 }
 
@@ -105,6 +110,20 @@ pub struct Replay {
 pub struct Model {
     pub bundle: PathBuf,
     pub backbone: PathBuf,
+    pub store: PathBuf,
+    pub trusted_keys: PathBuf,
+    pub offer_bytes_max: u64,
+    pub slowdown_max: f64,
+    pub trial_frames: u32,
+    pub trial_s_max: u64,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fleet {
+    /// Names of devices by the name of their group.
+    #[serde(default)]
+    pub groups: std::collections::BTreeMap<String, Vec<String>>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -198,7 +217,7 @@ impl Config {
             Err(ConfigError::Invalid { key, value: value.to_string(), reason: reason.into() })
         };
         self.topics()?;
-        let (camera, mqtt, decide) = (&self.camera, &self.mqtt, &self.decide);
+        let (camera, mqtt, decide, model) = (&self.camera, &self.mqtt, &self.decide, &self.model);
         for (key, value) in [("decide.enter", decide.enter), ("decide.leave", decide.leave)] {
             if !(value > 0.0 && value <= 1.0) {
                 return invalid(key, &value, "expected a number above 0, at most 1");
@@ -213,7 +232,15 @@ impl Config {
                 return invalid("decide.classes", class, "expected 0 < leave ≤ enter ≤ 1");
             }
         }
-        let ranges: [(&'static str, u64, u64, u64); 15] = [
+        if !(model.slowdown_max >= 1.0 && model.slowdown_max <= 1000.0) {
+            return invalid("model.slowdown_max", &model.slowdown_max, "expected 1 to 1000");
+        }
+        for (group, devices) in &self.fleet.groups {
+            if let Some(device) = devices.iter().find(|device| DeviceName::new(device).is_err()) {
+                return invalid("fleet.groups", group, &format!("{device:?} is no device's name"));
+            }
+        }
+        let ranges: [(&'static str, u64, u64, u64); 18] = [
             ("camera.stall_ms", camera.stall_ms, 1, MS_MAX),
             ("camera.interval_ms", camera.interval_ms, 0, MS_MAX),
             ("camera.reopen_ms_min", camera.reopen_ms_min, 1, MS_MAX),
@@ -221,6 +248,9 @@ impl Config {
             ("camera.width", camera.width.into(), 1, SIDE_MAX.into()),
             ("camera.height", camera.height.into(), 1, SIDE_MAX.into()),
             ("camera.fps", camera.fps.into(), 1, 1000),
+            ("model.offer_bytes_max", model.offer_bytes_max, 4096, archive::FILE_BYTES_MAX),
+            ("model.trial_frames", model.trial_frames.into(), 1, 1_000_000),
+            ("model.trial_s_max", model.trial_s_max, 1, 86_400),
             ("mqtt.port", mqtt.port.into(), 1, u16::MAX.into()),
             ("mqtt.keep_alive_s", mqtt.keep_alive_s, 1, u16::MAX.into()),
             ("mqtt.reconnect_ms_min", mqtt.reconnect_ms_min, 1, MS_MAX),
@@ -264,6 +294,11 @@ impl Config {
         Ok(Topics::new(&self.mqtt.base, prefix, device))
     }
 
+    /// Where the messages of another device go.
+    pub fn topics_of(&self, device: DeviceName) -> Topics {
+        Topics::new(&self.mqtt.base, &self.mqtt.discovery.prefix, device)
+    }
+
     /// The thresholds of a class.
     pub fn thresholds(&self, class: &str) -> Thresholds {
         let own = self.decide.classes.get(class);
@@ -292,6 +327,21 @@ impl Config {
         })
     }
 
+    /// Where models are. `open`: how the store is opened, where there is one.
+    pub fn shelf(&self, open: fn(&Path) -> Store) -> Shelf {
+        fn named(path: &Path) -> Option<&Path> {
+            (!path.as_os_str().is_empty()).then_some(path)
+        }
+        let bundle = named(&self.model.bundle).map(Path::to_owned);
+        let store = named(&self.model.store).filter(|_| bundle.is_none()).map(open);
+        Shelf { bundle, backbone: named(&self.model.backbone).map(Path::to_owned), store }
+    }
+
+    /// How long a new model is on trial.
+    pub fn trial(&self) -> Terms {
+        Terms { frames: self.model.trial_frames, seconds: self.model.trial_s_max }
+    }
+
     /// What the camera's supervisor goes by. A replay keeps the pace itself.
     pub fn supervisor(&self, pace: &Pace) -> Supervisor {
         Supervisor {
@@ -302,19 +352,27 @@ impl Config {
         }
     }
 
-    /// What the connection to the broker goes by; reads the credentials.
+    /// What a device's connection to the broker goes by.
     pub fn link(&self) -> Result<LinkSettings, ConfigError> {
         let mqtt = &self.mqtt;
         Ok(LinkSettings {
+            access: self.access()?,
+            reconnect_min: Duration::from_millis(mqtt.reconnect_ms_min),
+            reconnect_max: Duration::from_millis(mqtt.reconnect_ms_max),
+            inflight_max: mqtt.inflight_max,
+            farewell: Duration::from_millis(mqtt.farewell_ms),
+        })
+    }
+
+    /// How the broker is reached; reads the credentials.
+    pub fn access(&self) -> Result<Access, ConfigError> {
+        let mqtt = &self.mqtt;
+        Ok(Access {
             host: mqtt.host.clone(),
             port: mqtt.port,
             credentials: credentials(&mqtt.credentials_file)?,
             keep_alive: Duration::from_secs(mqtt.keep_alive_s),
-            reconnect_min: Duration::from_millis(mqtt.reconnect_ms_min),
-            reconnect_max: Duration::from_millis(mqtt.reconnect_ms_max),
             packet_bytes_max: mqtt.packet_bytes_max,
-            inflight_max: mqtt.inflight_max,
-            farewell: Duration::from_millis(mqtt.farewell_ms),
         })
     }
 

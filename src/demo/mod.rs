@@ -17,8 +17,9 @@ use crate::bundle::Bundle;
 use crate::config::{Config, ConfigError};
 use crate::daemon::{Daemon, DaemonError};
 use crate::health::Counters;
+use crate::mqtt::access::Access;
+use crate::mqtt::client::{Client, ClientError};
 use crate::mqtt::message::OFFLINE;
-use crate::mqtt::subscriber::{Subscriber, SubscriberError};
 use crate::vision::UNKNOWN;
 use crate::watcher::Seen;
 use photographs::Photographs;
@@ -34,7 +35,7 @@ pub enum DemoError {
     #[error("the demo's broker: {0}")]
     Broker(#[from] broker::BrokerError),
     #[error("the demo's subscriber: {0}")]
-    Subscriber(#[from] SubscriberError),
+    Subscriber(#[from] ClientError),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -77,21 +78,21 @@ struct Outcome {
 /// Plays the photographs through and prints what comes out at the other end. An error where the
 /// folders' names tell what is shown and the events tell something else.
 pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
-    let labels = Bundle::built_in().map_err(DaemonError::Bundle)?.manifest().classes.names().to_vec();
+    let labels = Bundle::built_in().map_err(|e| DaemonError::Model(e.into()))?.manifest().classes.names().to_vec();
     let photographs = Photographs::find(options.frames.as_deref(), options.per_class, out)?.told_by(&labels);
     let port = broker::start(options.port)?;
     let list = photographs.write_list()?;
     let daemon = Daemon::prepare(config(port, &list, options.interval_ms)?)?;
     screen::opening(out, port, &photographs, &daemon.model())?;
 
-    let subscriber = Subscriber::connect("127.0.0.1", port, &format!("bloomcast/{DEVICE}/#"))?;
+    let mut subscriber = Client::connect(&Access::local(port), &[format!("bloomcast/{DEVICE}/#")])?;
     let (seen, looked_on) = mpsc::sync_channel(photographs.images.len());
     let began = Instant::now();
     let watching = thread::Builder::new()
         .name("daemon".into())
         // The channel has room for every photograph: the daemon never waits for us.
         .spawn(move || daemon.run(std::future::pending(), Box::new(move |frame| drop(seen.try_send(frame)))))?;
-    let events = listen(&subscriber, &watching, out)?;
+    let events = listen(&mut subscriber, &watching, out)?;
     let counters = watching.join().map_err(|_| DaemonError::Panicked("daemon"))??;
     let outcome = Outcome { events, seen: looked_on.iter().collect(), counters, elapsed: began.elapsed() };
     screen::summary(out, &photographs, &outcome, &labels)?;
@@ -110,13 +111,14 @@ fn config(port: u16, list: &tempfile::NamedTempFile, interval_ms: u64) -> Result
         format!("decide.enter_dwell_ms={}", 2 * interval_ms),
         format!("decide.leave_dwell_ms={}", 8 * interval_ms),
         format!("mqtt.port={port}"),
+        "model.store=".into(),
     ];
     Config::of_settings(&settings)
 }
 
 /// Prints each event as it comes, until the device says that it is gone.
 fn listen<T>(
-    subscriber: &Subscriber,
+    subscriber: &mut Client,
     daemon: &thread::JoinHandle<T>,
     out: &mut dyn Write,
 ) -> Result<Vec<Event>, DemoError> {

@@ -1,4 +1,4 @@
-//! The connection to the broker; here and in `subscriber` alone rumqttc is named.
+//! A device's connection to the broker.
 //!
 //! Each connection is a client of its own, with a clean session, so that nothing is resent behind our
 //! back: the outbox alone knows what the broker has not acknowledged. A connection begins with the
@@ -6,79 +6,80 @@
 //! trust the rest) and ends with `offline`, said by us or by the last will.
 
 use std::collections::{HashMap, VecDeque};
-use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use rumqttc::{
-    AsyncClient, ConnectReturnCode, ConnectionError, Event, EventLoop, LastWill, MqttOptions, Outgoing, Packet, QoS,
-    SubscribeReasonCode,
+    AsyncClient, ConnectionError, Event, EventLoop, LastWill, Outgoing, Packet, Publish, QoS, SubscribeReasonCode,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, warn};
 
+use super::access::{Access, reason};
 use super::message::{OFFLINE, ONLINE};
-use super::outbox::{Outbox, Sequence};
+use super::outbox::{Entry, Outbox, Sequence};
 use super::setting::Setting;
-use super::topics::Topics;
+use super::topics::{Order, Topics};
 use crate::health::Counters;
 
 /// What the connection goes by.
 #[derive(Debug, Clone)]
 pub struct LinkSettings {
-    pub host: String,
-    pub port: u16,
-    pub credentials: Option<Credentials>,
-    pub keep_alive: Duration,
+    pub access: Access,
     pub reconnect_min: Duration,
     pub reconnect_max: Duration,
-    pub packet_bytes_max: usize,
     pub inflight_max: u16,
     /// How long the end waits for the last acknowledgements.
     pub farewell: Duration,
-}
-
-/// A user's name and password; the password is never printed.
-#[derive(Clone)]
-pub struct Credentials {
-    pub user: String,
-    pub password: String,
-}
-
-impl fmt::Debug for Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials").field("user", &self.user).finish_non_exhaustive()
-    }
 }
 
 /// Everything that is to be said, and where it goes.
 pub struct Link {
     pub settings: LinkSettings,
     pub topics: Topics,
-    /// Topics and payloads of retained messages that do not change: discovery, model.
-    pub fixed: Vec<(String, Vec<u8>)>,
+    /// What there is to say of the model.
+    pub about: watch::Receiver<About>,
     /// The newest state.
     pub state: watch::Receiver<Vec<u8>>,
     pub outbox: Outbox,
+    /// What became of models that were offered.
+    pub answers: Outbox,
     /// Where settings from afar go.
     pub orders: SyncSender<Setting>,
+    /// Where goes what concerns the model; false where there is no room.
+    pub mail: Box<dyn Fn(Mail) -> bool + Send>,
     pub counters: Arc<Counters>,
 }
 
-/// Messages besides events that may be under way: the fixed ones, the state, the status.
-const OTHERS_MAX: u16 = 16;
-/// A larger message under `…/set/` breaks the connection; none that means well comes near.
-const INCOMING_BYTES_MAX: usize = 1 << 20;
+/// Topics and payloads of the retained messages that change with the model: discovery, model.
+pub type About = Vec<(String, Vec<u8>)>;
+
+/// What came that concerns the model, or lets it be told how it stands.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Mail {
+    /// A connection began: what came on the one before may be lost.
+    Connected,
+    Offer(Vec<u8>),
+    /// By its number.
+    Chunk(u32, Vec<u8>),
+    Rollback(Vec<u8>),
+}
+
+/// Messages besides events that may be under way: what is said of the model, answers, the state, the status.
+const OTHERS_MAX: u16 = 24;
+/// A larger message to a device breaks its connection; none that means well comes near.
+pub const INCOMING_BYTES_MAX: usize = 1 << 20;
 /// An MQTT publish's bytes beside topic and payload, at most.
-const PUBLISH_OVERHEAD: usize = 16;
+pub const PUBLISH_OVERHEAD: usize = 16;
 
 /// What a message under way is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Parcel {
     Event(Sequence),
+    Answer(Sequence),
     State,
     Other,
 }
@@ -97,8 +98,7 @@ impl Link {
             let lasted = match self.connection(&mut stop).await {
                 Ok(wire) => break wire,
                 Err(Broken { reason, lasted }) => {
-                    let (host, port) = (&self.settings.host, self.settings.port);
-                    warn!("broker {host}:{port}: {reason}");
+                    warn!("broker {}: {reason}", self.settings.access);
                     lasted
                 }
             };
@@ -132,7 +132,7 @@ impl Link {
         }
         let began = Instant::now();
         self.counters.connections.add(1);
-        info!("connected to {}:{} as {}", self.settings.host, self.settings.port, self.topics.device());
+        info!("connected to {} as {}", self.settings.access, self.topics.device());
         match self.talk(&mut wire, stop).await {
             Ok(()) => Ok(Some(wire)),
             Err(reason) => Err(Broken { reason, lasted: began.elapsed() }),
@@ -142,6 +142,7 @@ impl Link {
     /// Begins a new connection, on which nothing is under way.
     fn dial(&self) -> Wire {
         self.outbox.rewind();
+        self.answers.rewind();
         Wire::connect(&self.settings, &self.topics)
     }
 
@@ -168,18 +169,18 @@ impl Link {
 
     /// Says everything there is to say until `stop` is set.
     async fn talk(&mut self, wire: &mut Wire, stop: &mut watch::Receiver<bool>) -> Result<(), String> {
-        for (topic, payload) in &self.fixed {
-            wire.send(topic, true, payload.clone(), Parcel::Other)?;
-        }
+        self.about.mark_changed();
         self.send_state(wire)?;
         wire.send(&self.topics.status(), true, ONLINE.into(), Parcel::Other)?;
-        wire.subscribe(self.topics.set_all())?;
-        self.send_events(wire)?;
+        self.topics.orders().into_iter().try_for_each(|filter| wire.subscribe(filter))?;
+        self.send_waiting(wire)?;
         loop {
             tokio::select! {
                 event = wire.next() => self.heard(wire, event?)?,
+                Ok(()) = self.about.changed() => self.send_about(wire)?,
                 Ok(()) = self.state.changed(), if !wire.under_way(Parcel::State) => self.send_state(wire)?,
-                () = self.outbox.changed() => self.send_events(wire)?,
+                () = self.outbox.changed() => self.send_waiting(wire)?,
+                () = self.answers.changed() => self.send_waiting(wire)?,
                 () = stopped(stop) => return Ok(()),
             }
         }
@@ -191,8 +192,8 @@ impl Link {
         if self.state.borrow().has_changed() {
             self.send_state(wire)?;
         }
-        self.send_events(wire)?;
-        while !self.outbox.is_empty() {
+        self.send_waiting(wire)?;
+        while !self.outbox.is_empty() || !self.answers.is_empty() {
             let event = wire.next().await?;
             self.heard(wire, event)?;
         }
@@ -205,22 +206,41 @@ impl Link {
         Ok(())
     }
 
+    /// The state names the model: what there is to say of that goes first.
     fn send_state(&mut self, wire: &mut Wire) -> Result<(), String> {
+        if self.about.borrow().has_changed() {
+            self.send_about(wire)?;
+        }
         let payload = self.state.borrow_and_update().clone();
         wire.send(&self.topics.state(), true, payload, Parcel::State)
     }
 
-    fn send_events(&self, wire: &mut Wire) -> Result<(), String> {
-        let topic = self.topics.event();
+    fn send_about(&mut self, wire: &mut Wire) -> Result<(), String> {
+        let about = self.about.borrow_and_update().clone();
+        about.into_iter().try_for_each(|(topic, payload)| wire.send(&topic, true, payload, Parcel::Other))
+    }
+
+    /// Answers and events, as far as there is room. An event names the model as well.
+    fn send_waiting(&mut self, wire: &mut Wire) -> Result<(), String> {
+        if self.about.borrow().has_changed() {
+            self.send_about(wire)?;
+        }
+        self.send_from(&self.answers, Parcel::Answer, wire)?;
+        self.send_from(&self.outbox, Parcel::Event, wire)
+    }
+
+    fn send_from(&self, outbox: &Outbox, parcel: fn(Sequence) -> Parcel, wire: &mut Wire) -> Result<(), String> {
         while wire.has_room() {
-            let Some(entry) = self.outbox.take_next() else { break };
-            if wire.fits(&topic, &entry.payload) {
-                wire.send(&topic, false, entry.payload, Parcel::Event(entry.sequence))?;
+            let Some(Entry { sequence, topic, payload }) = outbox.take_next() else { break };
+            if wire.fits(&topic, &payload) {
+                wire.send(&topic, false, payload, parcel(sequence))?;
             } else {
-                let bytes = entry.payload.len();
-                error!("an event of {bytes} bytes is more than mqtt.packet_bytes_max allows, and is lost");
-                self.outbox.acknowledged(entry.sequence);
-                self.counters.events_lost.add(1);
+                let bytes = payload.len();
+                error!("{topic}: {bytes} bytes, more than mqtt.packet_bytes_max allows; the message is lost");
+                outbox.acknowledged(sequence);
+                if let Parcel::Event(_) = parcel(sequence) {
+                    self.counters.events_lost.add(1);
+                }
             }
         }
         Ok(())
@@ -230,25 +250,56 @@ impl Link {
         match event {
             Event::Outgoing(Outgoing::Publish(id)) => wire.on_its_way(id),
             Event::Incoming(Packet::PubAck(ack)) => {
-                if let Some(Parcel::Event(sequence)) = wire.arrived(ack.pkid)
-                    && self.outbox.acknowledged(sequence)
-                {
-                    self.counters.acknowledged.add(1);
-                }
-                self.send_events(wire)?;
+                self.arrived(wire.arrived(ack.pkid));
+                self.send_waiting(wire)?;
             }
-            Event::Incoming(Packet::Publish(publish)) => self.order(&publish.topic, &publish.payload),
-            Event::Incoming(Packet::SubAck(ack)) if ack.return_codes.contains(&SubscribeReasonCode::Failure) => {
-                warn!("the broker refuses the subscription to {}: no settings from afar", self.topics.set_all());
-            }
+            Event::Incoming(Packet::Publish(publish)) => self.order(&publish),
+            Event::Incoming(Packet::SubAck(ack)) => self.subscribed(wire, &ack.return_codes),
             Event::Incoming(Packet::Disconnect) => return Err("disconnected".into()),
             _ => {}
         }
         Ok(())
     }
 
-    fn order(&self, topic: &str, payload: &[u8]) {
-        let Some(name) = self.topics.setting_of(topic) else { return };
+    /// The broker has it.
+    fn arrived(&self, parcel: Option<Parcel>) {
+        match parcel {
+            Some(Parcel::Event(sequence)) if self.outbox.acknowledged(sequence) => self.counters.acknowledged.add(1),
+            Some(Parcel::Answer(sequence)) => drop(self.answers.acknowledged(sequence)),
+            _ => {}
+        }
+    }
+
+    /// The broker took a subscription, or refuses it. They are answered in their order.
+    fn subscribed(&self, wire: &mut Wire, codes: &[SubscribeReasonCode]) {
+        let filter = wire.asked.pop_front().unwrap_or_default();
+        if codes.contains(&SubscribeReasonCode::Failure) {
+            warn!("the broker refuses the subscription to {filter}: what is sent there is not heard");
+        }
+        if wire.asked.is_empty() {
+            (self.mail)(Mail::Connected);
+        }
+    }
+
+    fn order(&self, publish: &Publish) {
+        let topic = publish.topic.as_str();
+        let Some(order) = self.topics.order(topic) else { return };
+        let payload = publish.payload.to_vec();
+        let mail = match order {
+            Order::Set(name) => return self.set(topic, name, &payload),
+            Order::Offer | Order::Rollback if publish.retain => {
+                return warn!("{topic}: a retained message is left out: what asks for a model must not be retained");
+            }
+            Order::Offer => Mail::Offer(payload),
+            Order::Rollback => Mail::Rollback(payload),
+            Order::Chunk(number) => Mail::Chunk(number, payload),
+        };
+        if !(self.mail)(mail) {
+            debug!("{topic}: too much at once, this one is left out");
+        }
+    }
+
+    fn set(&self, topic: &str, name: &str, payload: &[u8]) {
         match Setting::parse(name, payload) {
             Ok(setting) => {
                 if self.orders.try_send(setting).is_err() {
@@ -275,6 +326,8 @@ struct Wire {
     inflight_max: usize,
     /// Handed to the client, which has not given them a packet id yet; in order.
     handed: VecDeque<Parcel>,
+    /// Filters of subscriptions that the broker has not answered; in order.
+    asked: VecDeque<String>,
     /// Sent, by packet id.
     sent: HashMap<u16, Parcel>,
 }
@@ -287,16 +340,9 @@ impl Drop for Wire {
 
 impl Wire {
     fn connect(settings: &LinkSettings, topics: &Topics) -> Self {
-        let id = format!("bloomcast-{}", topics.device());
-        let mut options = MqttOptions::new(id, settings.host.clone(), settings.port);
-        options.set_keep_alive(settings.keep_alive);
-        options.set_clean_session(true);
-        options.set_max_packet_size(INCOMING_BYTES_MAX, settings.packet_bytes_max);
+        let mut options = settings.access.options(format!("bloomcast-{}", topics.device()), INCOMING_BYTES_MAX);
         options.set_inflight(settings.inflight_max + OTHERS_MAX);
         options.set_last_will(LastWill::new(topics.status(), OFFLINE, QoS::AtLeastOnce, true));
-        if let Some(credentials) = &settings.credentials {
-            options.set_credentials(&credentials.user, &credentials.password);
-        }
         let inflight_max = usize::from(settings.inflight_max);
         let (client, poll) = AsyncClient::new(options, inflight_max + usize::from(OTHERS_MAX));
         let (sender, events) = mpsc::channel(64);
@@ -304,9 +350,10 @@ impl Wire {
             client,
             events,
             poller: tokio::spawn(pump(poll, sender)),
-            packet_bytes_max: settings.packet_bytes_max,
+            packet_bytes_max: settings.access.packet_bytes_max,
             inflight_max,
             handed: VecDeque::new(),
+            asked: VecDeque::new(),
             sent: HashMap::new(),
         }
     }
@@ -332,7 +379,8 @@ impl Wire {
         }
     }
 
-    fn subscribe(&self, filter: String) -> Result<(), String> {
+    fn subscribe(&mut self, filter: String) -> Result<(), String> {
+        self.asked.push_back(filter.clone());
         self.client.try_subscribe(filter, QoS::AtLeastOnce).map_err(|e| e.to_string())
     }
 
@@ -395,16 +443,5 @@ async fn pump(mut poll: EventLoop, events: mpsc::Sender<Result<Event, Connection
         if events.send(event).await.is_err() || failed {
             return;
         }
-    }
-}
-
-/// The error in words that help.
-fn reason(error: &ConnectionError) -> String {
-    match error {
-        ConnectionError::ConnectionRefused(
-            ConnectReturnCode::BadUserNamePassword | ConnectReturnCode::NotAuthorized,
-        ) => "the broker refuses the user name or password; see mqtt.credentials_file".into(),
-        ConnectionError::Io(error) => error.to_string(),
-        other => other.to_string(),
     }
 }

@@ -6,11 +6,10 @@ use humantime::format_rfc3339_millis;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::bundle::Bundle;
 use crate::decide::Sight;
 use crate::vision::Labels;
 
-const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 1;
 
 pub const ONLINE: &str = "online";
 pub const OFFLINE: &str = "offline";
@@ -61,16 +60,6 @@ struct Event<'a> {
     model: u64,
 }
 
-#[derive(Debug, Serialize)]
-struct Model<'a> {
-    schema: u32,
-    name: &'a str,
-    version: u64,
-    sha256: &'a str,
-    classes: &'a [String],
-    backbone: &'a str,
-}
-
 impl Sender {
     /// What is seen now.
     pub fn state(&self, sight: &Sight, paused: bool) -> Vec<u8> {
@@ -114,30 +103,17 @@ impl Sender {
     }
 }
 
-/// The model that decides.
-pub fn model(bundle: &Bundle) -> Vec<u8> {
-    let manifest = bundle.manifest();
-    json(&Model {
-        schema: SCHEMA,
-        name: &manifest.name,
-        version: manifest.version,
-        sha256: bundle.sha256(),
-        classes: manifest.classes.names(),
-        backbone: &manifest.backbone.name,
-    })
-}
-
 /// Four digits: more would claim more than is known.
 fn rounded(value: f32) -> f32 {
     (value.clamp(0.0, 1.0) * 1e4).round() / 1e4
 }
 
 /// RFC 3339, UTC, milliseconds.
-fn time(at: SystemTime) -> String {
+pub fn time(at: SystemTime) -> String {
     format_rfc3339_millis(at).to_string()
 }
 
-fn json(message: &impl Serialize) -> Vec<u8> {
+pub fn json(message: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(message).expect("a message of strings and numbers can be written as JSON")
 }
 

@@ -1,4 +1,4 @@
-//! Events on their way to the broker. An entry leaves only when the broker acknowledged it, or when
+//! Messages on their way to the broker: events, and answers. An entry leaves only when the broker acknowledged it, or when
 //! the outbox is full and a newer event needs its place.
 
 use std::collections::VecDeque;
@@ -14,13 +14,14 @@ pub struct Limits {
     pub bytes_max: usize,
 }
 
-/// One event's place in the order of events; grows by one with each.
+/// One message's place in their order; grows by one with each.
 pub type Sequence = u64;
 
 /// A message that waits or is under way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     pub sequence: Sequence,
+    pub topic: String,
     pub payload: Vec<u8>,
 }
 
@@ -52,13 +53,13 @@ impl Outbox {
         self.0.queue.lock().expect("no holder of the outbox panics")
     }
 
-    /// Takes an event and never waits. Gives back what had to go for it, oldest first.
-    pub fn push(&self, payload: Vec<u8>) -> Vec<Entry> {
+    /// Takes a message and never waits. Gives back what had to go for it, oldest first.
+    pub fn push(&self, topic: String, payload: Vec<u8>) -> Vec<Entry> {
         let mut queue = self.lock();
         let sequence = queue.next;
         queue.next += 1;
         queue.bytes += payload.len();
-        queue.entries.push_back(Entry { sequence, payload });
+        queue.entries.push_back(Entry { sequence, topic, payload });
         let mut lost = Vec::new();
         while queue.entries.len() > self.0.limits.entries_max || queue.bytes > self.0.limits.bytes_max {
             let Some(oldest) = queue.remove(0) else { break };
@@ -133,7 +134,7 @@ mod tests {
     fn only_an_acknowledgement_lets_an_entry_go() {
         let outbox = outbox(10, 100);
         for n in 0..3 {
-            assert!(outbox.push(vec![n]).is_empty());
+            assert!(outbox.push("t".into(), vec![n]).is_empty());
         }
         assert_eq!(outbox.take_next().unwrap().payload, [0]);
         assert_eq!(outbox.take_next().unwrap().payload, [1]);
@@ -150,26 +151,26 @@ mod tests {
     #[test]
     fn when_it_is_full_the_oldest_go() {
         let by_count = outbox(2, 100);
-        by_count.push(vec![0]);
-        by_count.push(vec![1]);
+        by_count.push("t".into(), vec![0]);
+        by_count.push("t".into(), vec![1]);
         assert_eq!(by_count.take_next().unwrap().sequence, 0);
-        assert_eq!(sequences(&by_count.push(vec![2])), [0]);
+        assert_eq!(sequences(&by_count.push("t".into(), vec![2])), [0]);
         assert!(!by_count.acknowledged(0), "given up while it was under way");
         assert_eq!(by_count.take_next().unwrap().sequence, 1, "the rest keeps its order");
 
         let by_bytes = outbox(100, 10);
-        by_bytes.push(vec![0; 4]);
-        by_bytes.push(vec![1; 4]);
-        assert_eq!(sequences(&by_bytes.push(vec![2; 9])), [0, 1]);
+        by_bytes.push("t".into(), vec![0; 4]);
+        by_bytes.push("t".into(), vec![1; 4]);
+        assert_eq!(sequences(&by_bytes.push("t".into(), vec![2; 9])), [0, 1]);
         assert_eq!(by_bytes.len(), 1);
-        assert_eq!(sequences(&by_bytes.push(vec![3; 11])), [2, 3], "what never fits goes at once");
+        assert_eq!(sequences(&by_bytes.push("t".into(), vec![3; 11])), [2, 3], "what never fits goes at once");
         assert!(by_bytes.is_empty());
     }
 
     #[tokio::test]
     async fn a_waiter_wakes_for_what_came_before_it_waited() {
         let outbox = outbox(10, 100);
-        outbox.push(vec![0]);
+        outbox.push("t".into(), vec![0]);
         outbox.changed().await;
         assert_eq!(outbox.len(), 1);
     }

@@ -49,6 +49,17 @@ pub fn check_prefix(prefix: &str) -> Result<(), TopicError> {
     Ok(())
 }
 
+/// What a device is asked for, by the topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order<'a> {
+    /// A setting by its name.
+    Set(&'a str),
+    Offer,
+    /// By its number.
+    Chunk(u32),
+    Rollback,
+}
+
 /// The topics of one device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topics {
@@ -83,14 +94,52 @@ impl Topics {
         format!("{}/model", self.root)
     }
 
-    /// The filter of all settings.
-    pub fn set_all(&self) -> String {
-        format!("{}/set/+", self.root)
+    /// What the topics begin with.
+    pub fn root(&self) -> &str {
+        &self.root
     }
 
-    /// The setting that a topic under `…/set/` names.
-    pub fn setting_of<'a>(&self, topic: &'a str) -> Option<&'a str> {
-        topic.strip_prefix(&self.root)?.strip_prefix("/set/")
+    /// A new model is offered.
+    pub fn offer(&self) -> String {
+        format!("{}/model/offer", self.root)
+    }
+
+    /// A piece of it.
+    pub fn chunk(&self, number: u32) -> String {
+        format!("{}/model/chunk/{number}", self.root)
+    }
+
+    /// Asks for the model before.
+    pub fn rollback(&self) -> String {
+        format!("{}/model/rollback", self.root)
+    }
+
+    /// What became of an offer or of a model.
+    pub fn answer(&self) -> String {
+        format!("{}/model/answer", self.root)
+    }
+
+    /// How much of a new model is there.
+    pub fn progress(&self) -> String {
+        format!("{}/model/progress", self.root)
+    }
+
+    /// The filters of all that a device listens to.
+    pub fn orders(&self) -> [String; 4] {
+        [format!("{}/set/+", self.root), self.offer(), format!("{}/model/chunk/+", self.root), self.rollback()]
+    }
+
+    /// What a message on one of [`Self::orders`] is.
+    pub fn order<'a>(&self, topic: &'a str) -> Option<Order<'a>> {
+        let below = topic.strip_prefix(&self.root)?;
+        match below {
+            "/model/offer" => Some(Order::Offer),
+            "/model/rollback" => Some(Order::Rollback),
+            _ => match below.strip_prefix("/model/chunk/") {
+                Some(number) => number.parse().ok().map(Order::Chunk),
+                None => below.strip_prefix("/set/").map(Order::Set),
+            },
+        }
     }
 
     pub fn discovery(&self) -> String {
@@ -117,7 +166,11 @@ mod tests {
         let topics = Topics::new("house/bloomcast", "homeassistant", DeviceName::new("pi").unwrap());
         assert_eq!(topics.state(), "house/bloomcast/pi/state");
         assert_eq!(topics.discovery(), "homeassistant/device/pi/config");
-        assert_eq!(topics.setting_of("house/bloomcast/pi/set/pause"), Some("pause"));
-        assert_eq!(topics.setting_of("house/bloomcast/other/set/pause"), None);
+        assert_eq!(topics.order("house/bloomcast/pi/set/pause"), Some(Order::Set("pause")));
+        assert_eq!(topics.order("house/bloomcast/other/set/pause"), None);
+        assert_eq!(topics.order(&topics.chunk(7)), Some(Order::Chunk(7)));
+        assert_eq!(topics.order("house/bloomcast/pi/model/chunk/-1"), None);
+        assert_eq!(topics.order(&topics.offer()), Some(Order::Offer));
+        assert_eq!(topics.order(&topics.rollback()), Some(Order::Rollback));
     }
 }

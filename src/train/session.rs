@@ -25,6 +25,7 @@ use super::tail::TailLearner;
 use crate::bundle::archive::FILE_BYTES_MAX;
 use crate::bundle::manifest::FORMAT;
 use crate::bundle::{BackboneRef, DatasetRef, Manifest, Metrics, Unknown, UnknownRule};
+use crate::health::memory_available;
 use crate::vision::classifier::Skill;
 use crate::vision::head::{HeadError, linear};
 use crate::vision::subspace::SubspaceError;
@@ -463,13 +464,6 @@ fn finite(history: Vec<Epoch>) -> Result<Vec<Epoch>, TrainError> {
         Some(last) if !last.val.loss.is_finite() => Err(TrainError::NoNumber(last.epoch)),
         _ => Ok(history),
     }
-}
-
-/// What programs may still take, in bytes, where the system says it.
-fn memory_available() -> Option<u64> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kilobytes| kilobytes << 10)
 }
 
 /// `2026-01-02T03:04:05.678Z` → 20260102030405

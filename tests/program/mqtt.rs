@@ -1,34 +1,36 @@
 //! A subscriber as any other, and the messages it got.
 
+use std::cell::RefCell;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use bloomcast::mqtt::subscriber::{Message, Subscriber};
+use bloomcast::mqtt::access::Access;
+use bloomcast::mqtt::client::{Client, Message};
 use serde_json::Value;
 
 use super::tools::{PATIENCE, wait_until};
 
 /// A subscription to everything.
-pub struct Listener(Subscriber);
+pub struct Listener(RefCell<Client>);
 
 impl Listener {
     pub fn connect(port: u16) -> Self {
-        Listener(Subscriber::connect("127.0.0.1", port, "#").unwrap())
+        Listener(RefCell::new(subscribe(port).unwrap()))
     }
 
     /// Tries until the broker is there.
     pub fn insist(port: u16) -> Self {
         let mut subscriber = None;
         wait_until("the broker", || {
-            subscriber = Subscriber::connect("127.0.0.1", port, "#").ok();
+            subscriber = subscribe(port);
             subscriber.is_some()
         });
-        Listener(subscriber.unwrap())
+        Listener(RefCell::new(subscriber.unwrap()))
     }
 
     /// The next message; an error where the broker is gone.
     pub fn next(&self) -> Result<Message, String> {
-        match self.0.next(PATIENCE) {
+        match self.0.borrow_mut().next(PATIENCE) {
             Ok(Some(message)) => Ok(message),
             Ok(None) => panic!("no message within {PATIENCE:?}"),
             Err(error) => Err(error.to_string()),
@@ -48,8 +50,12 @@ impl Listener {
     }
 
     pub fn silent_for(&self, wait: Duration) -> bool {
-        self.0.next(wait).unwrap().is_none()
+        self.0.borrow_mut().next(wait).unwrap().is_none()
     }
+}
+
+fn subscribe(port: u16) -> Option<Client> {
+    Client::connect(&Access::local(port), &["#".into()]).ok()
 }
 
 fn read(payload: &[u8]) -> Value {

@@ -1,0 +1,291 @@
+//! The commands that vouch for models and bring them to devices: keygen, sign, verify, install, push, rollback.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow};
+use bloomcast::bundle::store::{Phase, Place, Slot};
+use bloomcast::bundle::{self, Bundle, Keyring, PrivateKey, Store, archive};
+use bloomcast::config::Config;
+use bloomcast::fleet::delivery::Parcel;
+use bloomcast::fleet::message::{Verdict, identity};
+use bloomcast::fleet::model::Shelf;
+use bloomcast::fleet::proof::{self, Trust};
+use bloomcast::fleet::push::{Plan, push};
+use bloomcast::fleet::recall::recall;
+use bloomcast::mqtt::topics::{DeviceName, Topics};
+use clap::Args;
+
+use super::device::ConfigArgs;
+use super::progress::Devices;
+use super::{Failure, show};
+
+#[derive(Debug, Args)]
+pub struct KeygenArgs {
+    /// The private key; its public half is written beside it [default: ~/.config/bloomcast/trainer.key]
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct KeyArg {
+    /// The private key that signs [default: ~/.config/bloomcast/trainer.key]
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct SignArgs {
+    bundle: PathBuf,
+    #[command(flatten)]
+    key: KeyArg,
+    /// Where the signed bundle is written; over the unsigned one where none is named
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    bundle: PathBuf,
+    /// A public key, or a folder with some [default: ~/.config/bloomcast/trainer.pub]
+    #[arg(long, value_name = "PATH")]
+    trusted: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub struct InstallArgs {
+    bundle: PathBuf,
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Vouch for it yourself: no signature is asked for
+    #[arg(long)]
+    trust: bool,
+    /// Take it though it is not newer
+    #[arg(long)]
+    force: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct PushArgs {
+    bundle: PathBuf,
+    /// A device by its name; may be given several times
+    #[arg(long, value_name = "NAME", required_unless_present = "group")]
+    device: Vec<String>,
+    /// A group of devices of the configuration's [fleet.groups]; may be given several times
+    #[arg(long, value_name = "NAME")]
+    group: Vec<String>,
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// So many devices first, and the others only once these have confirmed
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    canary: Option<u16>,
+    /// See whether the model fits each device, and send nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Send a model that is a step back: not newer, worse on the same photographs, or without a class
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    key: KeyArg,
+    /// One JSON document on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct RollbackArgs {
+    /// A device by its name, over MQTT; may be given several times. This device's own store where none is named
+    #[arg(long, value_name = "NAME")]
+    device: Vec<String>,
+    #[command(flatten)]
+    config: ConfigArgs,
+    #[command(flatten)]
+    key: KeyArg,
+}
+
+/// What stands in the user's folder.
+fn in_config(name: &str) -> anyhow::Result<PathBuf> {
+    Ok(bloomcast::user_config().context("neither HOME nor XDG_CONFIG_HOME is set; name a file")?.join(name))
+}
+
+impl KeyArg {
+    fn path(&self) -> anyhow::Result<PathBuf> {
+        self.key.clone().map_or_else(|| in_config("trainer.key"), Ok)
+    }
+
+    fn read(&self) -> anyhow::Result<PrivateKey> {
+        let path = self.path()?;
+        if self.key.is_none() && !path.exists() {
+            return Err(anyhow!("{}: no key is there; `bloomcast keygen` makes one", path.display()));
+        }
+        Ok(PrivateKey::read(&path)?)
+    }
+}
+
+pub fn keygen(args: &KeygenArgs) -> Result<(), Failure> {
+    let path = args.out.clone().map_or_else(|| in_config("trainer.key"), Ok)?;
+    if let Some(folder) = path.parent().filter(|_| args.out.is_none()) {
+        fs::create_dir_all(folder).map_err(|e| anyhow!("{}: {e}", folder.display()))?;
+    }
+    let public = PrivateKey::generate(&path)?;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}: keep it to yourself", path.display())?;
+    writeln!(out, "{}: copy it into each device's model.trusted_keys", public.display())?;
+    Ok(())
+}
+
+pub fn sign(args: &SignArgs) -> Result<(), Failure> {
+    let key = args.key.read()?;
+    let file = args.bundle.display().to_string();
+    let signed = bundle::sign(&file, &read(&args.bundle)?, &key)?;
+    let out = args.out.as_ref().unwrap_or(&args.bundle);
+    archive::write_file(out, &signed).map_err(|e| anyhow!("{}: {e}", out.display()))?;
+    writeln!(std::io::stdout(), "{}: signed by {}", out.display(), key.public().id())?;
+    Ok(())
+}
+
+pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
+    let trusted = args.trusted.clone().map_or_else(|| in_config("trainer.pub"), Ok)?;
+    let ring = if trusted.is_dir() { Keyring::read(&trusted)? } else { Keyring::of(&trusted)? };
+    let bundle = Bundle::read(&args.bundle)?;
+    let name = ring.trust(bundle.signer()).map_err(|e| anyhow!("{}: {e}", args.bundle.display()))?;
+    let manifest = bundle.manifest();
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}: good, signed by {name}", args.bundle.display())?;
+    writeln!(out, "{} {}: {}", manifest.name, manifest.version, manifest.classes.names().join(", "))?;
+    Ok(())
+}
+
+pub fn install(args: &InstallArgs) -> Result<(), Failure> {
+    let config = args.config.load()?;
+    let store = store(&config)?;
+    // Beside what decides now, which is only looked at.
+    let shelf = config.shelf(Store::for_looking);
+    let present = shelf.deciding()?.loaded.model;
+    let (file, bytes) = (args.bundle.display().to_string(), read(&args.bundle)?);
+    let trust = if args.trust { Trust::Caller } else { Trust::Keys };
+    let refused = |error: proof::Refusal| anyhow!("{file}: {error}");
+    let vouched = proof::vouched(&file, &bytes, &trust, &config).map_err(refused)?;
+    let model = identity(vouched.manifest(), vouched.sha256());
+    let before = present.identity();
+    if model == before {
+        return Err(anyhow!("{model} decides already").into());
+    }
+    if model.version <= before.version && !args.force {
+        return Err(anyhow!("{model} is not newer than {before}; --force installs it nevertheless").into());
+    }
+    proof::prove(vouched, &config, &shelf, &present).map_err(refused)?;
+    let slot = Slot { sha256: model.sha256.clone(), name: model.name.clone(), version: model.version };
+    store.try_out(slot, &bytes, Phase::Waiting)?;
+    writeln!(
+        std::io::stdout(),
+        "{model} has proved itself; it decides, on trial, from the next start of the daemon on"
+    )?;
+    Ok(())
+}
+
+pub fn push_bundle(args: &PushArgs) -> Result<(), Failure> {
+    let config = args.config.load()?;
+    let devices = devices(&args.device, &args.group, &config).map_err(Failure::usage)?;
+    let (file, bytes) = (args.bundle.display().to_string(), read(&args.bundle)?);
+    let bundle = Bundle::from_bytes(&file, &bytes)?;
+    if bundle.signer().is_none() {
+        return Err(anyhow!("{file}: it is not signed, and no device would take it; `bloomcast sign` signs it").into());
+    }
+    if bundle.parts().self_test.is_none() {
+        return Err(anyhow!("{file}: it carries no self-test, and no device would take it; train it anew").into());
+    }
+    let key = match args.force && (args.key.key.is_some() || args.key.path()?.exists()) {
+        true => Some(args.key.read()?),
+        false => None,
+    };
+    let parcel = Parcel {
+        model: identity(bundle.manifest(), bundle.sha256()),
+        manifest: bundle.manifest().clone(),
+        bytes,
+        packet_bytes_max: config.mqtt.packet_bytes_max,
+        force: args.force,
+        key,
+    };
+    let plan = Plan { canary: args.canary.map(usize::from), dry_run: args.dry_run };
+    let shown = Devices::default();
+    let access = config.access().map_err(Failure::config)?;
+    let report = push(&access, devices, &parcel, &plan, &|devices| shown.show(devices))?;
+    drop(shown);
+    show(&report, args.json)?;
+    match report.is_good() {
+        true => Ok(()),
+        false => Err(anyhow!("not every device took the model").into()),
+    }
+}
+
+pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
+    let config = args.config.load()?;
+    let mut out = std::io::stdout().lock();
+    if args.device.is_empty() {
+        let back = match store(&config)?.take_back()?.current {
+            Place::BuiltIn => "the model inside the program".to_owned(),
+            Place::Slot(slot) => format!("{} {}", slot.name, slot.version),
+        };
+        writeln!(out, "{back} decides from the next start of the daemon on")?;
+        return Ok(());
+    }
+    let key = args.key.read()?;
+    let access = config.access().map_err(Failure::config)?;
+    let mut failed = 0;
+    for topics in devices(&args.device, &[], &config).map_err(Failure::usage)? {
+        match recall(&access, &topics, &key) {
+            Ok(answer) if answer.answer == Verdict::RolledBack => {
+                writeln!(out, "{}: {} is taken back", topics.device(), answer.model)?;
+            }
+            Ok(answer) => {
+                failed += 1;
+                eprintln!("error: {}: refused: {}", topics.device(), answer.reason.unwrap_or_default());
+            }
+            Err(error) => {
+                failed += 1;
+                eprintln!("error: {error}");
+            }
+        }
+    }
+    match failed {
+        0 => Ok(()),
+        n => Err(anyhow!("{n} of {} devices did not go back", args.device.len()).into()),
+    }
+}
+
+fn read(bundle: &Path) -> anyhow::Result<Vec<u8>> {
+    archive::read_file(bundle).map_err(|e| anyhow!("model {}: {e}", bundle.display()))
+}
+
+/// Of this device.
+fn store(config: &Config) -> anyhow::Result<Store> {
+    let Shelf { bundle, store, .. } = config.shelf(Store::new);
+    match (store, bundle) {
+        (Some(store), _) => Ok(store),
+        (None, Some(_)) => Err(anyhow!("model.bundle names the model of this device; empty it to install others")),
+        (None, None) => Err(anyhow!("model.store is empty: this device keeps no models")),
+    }
+}
+
+/// Each device once, in the order in which it was named.
+fn devices(names: &[String], groups: &[String], config: &Config) -> anyhow::Result<Vec<Topics>> {
+    let mut all: Vec<&String> = names.iter().collect();
+    for group in groups {
+        let known = &config.fleet.groups;
+        let members = known.get(group).with_context(|| {
+            let names: Vec<&str> = known.keys().map(String::as_str).collect();
+            format!("--group {group}: not in [fleet.groups]; there: {}", names.join(", "))
+        })?;
+        all.extend(members);
+    }
+    let mut topics: Vec<Topics> = Vec::new();
+    for name in all {
+        let device = DeviceName::new(name).map_err(|e| anyhow!("--device {name:?}: {e}"))?;
+        if !topics.iter().any(|there| *there.device() == device) {
+            topics.push(config.topics_of(device));
+        }
+    }
+    Ok(topics)
+}

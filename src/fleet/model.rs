@@ -1,0 +1,254 @@
+//! The model that decides: loaded from wherever the device has it, or from what is left where that is damaged.
+
+use std::path::PathBuf;
+
+use tracing::warn;
+
+use super::message::{Identity, NetworkRef, Note, Source, identity};
+use crate::bundle::manifest::FORMAT;
+use crate::bundle::store::{Phase, Place, Slot, State, Store, StoreError, Trial};
+use crate::bundle::{BACKBONE, Bundle, BundleError, Manifest, SelfTest, TAIL};
+use crate::mqtt::message::SCHEMA;
+use crate::vision::backbone::{self, MOBILENET_V2, MOBILENET_V2_NAME, sha256_hex};
+use crate::vision::{Backbone, BackboneError, Classifier};
+
+/// A model that was loaded, and what there is to know of it.
+#[derive(Clone)]
+pub struct Model {
+    pub manifest: Manifest,
+    pub sha256: String,
+    /// The id of the key that signed it.
+    pub signed_by: Option<String>,
+    pub source: Source,
+    pub backbone: Backbone,
+}
+
+/// A model ready to decide. Of its file nothing is kept.
+pub struct Loaded {
+    pub model: Model,
+    pub classifier: Classifier,
+    pub self_test: Option<SelfTest>,
+}
+
+/// Why a model of the device is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    #[error("model.bundle: {0}")]
+    Named(BundleError),
+    #[error("model.backbone: {0}")]
+    Network(BackboneError),
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Backbone(#[from] BackboneError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Model {
+    pub fn identity(&self) -> Identity {
+        identity(&self.manifest, &self.sha256)
+    }
+
+    /// Whether both look at the same numbers: only their heads differ.
+    pub fn stands_on_the_same(&self, other: &Model) -> bool {
+        same_features(&self.manifest, &other.manifest)
+    }
+}
+
+impl Loaded {
+    /// `shelf` has the network; `like`: a model whose network is used again where it is the same.
+    pub fn new(mut bundle: Bundle, source: Source, shelf: &Shelf, like: Option<&Model>) -> Result<Self, ModelError> {
+        let same = like.filter(|like| same_features(&like.manifest, bundle.manifest()));
+        let backbone = match same {
+            Some(like) => like.backbone.clone(),
+            None => bundle.backbone(&bundle.network(shelf.backbone.as_deref())?)?,
+        };
+        let classifier = Classifier::new(&backbone, bundle.skill())?;
+        let self_test = bundle.take_self_test();
+        let model = Model {
+            manifest: bundle.manifest().clone(),
+            sha256: bundle.sha256().to_owned(),
+            signed_by: bundle.signer().map(crate::bundle::PublicKey::id),
+            source,
+            backbone,
+        };
+        Ok(Loaded { model, classifier, self_test })
+    }
+}
+
+fn same_features(a: &Manifest, b: &Manifest) -> bool {
+    a.backbone == b.backbone && a.preprocess == b.preprocess && a.members.get(TAIL) == b.members.get(TAIL)
+}
+
+/// Where a device has its models.
+#[derive(Debug, Clone)]
+pub struct Shelf {
+    /// A bundle that the configuration names; it alone decides then.
+    pub bundle: Option<PathBuf>,
+    /// The ONNX file of the network; the one inside the program where none is named.
+    pub backbone: Option<PathBuf>,
+    /// None where the configuration names a bundle, or no store.
+    pub store: Option<Store>,
+}
+
+/// What decides, and what had to be told on the way there.
+pub struct Deciding {
+    pub loaded: Loaded,
+    pub state: State,
+    /// It decides on trial.
+    pub trial: bool,
+    /// Models that were on trial when the program ended and are rolled back, and why.
+    pub news: Vec<(Identity, String)>,
+}
+
+impl Shelf {
+    /// Finds what decides: a model that waits for its trial, else the current one, else the one before, else that inside the
+    /// program. An error where not even that can be loaded.
+    pub fn deciding(&self) -> Result<Deciding, ModelError> {
+        let Some(store) = &self.store else {
+            return Ok(Deciding { loaded: self.own()?, state: State::default(), trial: false, news: Vec::new() });
+        };
+        let mut state = match store.state() {
+            Ok(state) => state,
+            Err(error @ StoreError::Damaged { .. }) => {
+                let trouble = error.to_string();
+                warn!("{trouble}");
+                let settled = store.settle(Place::BuiltIn, trouble.clone());
+                noted(settled, State::default(), |state| state.trouble = Some(trouble))
+            }
+            // What cannot be read today may be read tomorrow.
+            Err(error) => {
+                warn!("{error}; the model inside the program decides");
+                let state = State { trouble: Some(error.to_string()), ..State::default() };
+                return Ok(Deciding { loaded: self.own()?, state, trial: false, news: Vec::new() });
+            }
+        };
+        if let Err(error) = store.tidy() {
+            warn!("what an interrupted change left behind stays there: {error}");
+        }
+        let mut news = Vec::new();
+        if let Some(trial) = state.trial.clone() {
+            match self.begin_trial(store, &trial) {
+                Ok((loaded, state)) => return Ok(Deciding { loaded, state, trial: true, news }),
+                Err(reason) => {
+                    let Slot { name, version, sha256 } = trial.slot;
+                    warn!("{name} {version} is rolled back: {reason}");
+                    news.push((Identity { name, version, sha256 }, reason));
+                    state = noted(store.abandon(&news[0].0.sha256), state, |state| state.trial = None);
+                }
+            }
+        }
+        Ok(Deciding { news, ..self.settle(store, state, None)? })
+    }
+
+    /// What decides by `state`, in which nothing is on trial. `like`: what decided until now.
+    pub fn settle(&self, store: &Store, state: State, like: Option<&Model>) -> Result<Deciding, ModelError> {
+        let decides = |loaded, state| Deciding { loaded, state, trial: false, news: Vec::new() };
+        let trouble = match self.load(store, &state.current, like) {
+            Ok(loaded) => return Ok(decides(loaded, state)),
+            Err(error) if state.current == Place::BuiltIn => return Err(error),
+            Err(error) => error.to_string(),
+        };
+        warn!("the model that was installed last is of no use: {trouble}");
+        let before = state.previous.as_ref().filter(|place| **place != Place::BuiltIn).and_then(|place| {
+            let loaded = self.load(store, place, like).map_err(|error| warn!("nor is the one before: {error}"));
+            Some((loaded.ok()?, place.clone()))
+        });
+        let (loaded, place) = match before {
+            Some(before) => before,
+            None => (self.own()?, Place::BuiltIn),
+        };
+        let settled = store.settle(place.clone(), trouble.clone());
+        let state = noted(settled, state, |state| {
+            (state.current, state.previous, state.trouble) = (place, None, Some(trouble));
+        });
+        Ok(decides(loaded, state))
+    }
+
+    fn begin_trial(&self, store: &Store, trial: &Trial) -> Result<(Loaded, State), String> {
+        if trial.phase == Phase::Running {
+            return Err("the program did not end in order while it was on trial".into());
+        }
+        let loaded = self.load(store, &Place::Slot(trial.slot.clone()), None).map_err(|e| e.to_string())?;
+        let state = store.set_phase(&trial.slot.sha256, Phase::Running).map_err(|e| e.to_string())?;
+        Ok((loaded, state))
+    }
+
+    fn load(&self, store: &Store, place: &Place, like: Option<&Model>) -> Result<Loaded, ModelError> {
+        let Place::Slot(slot) = place else { return self.own() };
+        let file = store.slot_file(slot).display().to_string();
+        Loaded::new(Bundle::from_bytes(&file, &store.read(slot)?)?, Source::Store, self, like)
+    }
+
+    /// The model that needs no store.
+    fn own(&self) -> Result<Loaded, ModelError> {
+        let loaded = match &self.bundle {
+            Some(file) => {
+                Bundle::read(file).map_err(ModelError::from).and_then(|b| Loaded::new(b, Source::File, self, None))
+            }
+            None => Loaded::new(Bundle::built_in()?, Source::BuiltIn, self, None),
+        };
+        // What the configuration names is at fault.
+        loaded.map_err(|error| match error {
+            ModelError::Bundle(BundleError::Backbone(error)) if self.backbone.is_some() => ModelError::Network(error),
+            ModelError::Bundle(error) if self.bundle.is_some() => ModelError::Named(error),
+            error => error,
+        })
+    }
+
+    /// What is said of the model that decides.
+    pub fn note(&self, model: &Model, state: &State) -> Note {
+        Note {
+            schema: SCHEMA,
+            model: model.identity(),
+            classes: model.manifest.classes.names().to_vec(),
+            backbone: model.manifest.backbone.name.clone(),
+            format: FORMAT,
+            network: self.network(&model.manifest),
+            dataset: model.manifest.dataset.sha256.clone(),
+            metrics: model.manifest.metrics.clone(),
+            signed_by: model.signed_by.clone(),
+            source: model.source,
+            trial: state.trial.is_some(),
+            previous: before(state),
+            generation: state.generation,
+            trouble: state.trouble.clone(),
+        }
+    }
+
+    /// The network that a model must be made for which does not carry its own. `manifest`: of the model that decides, whose
+    /// network was checked when it was loaded.
+    fn network(&self, manifest: &Manifest) -> NetworkRef {
+        if !manifest.members.contains_key(BACKBONE) {
+            return NetworkRef { name: manifest.backbone.name.clone(), sha256: manifest.backbone.sha256.clone() };
+        }
+        match &self.backbone {
+            None => NetworkRef { name: MOBILENET_V2_NAME.into(), sha256: sha256_hex(MOBILENET_V2) },
+            Some(file) => NetworkRef {
+                name: file.display().to_string(),
+                // One that cannot be read is none.
+                sha256: backbone::read_file(file).map_or(String::new(), |onnx| sha256_hex(&onnx)),
+            },
+        }
+    }
+}
+
+/// What a rollback goes back to, by name.
+fn before(state: &State) -> Option<String> {
+    let place = if state.trial.is_some() { Some(&state.current) } else { state.previous.as_ref() };
+    place.map(|place| match place {
+        Place::BuiltIn => "built-in".into(),
+        Place::Slot(slot) => format!("{} {}", slot.name, slot.version),
+    })
+}
+
+/// The state as it was written; or, where it could not be, as it is to be until the program ends.
+pub fn noted(written: Result<State, StoreError>, before: State, change: impl FnOnce(&mut State)) -> State {
+    written.unwrap_or_else(|error| {
+        warn!("cannot be noted, and is forgotten with the end of the program: {error}");
+        let mut state = before;
+        change(&mut state);
+        state
+    })
+}

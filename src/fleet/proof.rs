@@ -1,0 +1,127 @@
+//! What a new model must show before it may decide: who vouches for it, that it fits this device, that it answers as it
+//! did where it was trained, and that it is not too slow.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use super::message::Source;
+use super::model::{Loaded, Model, ModelError, Shelf};
+use crate::bundle::selftest::SelfTestError;
+use crate::bundle::signature::{Distrust, KeyError, Keyring};
+use crate::bundle::{Bundle, BundleError, Manifest};
+use crate::config::{Config, ConfigError};
+use crate::decide::Rules;
+use crate::health::memory_available;
+use crate::vision::{Backbone, BackboneError};
+
+/// How often either network runs while they are timed, in turns.
+const RUNS: usize = 5;
+/// A difference below this is the clock's.
+const NOISE: Duration = Duration::from_millis(10);
+/// Memory that a network needs for a byte of its file while it is loaded: it was measured for the one inside the program, and
+/// stays below.
+const MEMORY_PER_BYTE: u64 = 5;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Backbone(#[from] BackboneError),
+    #[error("model.trusted_keys: {0}")]
+    Keys(#[from] KeyError),
+    #[error(transparent)]
+    Distrust(#[from] Distrust),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("it needs about {needed} MiB of memory, {free} are free")]
+    Memory { needed: u64, free: u64 },
+    #[error("it carries no self-test; a model that is trained anew does")]
+    NoSelfTest,
+    #[error(transparent)]
+    SelfTest(#[from] SelfTestError),
+    #[error(
+        "a frame takes it {took_ms} ms, the present model {present_ms} ms: more than model.slowdown_max = {slowdown_max} allows"
+    )]
+    Slow { took_ms: u128, present_ms: u128, slowdown_max: f64 },
+    #[error("it made the program panic; its message stands in the log")]
+    Panicked,
+}
+
+/// A model that may decide.
+pub struct Proven {
+    pub loaded: Loaded,
+    pub rules: Rules,
+    /// What the network may take for a frame.
+    pub limit: Duration,
+}
+
+/// Whom a model needs to be signed by.
+pub enum Trust {
+    /// One of the keys that the configuration names.
+    Keys,
+    /// Nobody: whoever asks vouches for it.
+    Caller,
+}
+
+/// A model that was read and that somebody vouches for.
+pub fn vouched(file: &str, bytes: &[u8], trust: &Trust, config: &Config) -> Result<Bundle, Refusal> {
+    let bundle = Bundle::from_bytes(file, bytes)?;
+    if let Trust::Keys = trust {
+        Keyring::read(&config.model.trusted_keys)?.trust(bundle.signer())?;
+    }
+    Ok(bundle)
+}
+
+/// Lets a model show what it can do, beside the `present` one.
+pub fn prove(bundle: Bundle, config: &Config, shelf: &Shelf, present: &Model) -> Result<Proven, Refusal> {
+    let prove = || {
+        let rules = config.rules(&bundle.manifest().classes)?;
+        expect_room(&bundle)?;
+        let mut loaded = Loaded::new(bundle, Source::Store, shelf, Some(present))?;
+        loaded.self_test.take().ok_or(Refusal::NoSelfTest)?.check(&mut loaded.classifier)?;
+        let limit = expect_pace(&loaded.model, present, config.model.slowdown_max)?;
+        Ok(Proven { loaded, rules, limit })
+    };
+    catch_unwind(AssertUnwindSafe(prove)).unwrap_or(Err(Refusal::Panicked))
+}
+
+fn expect_room(bundle: &Bundle) -> Result<(), Refusal> {
+    let network = bundle.parts().backbone.as_ref().map_or(crate::vision::backbone::MOBILENET_V2.len(), Vec::len);
+    let needed = network as u64 * MEMORY_PER_BYTE;
+    match memory_available() {
+        Some(free) if needed > free => Err(Refusal::Memory { needed: needed >> 20, free: free >> 20 }),
+        _ => Ok(()),
+    }
+}
+
+/// The longest that a frame may take from now on; refuses a network that takes longer already.
+fn expect_pace(model: &Model, present: &Model, slowdown_max: f64) -> Result<Duration, Refusal> {
+    let ours = timed(&present.backbone, &present.manifest)?;
+    let limit = ours.mul_f64(slowdown_max).max(ours + NOISE);
+    if model.stands_on_the_same(present) {
+        return Ok(limit);
+    }
+    let took = timed(&model.backbone, &model.manifest)?;
+    if took > limit {
+        let (took_ms, present_ms) = (took.as_millis(), ours.as_millis());
+        return Err(Refusal::Slow { took_ms, present_ms, slowdown_max });
+    }
+    Ok(limit)
+}
+
+/// The median of some runs on nothing.
+fn timed(backbone: &Backbone, manifest: &Manifest) -> Result<Duration, BackboneError> {
+    let input = vec![0.0; manifest.preprocess.input_len()];
+    let mut session = backbone.session()?;
+    let mut times = Vec::with_capacity(RUNS);
+    for _ in 0..RUNS {
+        let began = Instant::now();
+        session.features(&input)?;
+        times.push(began.elapsed());
+    }
+    times.sort_unstable();
+    Ok(times[RUNS / 2])
+}
