@@ -136,10 +136,7 @@ impl Bundle {
             [(TAIL, tail.as_deref()), (BACKBONE, self.parts.backbone.as_deref()), (SELF_TEST, self_test.as_deref())];
         let optional = optional.into_iter().filter_map(|(name, content)| Some((name, content?)));
         let members: Vec<(&str, &[u8])> = std::iter::once((HEAD, head.as_slice())).chain(optional).collect();
-        let mut manifest = self.manifest.clone();
-        manifest.set_members(&members);
-        let manifest = manifest.to_json();
-        archive::pack(std::iter::once((manifest::NAME, manifest.as_slice())).chain(members))
+        assemble(&self.manifest, &members)
     }
 
     /// Writes the file whole or not at all.
@@ -226,6 +223,14 @@ impl Bundle {
             preprocess: self.manifest.preprocess.clone(),
         }
     }
+}
+
+/// A whole file of these members, which the manifest is made to name.
+pub fn assemble(manifest: &Manifest, members: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut manifest = manifest.clone();
+    manifest.set_members(members);
+    let manifest = manifest.to_json();
+    archive::pack(std::iter::once((manifest::NAME, manifest.as_slice())).chain(members.iter().copied()))
 }
 
 /// Signs a `.bloom` file anew, whoever signed it before. in and out: a whole file; `file` is its name in messages.

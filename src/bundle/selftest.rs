@@ -84,6 +84,11 @@ impl SelfTest {
         Ok(test)
     }
 
+    /// Features and pictures, to ask another model.
+    pub fn into_inputs(self) -> (Vec<Vec<f32>>, Vec<Vec<u8>>) {
+        (self.features, self.images)
+    }
+
     /// Lets a model answer, and compares.
     pub fn check(&self, classifier: &mut Classifier) -> Result<(), SelfTestError> {
         for (i, (got, expected)) in self.answered_by(classifier)?.iter().zip(&self.answers).enumerate() {

@@ -65,13 +65,12 @@ impl PrivateKey {
 
     /// Reads a PKCS#8 PEM file that nobody else may read.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
-        let text = read(path)?;
-        let mode = fs::metadata(path).map_err(|e| KeyError::file(path, e))?.permissions().mode() & 0o777;
-        if mode & 0o077 != 0 {
-            return Err(KeyError::Open { path: path.into(), mode });
+        let key = SigningKey::from_pkcs8_pem(&read(path)?);
+        let key = key.map_err(|e| KeyError::file(path, format_args!("no private Ed25519 key in PEM: {e}")))?;
+        match fs::metadata(path).map_err(|e| KeyError::file(path, e))?.permissions().mode() & 0o777 {
+            mode if mode & 0o077 != 0 => Err(KeyError::Open { path: path.into(), mode }),
+            _ => Ok(PrivateKey(key)),
         }
-        let key = SigningKey::from_pkcs8_pem(&text);
-        key.map(PrivateKey).map_err(|e| KeyError::file(path, format_args!("no private Ed25519 key in PEM: {e}")))
     }
 
     pub fn public(&self) -> PublicKey {

@@ -27,7 +27,7 @@ use crate::bundle::manifest::FORMAT;
 use crate::bundle::{BackboneRef, DatasetRef, Manifest, Metrics, Unknown, UnknownRule};
 use crate::health::memory_available;
 use crate::vision::classifier::Skill;
-use crate::vision::head::{HeadError, linear};
+use crate::vision::head::{HeadError, argmax, linear};
 use crate::vision::subspace::SubspaceError;
 use crate::vision::tail::TailError;
 use crate::vision::{Backbone, BackboneError, Head, Labels, Network, Prediction, Preprocess, Subspace, Tail};
@@ -444,18 +444,19 @@ fn threshold(similarities: &[f32], reject: f32) -> f32 {
     f32::midpoint(last, first)
 }
 
-/// The features of the photograph of each class that it is named best by. in: `[width]` each, what each was taken for, what
-/// each is.
+/// The features of the photograph of each class that is named right, and least surely: it tells a change first. in: `[width]`
+/// each, what each was taken for, what each is.
 fn examples(features: &[Vec<f32>], predictions: &[Prediction], classes: &[usize]) -> Vec<Vec<f32>> {
-    let best = |class: usize| {
-        let of_class = (0..features.len()).filter(|i| classes[*i] == class);
-        of_class.max_by(|a, b| {
-            let sure = |i: usize| predictions[i].probabilities[class];
-            sure(*a).total_cmp(&sure(*b))
-        })
+    let least_sure = |class: usize| {
+        let right = |i: &usize| classes[*i] == class && argmax(&predictions[*i].probabilities) == class;
+        let sure = |i: &usize| predictions[*i].probabilities[class];
+        (0..features.len()).filter(right).min_by(|a, b| sure(a).total_cmp(&sure(b)))
     };
     let count = predictions.first().map_or(0, |prediction| prediction.probabilities.len());
-    (0..count).filter_map(best).map(|i| features[i].clone()).collect()
+    let chosen: Vec<usize> = (0..count).filter_map(least_sure).collect();
+    // A model that names nothing right still has to answer as it did.
+    let chosen = if chosen.is_empty() { vec![0] } else { chosen };
+    chosen.into_iter().map(|i| features[i].clone()).collect()
 }
 
 /// A loss that is no number ends a training, and what it gave is of no use.

@@ -8,6 +8,7 @@ mod broker;
 mod daemon;
 mod fetching;
 mod files;
+mod fleet;
 mod http;
 mod mqtt;
 mod tools;

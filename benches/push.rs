@@ -1,0 +1,122 @@
+//! A push over loopback: how long until a model is confirmed, and the longest gap between two predictions meanwhile.
+//!
+//! A mosquitto, and a daemon that replays five frames a second, as the defaults have it.
+
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use bloomcast::bundle::{Bundle, Manifest, Parts, PrivateKey, SelfTest, sign};
+use bloomcast::config::Config;
+use bloomcast::daemon::Daemon;
+use bloomcast::fleet::delivery::Parcel;
+use bloomcast::fleet::message::identity;
+use bloomcast::fleet::push::{Plan, push};
+use bloomcast::mqtt::access::Access;
+use bloomcast::mqtt::topics::DeviceName;
+use bloomcast::vision::backbone::MOBILENET_V2;
+use bloomcast::vision::{Head, drawn};
+
+const ROUNDS: u64 = 5;
+
+fn main() {
+    let dir = tempfile::tempdir().unwrap();
+    let (port, mut broker) = mosquitto();
+    let key = dir.path().join("trainer.key");
+    PrivateKey::generate(&key).unwrap();
+    let key = PrivateKey::read(&key).unwrap();
+    let config = config(dir.path(), port);
+    let topics = config.topics_of(DeviceName::new("bench").unwrap());
+    let (seen, predictions) = mpsc::sync_channel(100_000);
+    let daemon = Daemon::prepare(config).unwrap();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let daemon = std::thread::spawn(move || {
+        let ended = async { drop(stopped.await) };
+        daemon.run(ended, Box::new(move |_| seen.try_send(Instant::now()).unwrap())).unwrap();
+    });
+    predictions.recv().unwrap();
+
+    let head: fn(&mut Manifest, &mut Parts) = |manifest, parts| {
+        let (width, bias) = (parts.head.width(), parts.head.bias().to_vec());
+        let weight = parts.head.weight().iter().map(|weight| weight * 0.99).collect();
+        parts.head = Head::new(width, weight, bias, manifest.temperature).unwrap();
+    };
+    let frozen = |_: &mut Manifest, parts: &mut Parts| parts.tail = None;
+    let carried = |_: &mut Manifest, parts: &mut Parts| parts.backbone = Some(MOBILENET_V2.to_vec());
+    println!("{:34} {:>9} {:>12} {:>12} {:>12}", "model", "bytes", "confirmed s", "worst s", "longest gap");
+    let mut version = 0;
+    for (name, change) in
+        [("another head", head), ("another head, no convolution", frozen), ("with its own network", carried)]
+    {
+        let (mut times, mut gaps, mut bytes) = (Vec::new(), Vec::new(), 0);
+        for _ in 0..ROUNDS {
+            version += 1;
+            let parcel = parcel(version, change, &key);
+            bytes = parcel.bytes.len();
+            while predictions.try_recv().is_ok() {}
+            let began = Instant::now();
+            let report = push(&Access::local(port), vec![topics.clone()], &parcel, &Plan::default(), &|_| {}).unwrap();
+            assert!(report.is_good(), "{report}");
+            times.push(began.elapsed());
+            let frames: Vec<Instant> = predictions.try_iter().collect();
+            gaps.push(frames.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default());
+        }
+        times.sort_unstable();
+        let (median, worst) = (times[times.len() / 2].as_secs_f64(), times[times.len() - 1].as_secs_f64());
+        let gap = gaps.into_iter().max().unwrap_or_default().as_millis();
+        println!("{name:34} {bytes:>9} {median:>12.2} {worst:>12.2} {gap:>9} ms");
+    }
+    drop(stop);
+    daemon.join().unwrap();
+    broker.kill().unwrap();
+    broker.wait().unwrap();
+}
+
+/// The built-in model, a little newer. What the self-test asks is what the change leads to.
+fn parcel(newer: u64, change: fn(&mut Manifest, &mut Parts), key: &PrivateKey) -> Parcel {
+    let built_in = Bundle::built_in().unwrap();
+    let (mut manifest, mut parts) = (built_in.manifest().clone(), built_in.parts().clone());
+    manifest.version += newer;
+    change(&mut manifest, &mut parts);
+    let (features, images) = parts.self_test.take().unwrap().into_inputs();
+    let mut bundle = Bundle::new(manifest, parts);
+    let mut classifier = bundle.classifier(None).unwrap();
+    bundle.set_self_test(SelfTest::ask(&mut classifier, features, images).unwrap());
+    let bytes = sign("bench", &bundle.to_bytes(), key).unwrap();
+    let signed = Bundle::from_bytes("bench", &bytes).unwrap();
+    let model = identity(signed.manifest(), signed.sha256());
+    Parcel { model, manifest: signed.manifest().clone(), bytes, packet_bytes_max: 65_536, force: false, key: None }
+}
+
+fn config(dir: &Path, port: u16) -> Config {
+    let image = dir.join("drawn.jpg");
+    std::fs::write(&image, drawn::jpeg(640, 480)).unwrap();
+    let list = dir.join("list.txt");
+    std::fs::write(&list, image.display().to_string()).unwrap();
+    let settings = [
+        "device.name=bench".to_owned(),
+        format!("mqtt.port={port}"),
+        "camera.source=replay".into(),
+        format!("camera.replay.path={}", list.display()),
+        format!("model.store={}", dir.join("store").display()),
+        format!("model.trusted_keys={}", dir.display()),
+        "model.offer_bytes_max=33554432".into(),
+    ];
+    Config::of_settings(&settings).unwrap()
+}
+
+fn mosquitto() -> (u16, Child) {
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+    let debian = Path::new("/usr/sbin/mosquitto");
+    let program = if debian.is_file() { debian } else { Path::new("mosquitto") };
+    let broker = Command::new(program).args(["-p", &port.to_string()]).stderr(Stdio::null()).spawn();
+    let broker = broker.expect("mosquitto starts; `make setup` installs it");
+    let began = Instant::now();
+    while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
+        assert!(began.elapsed() < Duration::from_secs(10), "mosquitto does not listen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    (port, broker)
+}

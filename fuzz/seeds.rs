@@ -1,0 +1,36 @@
+//! Writes the template, a small bundle with everything in it, and a seed for each way into it.
+
+use std::fs;
+
+use bloomcast::bundle::{Bundle, Parts, SelfTest, archive, selftest::Answer};
+use bloomcast::vision::{Head, Labels, Subspace, Tail};
+
+fn main() {
+    let mut manifest = Bundle::built_in().unwrap().manifest().clone();
+    manifest.classes = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
+    manifest.backbone.width = 4;
+    let mut basis = vec![0.0; 8];
+    (basis[0], basis[5]) = (1.0, 1.0);
+    let answer = Answer { probabilities: vec![0.5; 2], similarity: 1.0 };
+    let parts = Parts {
+        head: Head::new(4, vec![0.5; 8], vec![0.1, 0.2], 1.5).unwrap(),
+        subspace: Subspace::new(4, basis, 0.5).unwrap(),
+        tail: Some(Tail::new(2, vec![0.25; 8], vec![0.5; 4]).unwrap()),
+        backbone: None,
+        self_test: Some(SelfTest::new(vec![vec![1.0; 4]], vec![vec![7; 9]], vec![answer.clone(), answer])),
+    };
+    manifest.temperature = 1.5;
+    manifest.unknown.threshold = 0.5;
+    let bytes = Bundle::new(manifest, parts).to_bytes();
+    fs::write("template.bloom", &bytes).unwrap();
+    fs::create_dir_all("corpus/bundle").unwrap();
+    let seed = |name: &str, kind: u8, content: &[u8]| {
+        fs::write(format!("corpus/bundle/seed-{name}"), [&[kind][..], content].concat()).unwrap();
+    };
+    seed("whole", 255, &bytes);
+    for (name, content) in archive::unpack(&bytes).unwrap().iter() {
+        let kinds = ["manifest.json", "head.safetensors", "tail.safetensors", "selftest.safetensors"];
+        let kind = kinds.iter().position(|kind| *kind == name).unwrap();
+        seed(name, kind as u8, content);
+    }
+}
