@@ -8,7 +8,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # its clients for the tests.
 PACKAGES := build-essential pkg-config libclang-dev mosquitto mosquitto-clients
 
-.PHONY: all setup build demo test lint licences doc bench model backbones backbones-keras clean
+.PHONY: all setup build demo test lint licences doc fuzz bench model backbones backbones-keras clean
 
 all: build
 
@@ -56,6 +56,12 @@ licences: setup
 
 doc: setup
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --locked --no-deps --document-private-items
+
+# Ten minutes; what it finds interesting is kept in fuzz/corpus, what breaks in fuzz/artifacts.
+FUZZ_SECONDS ?= 600
+fuzz: setup
+	@command -v cargo-fuzz >/dev/null || $(CARGO) install --quiet --locked cargo-fuzz@0.13.2
+	$(CARGO) +nightly fuzz run --sanitizer none bundle -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=1024 -malloc_limit_mb=256
 
 bench: setup
 	$(CARGO) bench --locked

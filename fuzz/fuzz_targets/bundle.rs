@@ -19,11 +19,13 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// What can be read can be written, and read again as the same.
+/// What can be read can be written, and read again as the same. Its members may take other bytes then, since safetensors
+/// leaves room for that.
 fn read(bytes: &[u8]) {
     if let Ok(bundle) = Bundle::from_bytes("fuzzed", bytes) {
         let again = Bundle::from_bytes("again", &bundle.to_bytes()).expect("what was written can be read");
-        assert!(again.parts() == bundle.parts() && again.manifest() == bundle.manifest());
+        let manifest = Manifest { members: again.manifest().members.clone(), ..bundle.manifest().clone() };
+        assert!(again.parts() == bundle.parts() && *again.manifest() == manifest);
     }
 }
 

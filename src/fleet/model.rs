@@ -50,16 +50,19 @@ impl Model {
         identity(&self.manifest, &self.sha256)
     }
 
-    /// Whether both look at the same numbers: only their heads differ.
-    pub fn stands_on_the_same(&self, other: &Model) -> bool {
-        same_features(&self.manifest, &other.manifest)
+    /// Whether another model looks at the same numbers: only its head differs.
+    pub fn gives_the_features_of(&self, other: &Manifest) -> bool {
+        let tail = |manifest: &Manifest| manifest.members.get(TAIL).cloned();
+        self.manifest.backbone == other.backbone
+            && self.manifest.preprocess == other.preprocess
+            && tail(&self.manifest) == tail(other)
     }
 }
 
 impl Loaded {
     /// `shelf` has the network; `like`: a model whose network is used again where it is the same.
     pub fn new(mut bundle: Bundle, source: Source, shelf: &Shelf, like: Option<&Model>) -> Result<Self, ModelError> {
-        let same = like.filter(|like| same_features(&like.manifest, bundle.manifest()));
+        let same = like.filter(|like| like.gives_the_features_of(bundle.manifest()));
         let backbone = match same {
             Some(like) => like.backbone.clone(),
             None => bundle.backbone(&bundle.network(shelf.backbone.as_deref())?)?,
@@ -75,10 +78,6 @@ impl Loaded {
         };
         Ok(Loaded { model, classifier, self_test })
     }
-}
-
-fn same_features(a: &Manifest, b: &Manifest) -> bool {
-    a.backbone == b.backbone && a.preprocess == b.preprocess && a.members.get(TAIL) == b.members.get(TAIL)
 }
 
 /// Where a device has its models.

@@ -16,19 +16,33 @@ pub struct Mosquitto {
 impl Mosquitto {
     /// Prepared, not started. With `password`, only the user `pi` is let in.
     pub fn prepare(password: Option<&str>) -> Self {
+        match password {
+            None => Self::with_access(&[], "allow_anonymous true"),
+            Some(password) => Self::with_access(&[("pi", password)], "allow_anonymous false"),
+        }
+    }
+
+    /// Started, with `docs/mosquitto.acl` and these users, whose passwords are their names.
+    pub fn guarded(users: &[&str]) -> Self {
+        let acl = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs/mosquitto.acl");
+        let users: Vec<(&str, &str)> = users.iter().map(|user| (*user, *user)).collect();
+        let mut broker = Self::with_access(&users, &format!("allow_anonymous false\nacl_file {}", acl.display()));
+        broker.start();
+        broker
+    }
+
+    fn with_access(users: &[(&str, &str)], access: &str) -> Self {
         let (dir, port) = (tempfile::tempdir().unwrap(), free_port());
         let passwords = dir.path().join("passwords");
-        let access = match password {
-            None => "allow_anonymous true".to_owned(),
-            Some(password) => {
-                let made =
-                    output(Command::new("mosquitto_passwd").args(["-c", "-b"]).arg(&passwords).args(["pi", password]));
-                assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-                format!("allow_anonymous false\npassword_file {}", passwords.display())
-            }
-        };
+        fs::write(&passwords, "").unwrap();
+        for (user, password) in users {
+            let made = output(Command::new("mosquitto_passwd").arg("-b").arg(&passwords).args([user, password]));
+            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        }
+        let passwords =
+            if users.is_empty() { String::new() } else { format!("password_file {}\n", passwords.display()) };
         let config = format!(
-            "listener {port} 127.0.0.1\n{access}\nuser root\npersistence true\npersistence_location {}/\nautosave_on_changes true\nautosave_interval 1\nlog_dest stderr\n",
+            "listener {port} 127.0.0.1\n{access}\n{passwords}user root\npersistence true\npersistence_location {}/\nautosave_on_changes true\nautosave_interval 1\nlog_dest stderr\n",
             dir.path().display()
         );
         fs::write(dir.path().join("mosquitto.conf"), config).unwrap();

@@ -12,7 +12,7 @@ use bloomcast::bundle::{Bundle, Manifest, Parts, Store, archive, assemble, numbe
 use bloomcast::fleet::delivery::{Ending, Parcel};
 use bloomcast::fleet::message::{Identity, Offer, identity};
 use bloomcast::fleet::push::{self, Plan, Report};
-use bloomcast::mqtt::access::Access;
+use bloomcast::mqtt::access::{Access, Credentials};
 use bloomcast::mqtt::client::Client;
 use bloomcast::mqtt::topics::{DeviceName, Topics};
 use bloomcast::vision::backbone::sha256_hex;
@@ -90,6 +90,17 @@ fn with_nan() -> Vec<u8> {
         ("subspace", vec![subspace.basis().len() / head.width(), head.width()], subspace.basis()),
     ]);
     assemble(&manifest, &[("head.safetensors", &head)])
+}
+
+/// A tar that would leave its folder, were it unpacked there.
+fn with_a_trick() -> Vec<u8> {
+    let mut header = tar::Header::new_ustar();
+    header.as_old_mut().name[..16].copy_from_slice(b"../../etc/passwd");
+    header.set_size(1);
+    header.set_cksum();
+    let mut tar = tar::Builder::new(Vec::new());
+    tar.append(&header, b"x".as_slice()).unwrap();
+    tar.into_inner().unwrap()
 }
 
 /// Where a device replays from, and its store; both outlive the process.
@@ -286,8 +297,7 @@ fn what_is_not_as_it_should_be_is_refused_and_the_old_model_decides_on() {
     assert!(reason(&trainer.bytes(1, other_network)).contains("was made for the backbone"));
     let other_preprocessing = |manifest: &mut Manifest, _: &mut Parts| manifest.preprocess.std = [0.4; 3];
     assert!(reason(&trainer.bytes(1, other_preprocessing)).contains("the self-test's picture 0"));
-    let tricks = archive::pack([("../../etc/passwd", b"x".as_slice())]);
-    assert!(reason(&tricks).contains("../../etc/passwd: not the name of a plain file"));
+    assert!(reason(&with_a_trick()).contains("../../etc/passwd: not the name of a plain file"));
     let giant_manifest = archive::pack([("manifest.json", vec![b' '; 1 << 20].as_slice())]);
     assert!(reason(&giant_manifest).contains("manifest.json: 1048576 bytes, expected at most"));
 
@@ -606,14 +616,50 @@ fn keys_and_signatures_on_the_command_line() {
     assert_eq!((unknown.0, unknown.1.contains("--group garden: not in [fleet.groups]")), (2, true), "{}", unknown.1);
 }
 
-/// Lines of the daemon's log, one a step of an install, in order.
-const STEPS: [&str; 6] = [
-    "receiving flowers",
-    "has come whole",
-    "has proved itself",
-    "decides in the place of",
-    "is accepted",
-    "is confirmed",
+#[test]
+fn only_the_trainer_may_send_models_where_the_acl_is_ours() {
+    let Some(folder) = photographs("only_the_trainer_may_send_models_where_the_acl_is_ours") else { return };
+    let (broker, trainer) = (Mosquitto::guarded(&["pi", "trainer", "home"]), Trainer::new());
+    let credentials = |user: &str| {
+        let path = trainer.dir.path().join(format!("{user}.credentials"));
+        fs::write(&path, format!("{user}\n{user}\n")).unwrap();
+        format!("mqtt.credentials_file={}", path.display())
+    };
+    let device = Device::new("pi", broker.port, &folder, &trainer).with(&[&credentials("pi")]);
+    let daemon = device.start();
+    let bundle = trainer.file(1, same);
+    let push = |user: &str| {
+        let to = ["--device", "pi", "--set", &credentials(user)];
+        push_command(broker.port, &bundle, &trainer, &to)
+    };
+    let access = Access {
+        credentials: Some(Credentials { user: "home".into(), password: "home".into() }),
+        ..Access::local(broker.port)
+    };
+    let mut home = Client::connect(&access, &["bloomcast/#".into()]).unwrap();
+    for topic in ["model/offer", "model/rollback", "model/chunk/0", "set/pause"] {
+        assert!(home.publish(&format!("bloomcast/pi/{topic}"), b"true".to_vec()));
+    }
+    let (ends, all) = endings(&mut push("trainer"));
+    assert!(all, "{ends:?}");
+    let log = daemon.log();
+    assert!(!log.contains("no offer") && !log.contains("no order") && !log.contains("set from afar"), "{log}");
+    let mut confirmed = false;
+    while !confirmed {
+        let message = home.next(PATIENCE).unwrap().expect("who looks on is told");
+        confirmed = message.topic == "bloomcast/pi/model/answer"
+            && String::from_utf8_lossy(&message.payload).contains("\"answer\":\"confirmed\"");
+    }
+}
+
+/// Lines of the daemon's log, one a step of an install, in order; and within how many milliseconds after it a kill comes, which
+/// is about how long the step takes: it receives, proves, writes, is on trial, has confirmed.
+const STEPS: [(&str, u64); 5] = [
+    ("receiving flowers", 60),
+    ("has come whole", 60),
+    ("has proved itself", 20),
+    ("is accepted", 300),
+    ("is confirmed", 20),
 ];
 const KILLS: usize = 200;
 
@@ -647,13 +693,14 @@ fn whenever_the_power_goes_one_whole_model_decides() {
         let bundle = trainer.file(newest - Bundle::built_in().unwrap().manifest().version, same);
         let mut pushing = Process::start(&mut push_command(broker.port, &bundle, &trainer, &["--device", "pi"]));
         // Up to a step, and then somewhere between it and the next.
-        daemon.line(STEPS[kill % STEPS.len()]);
-        std::thread::sleep(Duration::from_micros(fastrand::u64(0..60_000)));
+        let (step, within_ms) = STEPS[kill % STEPS.len()];
+        daemon.line(step);
+        std::thread::sleep(Duration::from_micros(fastrand::u64(0..within_ms * 1000)));
         daemon.kill();
         pushing.kill();
         fs::remove_file(bundle).unwrap();
         let log = daemon.log();
-        let last = STEPS.iter().rposition(|step| log.contains(step)).unwrap();
+        let last = STEPS.iter().rposition(|(step, _)| log.contains(step)).unwrap();
         reached[last] += 1;
         if last == STEPS.len() - 1 {
             decides = newest;
