@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use tracing::{info, warn};
 
 use crate::bundle::signature::KeyError;
+use crate::bundle::store::State;
 use crate::bundle::{Keyring, Store};
 use crate::camera::latest;
 use crate::camera::rpicam::{self, Rpicam};
@@ -24,7 +25,7 @@ use crate::camera::{self, CameraError, FrameSource, Next, Pace, replay};
 use crate::config::{Config, ConfigError, Source};
 use crate::decide::Decider;
 use crate::fleet::model::{Deciding, ModelError, Shelf};
-use crate::fleet::receive::{Ends, Input, Receiver, Setup};
+use crate::fleet::receive::{Ends, Receiver, Setup};
 use crate::health::Counters;
 use crate::mqtt::outbox::Limits;
 use crate::mqtt::{Link, LinkSettings, Outbox, message, topics::Topics};
@@ -37,7 +38,8 @@ const ORDERS_MAX: usize = 16;
 /// How long a stop waits for the vision thread, which may be at a frame, and then for the camera's.
 const VISION_END: Duration = Duration::from_millis(800);
 const CAMERA_END: Duration = Duration::from_millis(300);
-const FLEET_END: Duration = Duration::from_millis(500);
+/// The model thread may be at a proof.
+const FLEET_END: Duration = Duration::from_millis(300);
 /// Answers to whoever sends models, which wait while the broker is away.
 const ANSWERS: Limits = Limits { entries_max: 64, bytes_max: 256 << 10 };
 
@@ -84,22 +86,19 @@ impl Daemon {
     }
 
     fn with_store(config: Config, open: fn(&Path) -> Store) -> Result<Self, DaemonError> {
-        let shelf = config.shelf(open);
         Keyring::read(&config.model.trusted_keys)?;
-        let deciding = shelf.deciding()?;
-        let rules = config.rules(deciding.loaded.classifier.labels())?;
         let pace = Pace::new(config.camera.interval_ms);
-        Ok(Daemon {
-            topics: config.topics()?,
-            link: config.link()?,
-            source: source(&config, &pace)?,
-            decider: Decider::new(rules, SystemTime::now()),
-            shelf,
-            deciding,
-            config,
-            pace,
-            counters: Arc::default(),
-        })
+        let (topics, link, source) = (config.topics()?, config.link()?, source(&config, &pace)?);
+        // Last: a model on trial must not pay for a mistake in the configuration.
+        let shelf = config.shelf(open);
+        let deciding = shelf.deciding()?;
+        let labels = deciding.loaded.classifier.labels();
+        let rules = match deciding.state == State::default() {
+            true => config.rules(labels)?,
+            false => config.rules_of_known(labels),
+        };
+        let decider = Decider::new(rules, SystemTime::now());
+        Ok(Daemon { config, topics, link, shelf, deciding, decider, source, pace, counters: Arc::default() })
     }
 
     /// The model's name and version.
@@ -164,7 +163,9 @@ impl Daemon {
         let (topics, counters) = (self.topics, self.counters);
         let setup =
             Setup { config: self.config, topics: topics.clone(), shelf: self.shelf, answers: answers.clone(), swaps };
-        let (receiver, classifier, Ends { inbox, about, witness }) = Receiver::new(setup, self.deciding);
+        let (stop, stopped) = watch::channel(false);
+        let (receiver, classifier, Ends { inbox, about, witness }) =
+            Receiver::new(setup, self.deciding, stopped.clone());
         let voice = Voice::new(self.decider, sender, topics.event(), outbox.clone(), counters.clone());
         let said = about.subscribe();
         let ordered = Orders { settings, swaps: swapped, about, witness };
@@ -177,14 +178,12 @@ impl Daemon {
             outbox,
             answers,
             orders,
-            mail: Box::new(move |mail| inbox.try_send(Input::Mail(mail)).is_ok()),
+            mail: Box::new(move |mail| inbox.try_send(mail).is_ok()),
             counters: counters.clone(),
         };
         let mut source = self.source;
         let camera = Stage::spawn("camera", move || camera::watch(source.as_mut(), &rules, &frames, &counters))?;
-        let (stop, stopped) = watch::channel(false);
-        let stopped_too = stopped.clone();
-        let fleet = Stage::spawn("fleet", move || receiver.run(&stopped_too))?;
+        let fleet = Stage::spawn("fleet", move || receiver.run())?;
         let vision = Stage::spawn("vision", move || watcher.watch(&stopped))?;
         Ok((Stages { camera, vision, fleet, stop }, link))
     }
@@ -211,6 +210,8 @@ async fn conduct(
     tokio::select! {
         () = stop => info!("stopping"),
         () = stages.vision.ended() => {}
+        // It ends by itself only where it panicked, which is told when it is joined.
+        () = stages.fleet.ended() => {}
         () = log => {}
         // It ends by itself only where it panicked.
         _ = &mut link => return Err(DaemonError::Panicked("mqtt")),

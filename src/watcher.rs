@@ -139,20 +139,19 @@ impl Watcher {
         Ok((prediction, Stages { decode, ..stages }))
     }
 
-    /// A model on trial that panics fails the trial; any other ends the program.
+    /// A model that panics has failed on this picture, as one that gives an error has.
     fn judge(&mut self, picture: &RgbImage) -> Result<(Prediction, Stages), String> {
         let classifier = &mut self.classifier;
-        let Some(witness) = &mut self.orders.witness else {
-            return classifier.classify(picture).map_err(|e| e.to_string());
-        };
         let judged = catch_unwind(AssertUnwindSafe(|| classifier.classify(picture).map_err(|e| e.to_string())))
-            .unwrap_or_else(|_| Err("it panicked; its message stands in the log".into()));
-        let wants_more = witness(match &judged {
-            Ok((_, stages)) => Report::Seen(stages.backbone),
-            Err(reason) => Report::Failed(reason.clone()),
-        });
-        if !wants_more {
-            self.orders.witness = None;
+            .unwrap_or_else(|_| Err("the model panicked; its message stands in the log".into()));
+        if let Some(witness) = &mut self.orders.witness {
+            let report = match &judged {
+                Ok((_, stages)) => Report::Seen(stages.backbone),
+                Err(reason) => Report::Failed(reason.clone()),
+            };
+            if !witness(report) {
+                self.orders.witness = None;
+            }
         }
         judged
     }

@@ -22,7 +22,7 @@ pub enum ArchiveError {
     Double(String),
     #[error("more than {MEMBERS_MAX} members")]
     TooMany,
-    #[error("{0}: not a member of a bundle")]
+    #[error("{0}: no member of a bundle, or out of its place")]
     Unexpected(String),
     #[error("{0} is missing")]
     Missing(String),
@@ -58,11 +58,6 @@ impl Members {
     /// The members as [`pack`] takes them.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.0.iter().map(|(name, content)| (name.as_str(), content.as_slice()))
-    }
-
-    /// Refuses what nobody asked for.
-    pub fn expect_none(&self) -> Result<(), ArchiveError> {
-        self.0.first().map_or(Ok(()), |(name, _)| Err(ArchiveError::Unexpected(name.clone())))
     }
 }
 

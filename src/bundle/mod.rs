@@ -35,6 +35,8 @@ const HEAD: &str = "head.safetensors";
 pub const TAIL: &str = "tail.safetensors";
 pub const BACKBONE: &str = "backbone.onnx";
 const SELF_TEST: &str = "selftest.safetensors";
+/// The members, in the only order in which they may stand: another would be another file with the same signature.
+const ORDER: [&str; 6] = [manifest::NAME, manifest::SIGNATURE, HEAD, TAIL, BACKBONE, SELF_TEST];
 
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
@@ -94,6 +96,7 @@ impl Bundle {
         let archive = |source| BundleError::Archive { file: file.into(), source };
         let content = |reason: String| BundleError::Content { file: file.into(), reason };
         let mut members = archive::unpack(bytes).map_err(archive)?;
+        expect_order(&members).map_err(archive)?;
         let signer = signer(&members).map_err(|e| content(format!("{}: {e}", manifest::SIGNATURE)))?;
         members.take(manifest::SIGNATURE);
         let manifest = members.require_small(manifest::NAME, manifest::BYTES_MAX).map_err(archive)?;
@@ -102,7 +105,6 @@ impl Bundle {
         let head = members.require(HEAD).map_err(archive)?;
         let (tail, backbone) = (members.take(TAIL), members.take(BACKBONE));
         let self_test = members.take(SELF_TEST);
-        members.expect_none().map_err(archive)?;
         let (head, subspace) = numbers::head_from(&manifest, &head).map_err(|e| content(format!("{HEAD}: {e}")))?;
         let tail = tail.map(|tail| numbers::tail_from(&tail)).transpose();
         let tail = tail.map_err(|e| content(format!("{TAIL}: {e}")))?;
@@ -230,7 +232,15 @@ pub fn assemble(manifest: &Manifest, members: &[(&str, &[u8])]) -> Vec<u8> {
     let mut manifest = manifest.clone();
     manifest.set_members(members);
     let manifest = manifest.to_json();
-    archive::pack(std::iter::once((manifest::NAME, manifest.as_slice())).chain(members.iter().copied()))
+    let mut members = [&[(manifest::NAME, manifest.as_slice())], members].concat();
+    members.sort_by_key(|(name, _)| ORDER.iter().position(|known| known == name));
+    archive::pack(members)
+}
+
+fn expect_order(members: &archive::Members) -> Result<(), ArchiveError> {
+    let mut order = ORDER.iter();
+    let stray = members.iter().map(|(name, _)| name).find(|name| !order.any(|next| next == name));
+    stray.map_or(Ok(()), |name| Err(ArchiveError::Unexpected(name.into())))
 }
 
 /// Signs a `.bloom` file anew, whoever signed it before. in and out: a whole file; `file` is its name in messages.
@@ -391,7 +401,10 @@ mod tests {
         let (manifest, head) = (members.require(manifest::NAME).unwrap(), members.require(HEAD).unwrap());
         let stuffed = archive::pack([(manifest::NAME, &manifest[..]), (HEAD, &head), ("extra", b"x")]);
         let error = Bundle::from_bytes("test", &stuffed).unwrap_err().to_string();
-        assert!(error.contains("manifest.json does not name extra"), "{error}");
+        assert!(error.contains("extra: no member of a bundle, or out of its place"), "{error}");
+        let turned = archive::pack([(HEAD, &head[..]), (manifest::NAME, &manifest)]);
+        let error = Bundle::from_bytes("test", &turned).unwrap_err().to_string();
+        assert!(error.contains("manifest.json: no member of a bundle, or out of its place"), "{error}");
     }
 
     #[test]

@@ -37,7 +37,7 @@ impl KeyError {
     }
 }
 
-/// What signs. Never printed; wiped from memory when it is dropped.
+/// What signs. Never printed.
 pub struct PrivateKey(SigningKey);
 
 /// What a signature is checked against.
@@ -59,7 +59,10 @@ impl PrivateKey {
         let key = SigningKey::from_bytes(&seed);
         let text = key.to_pkcs8_pem(LineEnding::LF).expect("a key can be written as PEM");
         create(path, 0o600, text.as_bytes())?;
-        create(&public, 0o644, PublicKey(key.verifying_key()).to_pem().as_bytes())?;
+        create(&public, 0o644, PublicKey(key.verifying_key()).to_pem().as_bytes()).inspect_err(|_| {
+            // Half a pair is none, and would be in the way; the reason stands in the error that is returned.
+            let _ = fs::remove_file(path);
+        })?;
         Ok(public)
     }
 
@@ -237,7 +240,7 @@ fn read(path: &Path) -> Result<String, KeyError> {
     Ok(text)
 }
 
-/// A new file, whole on the disk or not there.
+/// A new file, whole or not there.
 fn create(path: &Path, mode: u32, bytes: &[u8]) -> Result<(), KeyError> {
     let mut file =
         OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(|e| match e.kind() {

@@ -34,6 +34,8 @@ pub enum StoreError {
     Damaged { path: PathBuf, reason: String },
     #[error("the store's {path}: {source}")]
     Archive { path: PathBuf, source: ArchiveError },
+    #[error("the store's {path} is of schema {schema}, this program reads {SCHEMA}")]
+    Schema { path: PathBuf, schema: u32 },
     #[error("there is no model before this one")]
     NoPrevious,
     #[error("this model is not on trial: the store was changed by hand")]
@@ -85,8 +87,10 @@ pub struct State {
     pub previous: Option<Place>,
     /// Decides in the place of `current` until it is confirmed or fails.
     pub trial: Option<Trial>,
-    /// SHA-256 of models that somebody took back.
+    /// SHA-256 of models that somebody took back, or that failed their trial.
     pub taken_back: Vec<String>,
+    /// The highest version that was ever confirmed here.
+    pub newest: u64,
     /// Why the model that decides is not the one that was installed last.
     pub trouble: Option<String>,
 }
@@ -100,6 +104,7 @@ impl Default for State {
             previous: None,
             trial: None,
             taken_back: Vec::new(),
+            newest: 0,
             trouble: None,
         }
     }
@@ -109,6 +114,13 @@ impl State {
     /// What decides while all is well.
     pub fn deciding(&self) -> Place {
         self.trial.as_ref().map_or_else(|| self.current.clone(), |trial| Place::Slot(trial.slot.clone()))
+    }
+
+    fn remember(&mut self, taken_back: String) {
+        self.taken_back.retain(|sha256| *sha256 != taken_back);
+        self.taken_back.push(taken_back);
+        let forgotten = self.taken_back.len().saturating_sub(TAKEN_BACK_MAX);
+        self.taken_back.drain(..forgotten);
     }
 
     fn trial_of(&mut self, sha256: &str) -> Result<&mut Trial, StoreError> {
@@ -158,7 +170,7 @@ impl Store {
         let bytes = fs::read(&path).map_err(|source| StoreError::Io { path: path.clone(), source })?;
         let state: State = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
         if state.schema != SCHEMA {
-            return Err(damaged(format!("schema {}, this program reads {SCHEMA}", state.schema)));
+            return Err(StoreError::Schema { path, schema: state.schema });
         }
         let named = |slot: &Slot| slot.sha256.len() == 64 && slot.sha256.bytes().all(|b| b.is_ascii_hexdigit());
         if !state.slots().all(named) {
@@ -185,16 +197,19 @@ impl Store {
     /// Puts a model on trial in the place of one that was before it.
     pub fn try_out(&self, slot: Slot, bytes: &[u8], phase: Phase) -> Result<State, StoreError> {
         self.make_folders()?;
+        let _lock = self.lock()?;
+        let mut state = self.state()?;
         let path = self.slot_file(&slot);
-        archive::write_file(&path, bytes).map_err(|source| StoreError::Archive { path: path.clone(), source })?;
-        let put = self.change(|state| {
-            state.trial = Some(Trial { slot, phase });
-            state.trouble = None;
-            Ok(())
-        });
+        let written = match self.changes {
+            true => archive::write_file(&path, bytes).map_err(|source| StoreError::Archive { path, source }),
+            false => Ok(()),
+        };
+        let before = state.clone();
+        state.trial = Some(Trial { slot, phase });
+        let put = written.and_then(|()| self.write(state));
         if put.is_err() {
             // The reason stands in the error that is returned.
-            let _ = self.tidy();
+            let _ = self.sweep(&before);
         }
         put
     }
@@ -212,17 +227,20 @@ impl Store {
         self.change(|state| {
             let slot = state.trial_of(sha256)?.slot.clone();
             state.taken_back.retain(|taken_back| taken_back != sha256);
+            state.newest = state.newest.max(slot.version);
             let before = std::mem::replace(&mut state.current, Place::Slot(slot));
-            (state.previous, state.trial) = (Some(before), None);
+            (state.previous, state.trial, state.trouble) = (Some(before), None, None);
             Ok(())
         })
     }
 
-    /// The model on trial has failed.
-    pub fn abandon(&self, sha256: &str) -> Result<State, StoreError> {
+    /// The model on trial has failed, for this reason.
+    pub fn abandon(&self, sha256: &str, reason: &str) -> Result<State, StoreError> {
         self.change(|state| {
-            state.trial_of(sha256)?;
+            let Slot { name, version, .. } = &state.trial_of(sha256)?.slot;
+            state.trouble = Some(format!("{name} {version} is rolled back: {reason}"));
             state.trial = None;
+            state.remember(sha256.to_owned());
             Ok(())
         })
     }
@@ -238,9 +256,7 @@ impl Store {
                 }
             };
             if let Place::Slot(slot) = bad {
-                state.taken_back.push(slot.sha256);
-                let forgotten = state.taken_back.len().saturating_sub(TAKEN_BACK_MAX);
-                state.taken_back.drain(..forgotten);
+                state.remember(slot.sha256);
             }
             state.trouble = None;
             Ok(())
@@ -253,11 +269,7 @@ impl Store {
         self.change_from(
             |store| Ok(store.state().unwrap_or_default()),
             |state| {
-                if state.previous.as_ref() == Some(&place) {
-                    state.previous = None;
-                }
-                state.current = place;
-                state.trouble = Some(trouble);
+                (state.current, state.previous, state.trouble) = (place, None, Some(trouble));
                 Ok(())
             },
         )
@@ -265,11 +277,10 @@ impl Store {
 
     /// Removes what an interrupted change left behind. Where the state cannot be read, nothing: who knows what it named.
     pub fn tidy(&self) -> Result<(), StoreError> {
-        if !self.changes || !self.folder.is_dir() {
-            return Ok(());
+        match self.lock()? {
+            Some(_lock) => self.sweep(&self.state()?),
+            None => Ok(()),
         }
-        let _lock = self.lock()?;
-        self.sweep(&self.state()?)
     }
 
     fn change(&self, change: impl FnOnce(&mut State) -> Result<(), StoreError>) -> Result<State, StoreError> {
@@ -281,10 +292,19 @@ impl Store {
         read: impl FnOnce(&Self) -> Result<State, StoreError>,
         change: impl FnOnce(&mut State) -> Result<(), StoreError>,
     ) -> Result<State, StoreError> {
-        let _lock = (self.changes && self.folder.is_dir()).then(|| self.lock()).transpose()?;
+        let _lock = self.lock()?;
         let mut state = read(self)?;
         change(&mut state)?;
-        state.generation += 1;
+        self.write(state)
+    }
+
+    /// Under the lock.
+    fn write(&self, mut state: State) -> Result<State, StoreError> {
+        // A store that begins anew does not count what an earlier one has counted.
+        state.generation = match state.generation {
+            0 => fastrand::u64(1..1 << 40),
+            generation => generation + 1,
+        };
         if self.changes {
             let path = self.folder.join(STATE);
             let mut json = serde_json::to_vec_pretty(&state).expect("a state can be written as JSON");
@@ -297,11 +317,14 @@ impl Store {
     }
 
     /// Until it is dropped, or the process ends.
-    fn lock(&self) -> Result<File, StoreError> {
+    fn lock(&self) -> Result<Option<File>, StoreError> {
+        if !self.changes || !self.folder.is_dir() {
+            return Ok(None);
+        }
         let failed = |source| StoreError::Io { path: self.folder.clone(), source };
         let folder = File::open(&self.folder).map_err(failed)?;
         folder.lock().map_err(failed)?;
-        Ok(folder)
+        Ok(Some(folder))
     }
 
     fn make_folders(&self) -> Result<(), StoreError> {
@@ -314,21 +337,19 @@ impl Store {
         File::open(&self.folder).and_then(|folder| folder.sync_all()).map_err(failed)
     }
 
-    /// Removes what the state does not name.
+    /// Removes what the state does not name. What cannot be removed keeps nothing else from it.
     fn sweep(&self, state: &State) -> Result<(), StoreError> {
         let named: Vec<PathBuf> = state.slots().map(|slot| self.slot_file(slot)).collect();
-        for folder in [self.folder.join(SLOTS), self.folder.clone()] {
-            let failed = |source| StoreError::Io { path: folder.clone(), source };
-            let Ok(entries) = fs::read_dir(&folder) else { continue };
-            for entry in entries {
-                let path = entry.map_err(failed)?.path();
-                let ending = path.extension().unwrap_or_default();
-                if (ending == "bloom" && !named.contains(&path)) || ending == archive::PART {
-                    fs::remove_file(&path).map_err(failed)?;
-                }
+        let half = self.folder.join(STATE).with_added_extension(archive::PART);
+        let entries = fs::read_dir(self.folder.join(SLOTS)).into_iter().flatten();
+        let unnamed = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| !named.contains(path));
+        let mut swept = Ok(());
+        for path in unnamed.chain(half.exists().then_some(half)) {
+            if let Err(source) = fs::remove_file(&path) {
+                swept = Err(StoreError::Io { path, source });
             }
         }
-        Ok(())
+        swept
     }
 }
 
@@ -382,8 +403,11 @@ mod tests {
         assert!(confirmed.generation > on_trial.generation);
         assert!(matches!(store.confirm(&name(1)), Err(StoreError::NoTrial)));
         install(&store, 2);
-        assert_eq!(version(&store.abandon(&name(2)).unwrap().deciding()), 1);
+        assert_eq!(version(&store.abandon(&name(2), "slow").unwrap().deciding()), 1);
         assert_eq!(files(&store), 1, "what failed is gone");
+        let state = store.state().unwrap();
+        assert_eq!(state.trouble.as_deref(), Some("m 2 is rolled back: slow"));
+        assert_eq!((state.taken_back, state.newest), (vec![name(2)], 1));
     }
 
     #[test]
@@ -418,6 +442,7 @@ mod tests {
         assert!(store.confirm(&name(2)).is_err() && store.tidy().is_err());
         assert_eq!(files(&store), 1, "who knows what it named");
         let settled = store.settle(Place::BuiltIn, "the state".into()).unwrap();
+        assert!(settled.generation != 1, "an order that was signed for an earlier life is not good again");
         assert_eq!((version(&settled.deciding()), files(&store)), (0, 0));
     }
 
@@ -427,9 +452,13 @@ mod tests {
         fs::write(store.folder.join(SLOTS).join("orphan.bloom"), "x").unwrap();
         fs::write(store.folder.join(SLOTS).join("half.bloom.part"), "x").unwrap();
         fs::write(store.folder.join("state.json.part"), "{").unwrap();
+        fs::create_dir(store.folder.join(SLOTS).join("folder.bloom")).unwrap();
+        fs::write(store.folder.join("mine.bloom"), "not ours to remove").unwrap();
+        assert!(store.tidy().is_err(), "a folder is no file");
+        fs::remove_dir(store.folder.join(SLOTS).join("folder.bloom")).unwrap();
         store.tidy().unwrap();
         assert_eq!(files(&store), 1);
-        assert_eq!(fs::read_dir(&store.folder).unwrap().count(), 2);
+        assert_eq!(fs::read_dir(&store.folder).unwrap().count(), 3);
     }
 
     #[test]
@@ -450,5 +479,16 @@ mod tests {
         let state = fs::read_to_string(store.folder.join(STATE)).unwrap();
         fs::write(store.folder.join(STATE), state.replace(&slot(&[1], 1).sha256, "../../etc/passwd")).unwrap();
         assert!(store.state().unwrap_err().to_string().contains("no SHA-256"));
+    }
+
+    #[test]
+    fn the_state_of_a_newer_program_is_left_alone() {
+        let (_dir, store) = store(&[1]);
+        let path = store.folder.join(STATE);
+        let newer = fs::read_to_string(&path).unwrap().replace("\"schema\": 1", "\"schema\": 2");
+        fs::write(&path, &newer).unwrap();
+        assert!(matches!(store.state(), Err(StoreError::Schema { schema: 2, .. })));
+        assert!(store.confirm(&name(1)).is_err() && store.tidy().is_err());
+        assert_eq!((fs::read_to_string(&path).unwrap(), files(&store)), (newer, 1));
     }
 }

@@ -11,7 +11,7 @@ use bloomcast::config::Config;
 use bloomcast::fleet::delivery::Parcel;
 use bloomcast::fleet::message::{Verdict, identity};
 use bloomcast::fleet::model::Shelf;
-use bloomcast::fleet::proof::{self, Trust};
+use bloomcast::fleet::proof::{self, Refusal, Trust};
 use bloomcast::fleet::push::{Plan, push};
 use bloomcast::fleet::recall::recall;
 use bloomcast::mqtt::topics::{DeviceName, Topics};
@@ -165,7 +165,11 @@ pub fn install(args: &InstallArgs) -> Result<(), Failure> {
     let present = shelf.deciding()?.loaded.model;
     let (file, bytes) = (args.bundle.display().to_string(), read(&args.bundle)?);
     let trust = if args.trust { Trust::Caller } else { Trust::Keys };
-    let refused = |error: proof::Refusal| anyhow!("{file}: {error}");
+    let refused = |error: Refusal| match error {
+        // It names the file itself.
+        Refusal::Bundle(error) => anyhow!(error),
+        error => anyhow!("{file}: {error}"),
+    };
     let vouched = proof::vouched(&file, &bytes, &trust, &config).map_err(refused)?;
     let model = identity(vouched.manifest(), vouched.sha256());
     let before = present.identity();
@@ -196,10 +200,8 @@ pub fn push_bundle(args: &PushArgs) -> Result<(), Failure> {
     if bundle.parts().self_test.is_none() {
         return Err(anyhow!("{file}: it carries no self-test, and no device would take it; train it anew").into());
     }
-    let key = match args.force && (args.key.key.is_some() || args.key.path()?.exists()) {
-        true => Some(args.key.read()?),
-        false => None,
-    };
+    // It signs the order that a device wants to see before it goes to an older model.
+    let key = args.force.then(|| args.key.read()).transpose()?;
     let parcel = Parcel {
         model: identity(bundle.manifest(), bundle.sha256()),
         manifest: bundle.manifest().clone(),
@@ -213,9 +215,10 @@ pub fn push_bundle(args: &PushArgs) -> Result<(), Failure> {
     let access = config.access().map_err(Failure::config)?;
     let report = push(&access, devices, &parcel, &plan, &|devices| shown.show(devices))?;
     drop(shown);
-    show(&report, args.json)?;
+    let told = show(&report, args.json);
+    // Comes first: that nobody reads on changes nothing about it.
     match report.is_good() {
-        true => Ok(()),
+        true => told,
         false => Err(anyhow!("not every device took the model").into()),
     }
 }
@@ -233,16 +236,17 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
     }
     let key = args.key.read()?;
     let access = config.access().map_err(Failure::config)?;
+    let devices = devices(&args.device, &[], &config).map_err(Failure::usage)?;
     let mut failed = 0;
-    for topics in devices(&args.device, &[], &config).map_err(Failure::usage)? {
-        match recall(&access, &topics, &key) {
-            Ok(answer) if answer.answer == Verdict::RolledBack => {
-                writeln!(out, "{}: {} is taken back", topics.device(), answer.model)?;
-            }
-            Ok(answer) => {
-                failed += 1;
-                eprintln!("error: {}: refused: {}", topics.device(), answer.reason.unwrap_or_default());
-            }
+    for topics in &devices {
+        let gone = match recall(&access, topics, &key) {
+            Ok(answer) if answer.answer == Verdict::RolledBack => Ok(answer.model),
+            Ok(answer) => Err(format!("{}: refused: {}", topics.device(), answer.reason.unwrap_or_default())),
+            Err(error) => Err(error.to_string()),
+        };
+        match gone {
+            // Whether somebody reads it or not, the others are next.
+            Ok(model) => drop(writeln!(out, "{}: {model} is taken back", topics.device())),
             Err(error) => {
                 failed += 1;
                 eprintln!("error: {error}");
@@ -251,7 +255,7 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
     }
     match failed {
         0 => Ok(()),
-        n => Err(anyhow!("{n} of {} devices did not go back", args.device.len()).into()),
+        n => Err(anyhow!("{n} of {} devices did not go back", devices.len()).into()),
     }
 }
 

@@ -140,10 +140,14 @@ impl Known {
         found
     }
 
-    /// Refuses a key that is neither among them nor a threshold of a single class, whose names are free.
+    /// Refuses a key that is neither among them nor one of those whose names are free: a threshold of a single class, a group
+    /// of devices.
     fn expect(&self, key: &str, place: impl FnOnce() -> String) -> Result<(), ConfigError> {
         let threshold = |class: &str| matches!(class.rsplit_once('.'), None | Some((_, "enter" | "leave")));
-        let free = key == "decide.classes" || key.strip_prefix("decide.classes.").is_some_and(threshold);
+        let group = |name: &str| !name.contains('.');
+        let free = key == "decide.classes"
+            || key.strip_prefix("decide.classes.").is_some_and(threshold)
+            || key.strip_prefix("fleet.groups.").is_some_and(group);
         if free || self.0.iter().any(|known| known == key) {
             return Ok(());
         }

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use tracing::warn;
 
 use crate::bundle::{Store, archive};
 use crate::camera::{Pace, PixelFormat, Supervisor};
@@ -236,6 +237,9 @@ impl Config {
             return invalid("model.slowdown_max", &model.slowdown_max, "expected 1 to 1000");
         }
         for (group, devices) in &self.fleet.groups {
+            if devices.is_empty() {
+                return invalid("fleet.groups", group, "expected at least one device");
+            }
             if let Some(device) = devices.iter().find(|device| DeviceName::new(device).is_err()) {
                 return invalid("fleet.groups", group, &format!("{device:?} is no device's name"));
             }
@@ -311,20 +315,32 @@ impl Config {
     /// What is decided by, for the classes of a model. Thresholds for a class that the model does not
     /// know are a mistake.
     pub fn rules(&self, labels: &Labels) -> Result<Rules, ConfigError> {
-        if let Some(class) = self.decide.classes.keys().find(|class| labels.position(class).is_none()) {
-            return Err(ConfigError::Invalid {
+        match self.unknown_class(labels) {
+            None => Ok(self.rules_of_known(labels)),
+            Some(class) => Err(ConfigError::Invalid {
                 key: "decide.classes",
-                value: class.clone(),
+                value: class.into(),
                 reason: format!("the model knows {}", labels.names().join(", ")),
-            });
+            }),
         }
-        Ok(Rules {
+    }
+
+    /// The same where models come and go: thresholds for a class that this one does not know wait for another.
+    pub fn rules_of_known(&self, labels: &Labels) -> Rules {
+        if let Some(class) = self.unknown_class(labels) {
+            warn!("decide.classes = {class}: the model does not know it");
+        }
+        Rules {
             smoothing: Duration::from_millis(self.decide.smoothing_ms),
             enter_dwell: Duration::from_millis(self.decide.enter_dwell_ms),
             leave_dwell: Duration::from_millis(self.decide.leave_dwell_ms),
             state_interval: Duration::from_millis(self.decide.state_interval_ms),
             thresholds: labels.names().iter().map(|class| self.thresholds(class)).collect(),
-        })
+        }
+    }
+
+    fn unknown_class(&self, labels: &Labels) -> Option<&str> {
+        self.decide.classes.keys().map(String::as_str).find(|class| labels.position(class).is_none())
     }
 
     /// Where models are. `open`: how the store is opened, where there is one.
@@ -430,6 +446,12 @@ mod tests {
     }
 
     #[test]
+    fn groups_have_names_of_their_own() {
+        let config = load("[fleet.groups]\ngarden = [\"pi\", \"greenhouse\"]\n", &[], &[]).unwrap();
+        assert_eq!(config.fleet.groups["garden"], ["pi", "greenhouse"]);
+    }
+
+    #[test]
     fn thresholds_of_one_class_replace_the_common_ones() {
         let config = load("[decide.classes.roses]\nenter = 0.9\n", &[], &[]).unwrap();
         assert_eq!(config.thresholds("roses"), Thresholds { enter: 0.9, leave: 0.45 });
@@ -459,6 +481,9 @@ mod tests {
                 "device.name = \"a/b\": expected 1 to 64 letters (a–z, A–Z), digits, - or _",
             ),
             ("[camera]\nsource = \"replay\"\n", "camera.replay.path = \"\": expected a folder or a list of images"),
+            ("[fleet.groups]\ngarden = []\n", "fleet.groups = garden: expected at least one device"),
+            ("[fleet.groups]\ngarden = [\"a/b\"]\n", "fleet.groups = garden: \"a/b\" is no device's name"),
+            ("[model]\nslowdown_max = 0.5\n", "model.slowdown_max = 0.5: expected 1 to 1000"),
             ("[decide]\nleave = 0\n", "decide.leave = 0: expected a number above 0, at most 1"),
             ("[mqtt]\ninflight_max = 65530\n", "mqtt.inflight_max = 65530: expected 1 to 1000"),
             ("[mqtt]\nkeep_alive_s = 65536\n", "mqtt.keep_alive_s = 65536: expected 1 to 65535"),

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::bundle::manifest::check_name;
 use crate::bundle::signature::{Keyring, PrivateKey, Signed};
 use crate::bundle::{Manifest, Metrics};
 use crate::mqtt::message::SCHEMA;
@@ -85,6 +86,18 @@ pub struct Offer {
 }
 
 impl Offer {
+    /// Refuses what no workstation sends.
+    pub fn read(payload: &[u8]) -> Result<Self, String> {
+        let offer: Self = serde_json::from_slice(payload).map_err(|e| e.to_string())?;
+        expect_schema(offer.schema)?;
+        check_name(&offer.model.name).map_err(|expected| format!("name: expected {expected}"))?;
+        let sha256 = &offer.model.sha256;
+        if sha256.len() != 64 || !sha256.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')) {
+            return Err("sha256: expected 64 hexadecimal digits".into());
+        }
+        Ok(offer)
+    }
+
     pub fn chunks(&self) -> u32 {
         u32::try_from(self.bytes.div_ceil(u64::from(self.chunk_bytes.max(1)))).unwrap_or(u32::MAX)
     }
@@ -97,6 +110,17 @@ pub struct Rollback {
     /// Comes back in the answer.
     pub transfer: Uuid,
     pub order: SignedOrder,
+}
+
+impl Rollback {
+    pub fn read(payload: &[u8]) -> Result<Self, String> {
+        let rollback: Self = serde_json::from_slice(payload).map_err(|e| e.to_string())?;
+        expect_schema(rollback.schema).map(|()| rollback)
+    }
+}
+
+fn expect_schema(schema: u32) -> Result<(), String> {
+    if schema == SCHEMA { Ok(()) } else { Err(format!("schema {schema}, this program reads {SCHEMA}")) }
 }
 
 /// How much of a model has come; also said when a piece is missing.

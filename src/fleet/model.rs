@@ -1,5 +1,7 @@
 //! The model that decides: loaded from wherever the device has it, or from what is left where that is damaged.
 
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 use tracing::warn;
@@ -7,7 +9,7 @@ use tracing::warn;
 use super::message::{Identity, NetworkRef, Note, Source, identity};
 use crate::bundle::manifest::FORMAT;
 use crate::bundle::store::{Phase, Place, Slot, State, Store, StoreError, Trial};
-use crate::bundle::{BACKBONE, Bundle, BundleError, Manifest, SelfTest, TAIL};
+use crate::bundle::{ArchiveError, BACKBONE, Bundle, BundleError, Manifest, SelfTest, TAIL};
 use crate::mqtt::message::SCHEMA;
 use crate::vision::backbone::{self, MOBILENET_V2, MOBILENET_V2_NAME, sha256_hex};
 use crate::vision::{Backbone, BackboneError, Classifier};
@@ -43,6 +45,23 @@ pub enum ModelError {
     Backbone(#[from] BackboneError),
     #[error(transparent)]
     Store(#[from] StoreError),
+    #[error("{0} made the program panic; its message stands in the log")]
+    Panicked(String),
+}
+
+impl ModelError {
+    /// Whether the model is gone for good, rather than of no use as things are.
+    fn is_damage(&self) -> bool {
+        match self {
+            ModelError::Store(StoreError::Damaged { .. }) => true,
+            ModelError::Store(StoreError::Archive { source: ArchiveError::Io(error), .. }) => {
+                error.kind() == io::ErrorKind::NotFound
+            }
+            ModelError::Store(StoreError::Archive { .. }) => true,
+            ModelError::Bundle(error) => matches!(error, BundleError::Archive { .. } | BundleError::Content { .. }),
+            _ => false,
+        }
+    }
 }
 
 impl Model {
@@ -50,12 +69,12 @@ impl Model {
         identity(&self.manifest, &self.sha256)
     }
 
-    /// Whether another model looks at the same numbers: only its head differs.
+    /// Whether another model looks at the same numbers, and has them from the same place: only its head differs.
     pub fn gives_the_features_of(&self, other: &Manifest) -> bool {
-        let tail = |manifest: &Manifest| manifest.members.get(TAIL).cloned();
+        let same_member = |name| self.manifest.members.get(name) == other.members.get(name);
         self.manifest.backbone == other.backbone
             && self.manifest.preprocess == other.preprocess
-            && tail(&self.manifest) == tail(other)
+            && [TAIL, BACKBONE].into_iter().all(same_member)
     }
 }
 
@@ -132,9 +151,9 @@ impl Shelf {
                 Ok((loaded, state)) => return Ok(Deciding { loaded, state, trial: true, news }),
                 Err(reason) => {
                     let Slot { name, version, sha256 } = trial.slot;
-                    warn!("{name} {version} is rolled back: {reason}");
+                    let abandoned = store.abandon(&sha256, &reason);
                     news.push((Identity { name, version, sha256 }, reason));
-                    state = noted(store.abandon(&news[0].0.sha256), state, |state| state.trial = None);
+                    state = noted(abandoned, state, |state| state.trial = None);
                 }
             }
         }
@@ -144,10 +163,10 @@ impl Shelf {
     /// What decides by `state`, in which nothing is on trial. `like`: what decided until now.
     pub fn settle(&self, store: &Store, state: State, like: Option<&Model>) -> Result<Deciding, ModelError> {
         let decides = |loaded, state| Deciding { loaded, state, trial: false, news: Vec::new() };
-        let trouble = match self.load(store, &state.current, like) {
+        let (trouble, damaged) = match self.load(store, &state.current, like) {
             Ok(loaded) => return Ok(decides(loaded, state)),
             Err(error) if state.current == Place::BuiltIn => return Err(error),
-            Err(error) => error.to_string(),
+            Err(error) => (error.to_string(), error.is_damage()),
         };
         warn!("the model that was installed last is of no use: {trouble}");
         let before = state.previous.as_ref().filter(|place| **place != Place::BuiltIn).and_then(|place| {
@@ -158,10 +177,14 @@ impl Shelf {
             Some(before) => before,
             None => (self.own()?, Place::BuiltIn),
         };
-        let settled = store.settle(place.clone(), trouble.clone());
-        let state = noted(settled, state, |state| {
-            (state.current, state.previous, state.trouble) = (place, None, Some(trouble));
-        });
+        let in_memory = |state: &mut State| {
+            (state.current, state.previous, state.trouble) = (place.clone(), None, Some(trouble.clone()));
+        };
+        let state = match damaged {
+            true => noted(store.settle(place.clone(), trouble.clone()), state, in_memory),
+            // Another time, or another configuration, may find it good.
+            false => State { trouble: Some(trouble), ..state },
+        };
         Ok(decides(loaded, state))
     }
 
@@ -169,15 +192,17 @@ impl Shelf {
         if trial.phase == Phase::Running {
             return Err("the program did not end in order while it was on trial".into());
         }
-        let loaded = self.load(store, &Place::Slot(trial.slot.clone()), None).map_err(|e| e.to_string())?;
+        // Noted before it is loaded: should that end the program, the next start knows.
         let state = store.set_phase(&trial.slot.sha256, Phase::Running).map_err(|e| e.to_string())?;
+        let loaded = self.load(store, &Place::Slot(trial.slot.clone()), None).map_err(|e| e.to_string())?;
         Ok((loaded, state))
     }
 
     fn load(&self, store: &Store, place: &Place, like: Option<&Model>) -> Result<Loaded, ModelError> {
         let Place::Slot(slot) = place else { return self.own() };
         let file = store.slot_file(slot).display().to_string();
-        Loaded::new(Bundle::from_bytes(&file, &store.read(slot)?)?, Source::Store, self, like)
+        let load = || Loaded::new(Bundle::from_bytes(&file, &store.read(slot)?)?, Source::Store, self, like);
+        catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(|_| Err(ModelError::Panicked(file.clone())))
     }
 
     /// The model that needs no store.

@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How a push goes.
 #[derive(Debug, Clone, Default)]
 pub struct Plan {
-    /// So many devices first, and the others only once these have confirmed. The first failure ends it.
+    /// So many devices first, and the others only once these have confirmed. After a failure no other is begun.
     pub canary: Option<usize>,
     /// Looks, and sends nothing.
     pub dry_run: bool,
@@ -72,20 +72,13 @@ pub fn push(
     plan: &Plan,
     watch: Watch,
 ) -> Result<Report, ClientError> {
+    let filters: Vec<String> = devices.iter().flat_map(Delivery::filters).collect();
+    let client = Client::connect(access, &filters)?;
     let now = Instant::now();
     let deliveries: Vec<Delivery> = devices.into_iter().map(|topics| Delivery::new(topics, parcel, now)).collect();
-    let filters: Vec<String> = deliveries.iter().flat_map(Delivery::filters).collect();
-    let mut round = Round {
-        client: Client::connect(access, &filters)?,
-        access,
-        filters,
-        began: vec![now; deliveries.len()],
-        ended: vec![None; deliveries.len()],
-        deliveries,
-        parcel,
-        watch,
-    };
-    round.until(|delivery| !delivery.is_looking())?;
+    let (began, ended) = (vec![now; deliveries.len()], vec![None; deliveries.len()]);
+    let mut round = Round { client, access, filters, began, ended, deliveries, parcel, watch };
+    round.until(|delivery| !delivery.is_looking());
     if plan.dry_run {
         for delivery in round.deliveries.iter_mut().filter(|delivery| delivery.is_ready()) {
             delivery.end(Ending::Fit, "nothing was sent");
@@ -94,16 +87,17 @@ pub fn push(
     let ready: Vec<usize> = (0..round.deliveries.len()).filter(|i| round.deliveries[*i].is_ready()).collect();
     let (first, rest) = ready.split_at(plan.canary.unwrap_or(0).min(ready.len()));
     for wave in [first].into_iter().filter(|wave| !wave.is_empty()).chain(rest.chunks(AT_A_TIME)) {
-        if let Some(failed) = round.failed().filter(|_| plan.canary.is_some()) {
-            let reason = format!("{failed} failed");
+        let failed = round.deliveries.iter().find(|delivery| delivery.has_failed());
+        if let Some(failed) = failed.filter(|_| plan.canary.is_some()) {
+            let reason = format!("{} failed", failed.topics.device());
             wave.iter().for_each(|i| round.deliveries[*i].end(Ending::Stopped, reason.clone()));
             continue;
         }
         for i in wave {
             round.began[*i] = Instant::now();
-            round.deliveries[*i].begin(Instant::now());
+            round.deliveries[*i].begin(parcel, Instant::now());
         }
-        round.until(|delivery| delivery.is_ready() || delivery.outcome().is_some())?;
+        round.until(|delivery| delivery.is_ready() || delivery.outcome().is_some());
     }
     Ok(round.report())
 }
@@ -122,9 +116,9 @@ struct Round<'a> {
 
 impl Round<'_> {
     /// Goes on until all are `done`.
-    fn until(&mut self, done: impl Fn(&Delivery) -> bool) -> Result<(), ClientError> {
+    fn until(&mut self, done: impl Fn(&Delivery) -> bool) {
         while !self.deliveries.iter().all(&done) {
-            self.hear()?;
+            self.hear();
             let now = Instant::now();
             for (delivery, ended) in self.deliveries.iter_mut().zip(&mut self.ended) {
                 delivery.step(self.parcel, now, &mut |topic, payload| self.client.publish(topic, payload));
@@ -135,10 +129,9 @@ impl Round<'_> {
             let shown = self.deliveries.iter().map(|one| (one.topics.device().as_str(), one.shown()));
             (self.watch)(&shown.collect::<Vec<_>>());
         }
-        Ok(())
     }
 
-    fn hear(&mut self) -> Result<(), ClientError> {
+    fn hear(&mut self) {
         match self.client.next(TICK) {
             Ok(None) => {}
             Ok(Some(message)) => {
@@ -151,21 +144,19 @@ impl Round<'_> {
                     delivery.hear(&message.topic, &message.payload, self.parcel, now);
                 }
             }
-            Err(_) => {
-                self.client = reconnected(self.access, &self.filters)?;
-                let now = Instant::now();
-                self.deliveries.iter_mut().for_each(|delivery| delivery.connected(now));
-            }
+            Err(_) => match reconnected(self.access, &self.filters) {
+                Ok(client) => {
+                    self.client = client;
+                    let now = Instant::now();
+                    self.deliveries.iter_mut().for_each(|delivery| delivery.connected(now));
+                }
+                // What the others said stands.
+                Err(error) => {
+                    let unfinished = self.deliveries.iter_mut().filter(|delivery| delivery.outcome().is_none());
+                    unfinished.for_each(|delivery| delivery.end(Ending::Silent, error.to_string()));
+                }
+            },
         }
-        Ok(())
-    }
-
-    /// A device that said no, or nothing. One that is not there says nothing about the model.
-    fn failed(&self) -> Option<String> {
-        let bad = |one: &&Delivery| {
-            one.outcome().is_some_and(|outcome| !outcome.ending.is_good() && outcome.ending != Ending::Offline)
-        };
-        self.deliveries.iter().find(bad).map(|one| one.topics.device().to_string())
     }
 
     fn report(self) -> Report {
@@ -179,14 +170,14 @@ impl Round<'_> {
     }
 }
 
-/// Tries for a while.
+/// Tries for a while, and never at once: the broker may have had its reason.
 pub(super) fn reconnected(access: &Access, filters: &[String]) -> Result<Client, ClientError> {
     let began = Instant::now();
     loop {
+        std::thread::sleep(PAUSE);
         match Client::connect(access, filters) {
-            Err(error) if began.elapsed() >= PATIENCE => return Err(error),
-            Err(_) => std::thread::sleep(PAUSE),
-            Ok(client) => return Ok(client),
+            Err(_) if began.elapsed() < PATIENCE => {}
+            connected => return connected,
         }
     }
 }

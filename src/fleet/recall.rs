@@ -25,6 +25,8 @@ pub enum RecallError {
     Client(#[from] ClientError),
     #[error("{device}: nothing says online on {topic}")]
     Offline { device: String, topic: String },
+    #[error("{device}: it is online, but nothing that can be read is retained on {topic}")]
+    NoNote { device: String, topic: String },
     #[error("{device}: no answer within {} s", PATIENCE.as_secs())]
     Silent { device: String },
 }
@@ -34,12 +36,15 @@ pub fn recall(access: &Access, topics: &Topics, key: &PrivateKey) -> Result<Answ
     let filters = [topics.status(), topics.model(), topics.answer()];
     let mut client = Client::connect(access, &filters)?;
     let device = topics.device().to_string();
-    let note = look(&mut client, topics)?
-        .ok_or_else(|| RecallError::Offline { device: device.clone(), topic: topics.status() })?;
+    let note = match look(&mut client, topics)? {
+        (false, _) => return Err(RecallError::Offline { device, topic: topics.status() }),
+        (true, None) => return Err(RecallError::NoNote { device, topic: topics.model() }),
+        (true, Some(note)) => note,
+    };
     let order = SignedOrder::sign(key, Action::Rollback, topics.root(), note.generation, &note.model.sha256);
     let rollback = Rollback { schema: SCHEMA, transfer: Uuid::now_v7(), order };
-    let (began, mut repeat) = (Instant::now(), Instant::now());
-    while began.elapsed() < PATIENCE {
+    let (mut until, mut repeat) = (Instant::now() + PATIENCE, Instant::now());
+    while Instant::now() < until {
         if Instant::now() >= repeat && client.publish(&topics.rollback(), json(&rollback)) {
             repeat = Instant::now() + REPEAT;
         }
@@ -52,25 +57,25 @@ pub fn recall(access: &Access, topics: &Topics, key: &PrivateKey) -> Result<Answ
                     return Ok(answer);
                 }
             }
-            Err(_) => (client, repeat) = (reconnected(access, &filters)?, Instant::now()),
+            Err(_) => {
+                client = reconnected(access, &filters)?;
+                (until, repeat) = (Instant::now() + PATIENCE, Instant::now());
+            }
         }
     }
     Err(RecallError::Silent { device })
 }
 
-/// What the device retains, once it says that it is there.
-fn look(client: &mut Client, topics: &Topics) -> Result<Option<Note>, ClientError> {
+/// Whether the device says that it is there, and what it retains of its model.
+fn look(client: &mut Client, topics: &Topics) -> Result<(bool, Option<Note>), ClientError> {
     let (began, mut online, mut note) = (Instant::now(), false, None);
-    while began.elapsed() < LOOK {
+    while began.elapsed() < LOOK && !(online && note.is_some()) {
         let Some(message) = client.next(TICK)? else { continue };
         if message.topic == topics.status() {
             online = message.payload == ONLINE.as_bytes();
         } else if message.topic == topics.model() {
             note = serde_json::from_slice(&message.payload).ok();
         }
-        if online && note.is_some() {
-            return Ok(note);
-        }
     }
-    Ok(None)
+    Ok((online, note))
 }

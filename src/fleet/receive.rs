@@ -1,12 +1,12 @@
 //! The device's side: takes what is offered, lets it prove itself, swaps it in, watches its trial, answers. A thread of
 //! its own, so that neither the frames nor the broker wait for it.
 
+use std::collections::VecDeque;
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender, TrySendError};
-use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use super::message::{Action, Answer, Identity, Offer, Rollback, Verdict, identity};
@@ -18,7 +18,6 @@ use crate::bundle::Keyring;
 use crate::bundle::store::{Phase, Slot, State, Store};
 use crate::config::Config;
 use crate::decide::Rules;
-use crate::mqtt::link::INCOMING_BYTES_MAX;
 use crate::mqtt::message::{SCHEMA, json, time};
 use crate::mqtt::topics::Topics;
 use crate::mqtt::{About, Mail, Outbox, discovery};
@@ -29,14 +28,13 @@ use crate::watcher::{Report, Swap, Witness};
 const IDLE: Duration = Duration::from_millis(100);
 /// Messages that wait; a piece that finds no room is asked for again.
 const INBOX_MAX: usize = 32;
-/// A larger piece would not fit the connection.
-const CHUNK_BYTES_MAX: u32 = INCOMING_BYTES_MAX as u32 / 2;
-
-/// What comes to this thread.
-pub enum Input {
-    Mail(Mail),
-    Report(Report),
-}
+/// Reports that wait.
+const REPORTS_MAX: usize = 64;
+/// Answers that are remembered.
+const TOLD_MAX: usize = 8;
+const REASON_CHARS_MAX: usize = 500;
+/// What a note may grow by: a reason why something is not as it should be.
+const NOTE_ROOM: usize = 2048;
 
 /// What the device's side works with.
 pub struct Setup {
@@ -49,7 +47,7 @@ pub struct Setup {
 
 /// The other ends.
 pub struct Ends {
-    pub inbox: SyncSender<Input>,
+    pub inbox: SyncSender<Mail>,
     pub about: watch::Sender<About>,
     /// Of the model at the start, where it is on trial.
     pub witness: Option<Witness>,
@@ -60,20 +58,22 @@ pub struct Receiver {
     /// What decides, and what the store says of it.
     model: Model,
     state: State,
-    inbox: (SyncSender<Input>, mpsc::Receiver<Input>),
+    inbox: mpsc::Receiver<Mail>,
     about: watch::Sender<About>,
     transfer: Option<Transfer>,
     trial: Option<OnTrial>,
-    /// What was answered last, for whoever asks again.
-    last: Option<Answer>,
+    /// What was answered lately, for whoever asks again.
+    told: VecDeque<Answer>,
+    /// The program is about to end.
+    stop: watch::Receiver<bool>,
 }
 
 struct OnTrial {
     trial: Trial,
     /// Who asked for it.
     transfer: Option<Uuid>,
-    /// As long as it is there, the vision thread reports.
-    listening: Arc<()>,
+    /// How it fares; as long as this end is there, the vision thread tells.
+    reports: mpsc::Receiver<Report>,
 }
 
 /// A request that is turned down, and why.
@@ -81,19 +81,20 @@ type Refused = String;
 
 impl Receiver {
     /// Begins with what decides at the start; its classifier is the vision thread's.
-    pub fn new(setup: Setup, deciding: Deciding) -> (Self, Classifier, Ends) {
+    pub fn new(setup: Setup, deciding: Deciding, stop: watch::Receiver<bool>) -> (Self, Classifier, Ends) {
         let Deciding { loaded: Loaded { model, classifier, .. }, state, trial, news } = deciding;
-        let (sender, receiver) = mpsc::sync_channel(INBOX_MAX);
+        let (sender, inbox) = mpsc::sync_channel(INBOX_MAX);
         let (about, _) = watch::channel(About::new());
         let mut this = Receiver {
             setup,
             model,
             state,
-            inbox: (sender.clone(), receiver),
+            inbox,
             about: about.clone(),
             transfer: None,
             trial: None,
-            last: None,
+            told: VecDeque::new(),
+            stop,
         };
         for (model, reason) in news {
             this.answer(Verdict::RolledBack, Some(reason), model, None);
@@ -106,30 +107,34 @@ impl Receiver {
         (this, classifier, Ends { inbox: sender, about, witness })
     }
 
-    /// Works until `stop` is set.
-    pub fn run(mut self, stop: &watch::Receiver<bool>) {
-        while !*stop.borrow() {
-            match self.inbox.1.recv_timeout(IDLE) {
-                Ok(Input::Mail(mail)) => self.read(mail),
-                Ok(Input::Report(report)) => {
-                    let outcome = self.trial.as_mut().and_then(|on_trial| on_trial.trial.hear(report));
-                    self.end_trial(outcome);
-                }
+    /// Works until the program is about to end.
+    pub fn run(mut self) {
+        while !*self.stop.borrow() {
+            match self.inbox.recv_timeout(IDLE) {
+                Ok(mail) => self.read(mail),
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => unreachable!("one sender is our own"),
+                // The link is gone, and with it whoever could ask for anything.
+                Err(RecvTimeoutError::Disconnected) => break,
             }
+            self.watch_trial();
             let now = Instant::now();
-            let outcome = self.trial.as_mut().and_then(|on_trial| on_trial.trial.at(now));
-            self.end_trial(outcome);
+            self.transfer.take_if(|transfer| transfer.is_abandoned(now));
         }
         self.pause_trial();
+    }
+
+    fn watch_trial(&mut self) {
+        let Some(OnTrial { trial, reports, .. }) = &mut self.trial else { return };
+        let now = Instant::now();
+        let outcome = reports.try_iter().find_map(|report| trial.hear(report, now)).or_else(|| trial.at(now));
+        self.end_trial(outcome);
     }
 
     fn read(&mut self, mail: Mail) {
         match mail {
             Mail::Connected => self.tell_progress(true),
             Mail::Chunk(number, payload) => self.take(number, &payload),
-            Mail::Offer(payload) => match serde_json::from_slice::<Offer>(&payload) {
+            Mail::Offer(payload) => match Offer::read(&payload) {
                 Ok(offer) => {
                     let (model, transfer) = (offer.model.clone(), offer.transfer);
                     if let Err(reason) = self.consider(offer) {
@@ -138,7 +143,7 @@ impl Receiver {
                 }
                 Err(error) => warn!("{}: no offer: {error}", self.setup.topics.offer()),
             },
-            Mail::Rollback(payload) => match serde_json::from_slice::<Rollback>(&payload) {
+            Mail::Rollback(payload) => match Rollback::read(&payload) {
                 Ok(order) => {
                     if let Err(reason) = self.take_back(&order) {
                         self.answer(Verdict::Refused, Some(reason), self.model.identity(), Some(order.transfer));
@@ -153,24 +158,24 @@ impl Receiver {
     fn consider(&mut self, offer: Offer) -> Result<(), Refused> {
         let now = Instant::now();
         self.store()?;
-        if let Some(last) = self.last.as_ref().filter(|last| last.transfer == Some(offer.transfer)) {
-            let again = last.clone();
-            self.say(&again);
+        if self.said_again(offer.transfer) {
             return Ok(());
         }
-        if let Some(open) = self.transfer.as_mut().filter(|open| !open.is_abandoned(now)) {
-            if open.offer.transfer != offer.transfer {
-                return Err(format!("busy: {} is being received", open.offer.model));
-            }
-            // The same again, or in smaller pieces.
+        if let Some(open) = &mut self.transfer {
             if open.offer == offer {
                 open.heard(now);
                 self.tell_progress(true);
                 return Ok(());
             }
+            // The same sender may go on in smaller pieces.
+            if open.offer.transfer != offer.transfer && !open.is_abandoned(now) {
+                return Err(format!("busy: {} is being received", open.offer.model));
+            }
         }
         if offer.model.sha256 == self.model.sha256 {
-            self.say_how_it_stands(offer.transfer);
+            let verdict = if self.trial.is_some() { Verdict::Accepted } else { Verdict::Confirmed };
+            let reason = Some("it decides already".into());
+            self.answer(verdict, reason, self.model.identity(), Some(offer.transfer));
             return Ok(());
         }
         if self.trial.is_some() {
@@ -180,31 +185,24 @@ impl Receiver {
         self.expect_wanted(&offer, &offer.model)?;
         info!("receiving {}: {} bytes", offer.model, offer.bytes);
         let bytes_max = self.setup.config.model.offer_bytes_max;
-        self.transfer = Some(Transfer::new(offer, bytes_max, CHUNK_BYTES_MAX, now)?);
+        self.transfer = Some(Transfer::new(offer, bytes_max, now)?);
         self.tell_progress(true);
         Ok(())
     }
 
-    /// The model that is offered decides already.
-    fn say_how_it_stands(&mut self, transfer: Uuid) {
-        let verdict = match &mut self.trial {
-            Some(on_trial) => {
-                on_trial.transfer = Some(transfer);
-                Verdict::Accepted
-            }
-            None => Verdict::Confirmed,
-        };
-        self.answer(verdict, Some("it decides already".into()), self.model.identity(), Some(transfer));
+    /// Says again what was said to whoever asks again.
+    fn said_again(&self, transfer: Uuid) -> bool {
+        let told = self.told.iter().rev().find(|told| told.transfer == Some(transfer));
+        told.map(|told| self.say(told)).is_some()
     }
 
-    /// Refuses to work on what somebody else has changed.
+    /// Refuses to work on a store that does not say what this program does.
     fn expect_untouched(&self) -> Result<(), Refused> {
-        let state = self.store()?.state().map_err(|e| e.to_string())?;
-        // Where it could not be written, we are behind, too, but not of another mind.
-        if state.generation > self.state.generation {
-            return Err("the store was changed by hand: `systemctl restart bloomcast` first".into());
+        let known = |state: &State| State { trouble: None, ..state.clone() };
+        match known(&self.store()?.state().map_err(|e| e.to_string())?) == known(&self.state) {
+            true => Ok(()),
+            false => Err("the store was changed by hand, or could not be written: restart the daemon first".into()),
         }
-        Ok(())
     }
 
     fn store(&self) -> Result<&Store, Refused> {
@@ -231,9 +229,11 @@ impl Receiver {
         let trusted = self.trusted()?;
         let present = self.model.identity();
         let reason = if self.state.taken_back.contains(&model.sha256) {
-            format!("{model} was taken back here")
+            format!("{model} was taken back here, or failed its trial")
         } else if model.version <= present.version {
             format!("{model} is not newer than {present}")
+        } else if model.version <= self.state.newest {
+            format!("{model} is not newer than version {}, which was confirmed here before", self.state.newest)
         } else {
             return Ok(());
         };
@@ -247,21 +247,18 @@ impl Receiver {
 
     fn take(&mut self, number: u32, payload: &[u8]) {
         let Some(transfer) = &mut self.transfer else { return };
-        let taken = transfer.take(number, payload, Instant::now());
-        match taken {
-            Taken::Quiet => {}
-            Taken::Progress => self.tell_progress(false),
-            Taken::Gap => self.tell_progress(true),
-            Taken::Whole(_) | Taken::Altered => {
-                let Some(Transfer { offer, .. }) = self.transfer.take() else { return };
-                let installed = match taken {
-                    Taken::Whole(bytes) => self.install(&offer, &bytes),
-                    _ => Err("what came is not what was offered: its sha256 is another".into()),
-                };
-                if let Err(reason) = installed {
-                    self.answer(Verdict::Refused, Some(reason), offer.model, Some(offer.transfer));
-                }
-            }
+        let whole = match transfer.take(number, payload, Instant::now()) {
+            Taken::Quiet => return,
+            Taken::Progress => return self.tell_progress(false),
+            Taken::Gap => return self.tell_progress(true),
+            Taken::Whole(bytes) => Ok(bytes),
+            Taken::Altered => Err("what came is not what was offered: its sha256 is another".to_owned()),
+        };
+        // All is there; what follows takes its time.
+        self.tell_progress(false);
+        let Some(Transfer { offer, .. }) = self.transfer.take() else { return };
+        if let Err(reason) = whole.and_then(|bytes| self.install(&offer, &bytes)) {
+            self.answer(Verdict::Refused, Some(reason), offer.model, Some(offer.transfer));
         }
     }
 
@@ -277,7 +274,12 @@ impl Receiver {
         info!("{model} has come whole and is signed; it has to prove itself");
         let Proven { loaded, rules, limit } =
             proof::prove(bundle, config, shelf, &self.model).map_err(|e| e.to_string())?;
+        self.expect_said(&loaded.model)?;
         info!("{model} has proved itself");
+        if *self.stop.borrow() {
+            return Err("the program is about to end".into());
+        }
+        self.expect_untouched()?;
         let slot = Slot { sha256: model.sha256.clone(), name: model.name.clone(), version: model.version };
         self.state = self.store()?.try_out(slot, bytes, Phase::Running).map_err(|e| e.to_string())?;
         let witness = self.begin_trial(Some(offer.transfer), Some(limit));
@@ -286,19 +288,31 @@ impl Receiver {
         Ok(())
     }
 
+    /// Refuses a model that could not be told of: what is retained would be about another.
+    fn expect_said(&self, model: &Model) -> Result<(), Refused> {
+        let max = self.setup.config.mqtt.packet_bytes_max;
+        let bytes = |(topic, payload): &(String, Vec<u8>)| topic.len() + payload.len() + NOTE_ROOM;
+        match self.describe(model).iter().map(bytes).max() {
+            Some(bytes) if bytes > max => {
+                Err(format!("what there is to say of it takes {bytes} bytes, mqtt.packet_bytes_max is {max}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Gives who looks on.
     fn begin_trial(&mut self, transfer: Option<Uuid>, limit: Option<Duration>) -> Witness {
-        let listening = Arc::new(());
-        let witness = witness(&self.inbox.0, &listening);
+        let (sender, reports) = mpsc::sync_channel(REPORTS_MAX);
         let trial = Trial::begin(self.setup.config.trial(), limit, Instant::now());
-        self.trial = Some(OnTrial { trial, transfer, listening });
-        witness
+        self.trial = Some(OnTrial { trial, transfer, reports });
+        // Where there is no room, the next frame tells.
+        Box::new(move |report| !matches!(sender.try_send(report), Err(TrySendError::Disconnected(_))))
     }
 
     fn end_trial(&mut self, outcome: Option<Outcome>) {
         let Some(outcome) = outcome else { return };
-        let Some(OnTrial { transfer, listening, .. }) = self.trial.take() else { return };
-        drop(listening);
+        // Until the end of this, the model is watched.
+        let Some(OnTrial { transfer, reports: _watched, .. }) = self.trial.take() else { return };
         let model = self.model.identity();
         let confirmed = match outcome {
             Outcome::Confirmed => {
@@ -314,11 +328,10 @@ impl Receiver {
             }
             Err(reason) => {
                 warn!("{model} has failed: {reason}");
-                let state = self.state.clone();
-                let abandoned =
-                    self.store().map(|store| noted(store.abandon(&model.sha256), state, |state| state.trial = None));
-                if let Ok(state) = abandoned {
-                    self.go_back(state);
+                let before = self.state.clone();
+                let abandoned = self.store().map(|store| store.abandon(&model.sha256, &reason));
+                if let Ok(abandoned) = abandoned {
+                    self.go_back(noted(abandoned, before, |state| state.trial = None));
                 }
                 self.answer(Verdict::RolledBack, Some(reason), model, transfer);
             }
@@ -337,9 +350,7 @@ impl Receiver {
 
     /// An order to take the model back.
     fn take_back(&mut self, rollback: &Rollback) -> Result<(), Refused> {
-        if let Some(last) = self.last.as_ref().filter(|last| last.transfer == Some(rollback.transfer)) {
-            let again = last.clone();
-            self.say(&again);
+        if self.said_again(rollback.transfer) {
             return Ok(());
         }
         self.expect_untouched()?;
@@ -348,26 +359,23 @@ impl Receiver {
         let (device, generation) = (self.setup.topics.root(), self.state.generation);
         rollback.order.check(&trusted, Action::Rollback, device, generation, &model.sha256)?;
         let state = store.take_back().map_err(|e| e.to_string())?;
-        self.trial = None;
+        let _watched = self.trial.take();
         self.go_back(state);
         self.answer(Verdict::RolledBack, Some("it was asked for".into()), model, Some(rollback.transfer));
         Ok(())
     }
 
-    /// Lets decide what decides by `state`.
+    /// Lets decide what decides by `state`, or what is left where that is damaged.
     fn go_back(&mut self, state: State) {
         let Ok(store) = self.store() else { return };
-        let back = self.setup.shelf.settle(store, state, Some(&self.model)).map_err(|e| e.to_string());
-        let back = back.and_then(|Deciding { loaded, state, .. }| {
-            let rules = self.setup.config.rules(&loaded.model.manifest.classes).map_err(|e| e.to_string())?;
-            Ok((loaded, state, rules))
-        });
-        match back {
-            Ok((loaded, state, rules)) => {
+        match self.setup.shelf.settle(store, state, Some(&self.model)) {
+            Ok(Deciding { loaded, state, .. }) => {
                 self.state = state;
+                let rules = self.setup.config.rules_of_known(loaded.classifier.labels());
                 self.swap(loaded, rules, None);
             }
-            Err(error) => warn!("{} decides on until the next start: {error}", self.model.identity()),
+            // Not even the model inside the program can be loaded: there is no memory left, or the like.
+            Err(error) => error!("{} decides on until the next start: {error}", self.model.identity()),
         }
     }
 
@@ -406,6 +414,7 @@ impl Receiver {
     }
 
     fn answer(&mut self, answer: Verdict, reason: Option<String>, model: Identity, transfer: Option<Uuid>) {
+        let reason = reason.map(shortened);
         let because = reason.as_deref().map_or(String::new(), |reason| format!(": {reason}"));
         match answer {
             Verdict::Accepted | Verdict::Confirmed => info!("{model} is {answer}{because}"),
@@ -422,21 +431,22 @@ impl Receiver {
             at: time(SystemTime::now()),
         };
         self.say(&answer);
-        self.last = Some(answer);
+        self.told.push_back(answer);
+        if self.told.len() > TOLD_MAX {
+            self.told.pop_front();
+        }
     }
 
     fn say(&self, answer: &Answer) {
-        // What has to go for it was never fetched by anybody.
+        // The oldest make place: whoever they were for has long asked again.
         self.setup.answers.push(self.setup.topics.answer(), json(answer));
     }
 }
 
-/// Tells the receiver how a model fares, as long as `listening` is there.
-fn witness(inbox: &SyncSender<Input>, listening: &Arc<()>) -> Witness {
-    let (inbox, listening): (_, Weak<()>) = (inbox.clone(), Arc::downgrade(listening));
-    Box::new(move |report| {
-        // Where there is no room, the next frame tells.
-        let told = listening.upgrade().map(|_| inbox.try_send(Input::Report(report)));
-        !matches!(told, None | Some(Err(TrySendError::Disconnected(_))))
-    })
+/// A reason is for people; what came over the network must not make it longer than they read.
+fn shortened(reason: String) -> String {
+    match reason.char_indices().nth(REASON_CHARS_MAX) {
+        Some((end, _)) => format!("{}…", &reason[..end]),
+        None => reason,
+    }
 }

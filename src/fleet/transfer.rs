@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::message::{Offer, Progress};
+use crate::mqtt::link::{INCOMING_BYTES_MAX, PUBLISH_OVERHEAD};
 use crate::mqtt::message::SCHEMA;
 use crate::vision::backbone::sha256_hex;
 
@@ -16,6 +17,8 @@ pub const PROGRESS_EVERY: u32 = 4;
 const ID_BYTES: usize = 16;
 /// Smaller pieces cost more than they bring.
 pub const CHUNK_BYTES_MIN: u32 = 256;
+/// Larger ones might not fit a device's connection.
+const CHUNK_BYTES_MAX: u32 = INCOMING_BYTES_MAX as u32 / 2;
 
 /// What a piece led to.
 #[derive(Debug, PartialEq, Eq)]
@@ -42,13 +45,13 @@ pub struct Transfer {
 }
 
 impl Transfer {
-    /// Nothing is allocated by what the offer claims. `chunk_bytes_max`: the largest piece that can be received.
-    pub fn new(offer: Offer, bytes_max: u64, chunk_bytes_max: u32, now: Instant) -> Result<Self, String> {
+    /// Nothing is allocated by what the offer claims.
+    pub fn new(offer: Offer, bytes_max: u64, now: Instant) -> Result<Self, String> {
         if !(1..=bytes_max).contains(&offer.bytes) {
             return Err(format!("{} bytes, model.offer_bytes_max allows {bytes_max}", offer.bytes));
         }
-        if !(CHUNK_BYTES_MIN..=chunk_bytes_max).contains(&offer.chunk_bytes) {
-            let expected = format!("{CHUNK_BYTES_MIN} to {chunk_bytes_max}");
+        if !(CHUNK_BYTES_MIN..=CHUNK_BYTES_MAX).contains(&offer.chunk_bytes) {
+            let expected = format!("{CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX}");
             return Err(format!("pieces of {} bytes, expected {expected}", offer.chunk_bytes));
         }
         Ok(Transfer { offer, bytes: Vec::new(), next: 0, gap: None, heard: now })
@@ -106,8 +109,8 @@ pub fn piece(transfer: Uuid, bytes: &[u8], chunk_bytes: u32, number: u32) -> Opt
 
 /// What a piece may hold, so that its message is no larger than `packet_bytes`. `topic_bytes`: of the longest topic.
 pub fn chunk_bytes(packet_bytes: usize, topic_bytes: usize) -> u32 {
-    let room = packet_bytes.saturating_sub(topic_bytes + ID_BYTES + crate::mqtt::link::PUBLISH_OVERHEAD);
-    u32::try_from(room).unwrap_or(u32::MAX).max(CHUNK_BYTES_MIN)
+    let room = packet_bytes.saturating_sub(topic_bytes + ID_BYTES + PUBLISH_OVERHEAD);
+    u32::try_from(room).unwrap_or(u32::MAX).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
 }
 
 #[cfg(test)]
@@ -133,7 +136,7 @@ mod tests {
     }
 
     fn transfer(now: Instant) -> Transfer {
-        Transfer::new(offer(&content()), 1 << 20, 1 << 16, now).unwrap()
+        Transfer::new(offer(&content()), 1 << 20, now).unwrap()
     }
 
     fn nth(number: u32) -> Vec<u8> {
@@ -200,17 +203,18 @@ mod tests {
         let refused = |change: fn(&mut Offer)| {
             let mut offer = offer(&content());
             change(&mut offer);
-            Transfer::new(offer, 1 << 20, 1 << 16, now).err().unwrap()
+            Transfer::new(offer, 1 << 20, now).err().unwrap()
         };
         assert_eq!(refused(|offer| offer.bytes = 1 << 30), "1073741824 bytes, model.offer_bytes_max allows 1048576");
         assert!(refused(|offer| offer.bytes = 0).starts_with("0 bytes"));
         assert!(refused(|offer| offer.chunk_bytes = 0).starts_with("pieces of 0 bytes"));
-        assert!(refused(|offer| offer.chunk_bytes = 1 << 20).contains("expected 256 to 65536"));
+        assert!(refused(|offer| offer.chunk_bytes = 1 << 20).contains("expected 256 to 524288"));
     }
 
     #[test]
     fn a_piece_fills_a_packet() {
         assert_eq!(chunk_bytes(65_536, 40), 65_536 - 40 - 32);
         assert_eq!(chunk_bytes(100, 90), CHUNK_BYTES_MIN);
+        assert_eq!(chunk_bytes(256 << 20, 40), CHUNK_BYTES_MAX);
     }
 }

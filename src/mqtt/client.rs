@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use rumqttc::{Connection, ConnectionError, Event, Packet, QoS, SubscribeFilter, SubscribeReasonCode};
+use rumqttc::{Connection, Event, Packet, QoS, SubscribeFilter, SubscribeReasonCode};
 
 use super::access::{Access, reason};
 
@@ -13,6 +13,8 @@ use super::access::{Access, reason};
 const MESSAGES_MAX: usize = 256;
 /// Messages of our own that may wait.
 const WAITING_MAX: usize = 64;
+/// Subscriptions in one packet.
+const FILTERS_MAX: usize = 16;
 /// How long the broker may take to take the subscriptions.
 const CONNECT: Duration = Duration::from_secs(10);
 const INCOMING_BYTES_MAX: usize = 1 << 20;
@@ -61,22 +63,31 @@ impl Client {
         let (client, connection) = rumqttc::Client::new(options, WAITING_MAX);
         let (sender, heard) = sync_channel(MESSAGES_MAX);
         let mut this = Client { client, heard, early: VecDeque::new(), broker: access.to_string() };
-        let asked = filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), QoS::AtLeastOnce));
-        this.client.try_subscribe_many(asked).map_err(|e| this.broken(e.to_string()))?;
         thread::Builder::new()
             .name("mqtt-client".into())
             .spawn(move || pump(connection, &sender))
             .map_err(ClientError::Thread)?;
+        for filters in filters.chunks(FILTERS_MAX) {
+            this.subscribe(filters)?;
+        }
+        Ok(this)
+    }
+
+    /// Waits for the broker's answer.
+    fn subscribe(&mut self, filters: &[String]) -> Result<(), ClientError> {
+        let asked = filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), QoS::AtLeastOnce));
+        self.client.try_subscribe_many(asked).map_err(|e| self.broken(e.to_string()))?;
         loop {
-            match this.heard.recv_timeout(CONNECT) {
-                Ok(Heard::Subscribed(None)) => return Ok(this),
+            match self.heard.recv_timeout(CONNECT) {
+                Ok(Heard::Subscribed(None)) => return Ok(()),
                 Ok(Heard::Subscribed(Some(refused))) => {
                     let filter = filters.get(refused).cloned().unwrap_or_default();
-                    return Err(ClientError::Subscription { broker: this.broker.clone(), filter });
+                    return Err(ClientError::Subscription { broker: self.broker.clone(), filter });
                 }
-                Ok(Heard::Message(message)) => this.early.push_back(message),
-                Ok(Heard::Broken(reason)) => return Err(this.broken(reason)),
-                Err(_) => return Err(ClientError::Timeout { broker: this.broker.clone() }),
+                Ok(Heard::Message(message)) => self.early.push_back(message),
+                Ok(Heard::Broken(reason)) => return Err(self.broken(reason)),
+                Err(RecvTimeoutError::Timeout) => return Err(ClientError::Timeout { broker: self.broker.clone() }),
+                Err(RecvTimeoutError::Disconnected) => return Err(self.broken("the connection is closed".into())),
             }
         }
     }
@@ -124,7 +135,6 @@ fn pump(mut connection: Connection, heard: &SyncSender<Heard>) {
                 received_at: SystemTime::now(),
             }),
             Ok(_) => continue,
-            Err(ConnectionError::RequestsDone) => return,
             Err(error) => Heard::Broken(reason(&error)),
         };
         let failed = matches!(news, Heard::Broken(_));

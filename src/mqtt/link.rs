@@ -121,6 +121,9 @@ impl Link {
             error!("{} events were not acknowledged by the broker and are lost", self.outbox.len());
             self.counters.events_lost.add(self.outbox.len() as u64);
         }
+        if !self.answers.is_empty() {
+            warn!("{} answers about models were not acknowledged by the broker and are lost", self.answers.len());
+        }
     }
 
     /// One connection until it breaks, or until `stop` is set; then what stands of it.
@@ -154,7 +157,7 @@ impl Link {
         {
             debug!("{reason}");
         }
-        while !self.outbox.is_empty() {
+        while !self.outbox.is_empty() || !self.answers.is_empty() {
             let mut wire = self.dial();
             let said = match wire.greeted().await {
                 Ok(()) => self.farewell(&mut wire).await,
@@ -171,8 +174,9 @@ impl Link {
     async fn talk(&mut self, wire: &mut Wire, stop: &mut watch::Receiver<bool>) -> Result<(), String> {
         self.about.mark_changed();
         self.send_state(wire)?;
-        wire.send(&self.topics.status(), true, ONLINE.into(), Parcel::Other)?;
+        // Whoever sees `online` may ask for something at once.
         self.topics.orders().into_iter().try_for_each(|filter| wire.subscribe(filter))?;
+        wire.send(&self.topics.status(), true, ONLINE.into(), Parcel::Other)?;
         self.send_waiting(wire)?;
         loop {
             tokio::select! {
@@ -208,11 +212,14 @@ impl Link {
 
     /// The state names the model: what there is to say of that goes first.
     fn send_state(&mut self, wire: &mut Wire) -> Result<(), String> {
-        if self.about.borrow().has_changed() {
-            self.send_about(wire)?;
-        }
         let payload = self.state.borrow_and_update().clone();
+        self.send_about_first(wire)?;
         wire.send(&self.topics.state(), true, payload, Parcel::State)
+    }
+
+    /// Looked at once the message that names the model is at hand, so that none overtakes it.
+    fn send_about_first(&mut self, wire: &mut Wire) -> Result<(), String> {
+        if self.about.borrow().has_changed() { self.send_about(wire) } else { Ok(()) }
     }
 
     fn send_about(&mut self, wire: &mut Wire) -> Result<(), String> {
@@ -222,16 +229,14 @@ impl Link {
 
     /// Answers and events, as far as there is room. An event names the model as well.
     fn send_waiting(&mut self, wire: &mut Wire) -> Result<(), String> {
-        if self.about.borrow().has_changed() {
-            self.send_about(wire)?;
-        }
-        self.send_from(&self.answers, Parcel::Answer, wire)?;
-        self.send_from(&self.outbox, Parcel::Event, wire)
+        self.send_from(self.answers.clone(), Parcel::Answer, wire)?;
+        self.send_from(self.outbox.clone(), Parcel::Event, wire)
     }
 
-    fn send_from(&self, outbox: &Outbox, parcel: fn(Sequence) -> Parcel, wire: &mut Wire) -> Result<(), String> {
+    fn send_from(&mut self, outbox: Outbox, parcel: fn(Sequence) -> Parcel, wire: &mut Wire) -> Result<(), String> {
         while wire.has_room() {
             let Some(Entry { sequence, topic, payload }) = outbox.take_next() else { break };
+            self.send_about_first(wire)?;
             if wire.fits(&topic, &payload) {
                 wire.send(&topic, false, payload, parcel(sequence))?;
             } else {

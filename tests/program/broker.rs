@@ -31,6 +31,13 @@ impl Mosquitto {
         broker
     }
 
+    /// Started, and takes no larger messages.
+    pub fn limited(limit: &str) -> Self {
+        let mut broker = Self::with_access(&[], &format!("allow_anonymous true\n{limit}"));
+        broker.start();
+        broker
+    }
+
     fn with_access(users: &[(&str, &str)], access: &str) -> Self {
         let (dir, port) = (tempfile::tempdir().unwrap(), free_port());
         let passwords = dir.path().join("passwords");

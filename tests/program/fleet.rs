@@ -163,10 +163,19 @@ impl Device {
         files
     }
 
-    /// What is retained on its `…/model`.
+    /// What is retained on its `…/model`, which is of this life once it says that it is online.
     fn note(&self) -> Value {
-        let topic = format!("/{}/model", self.name);
-        Listener::connect(self.port).wait(&topic, |_| true)
+        let listener = Listener::connect(self.port);
+        let (mut online, mut note) = (false, None);
+        while !online || note.is_none() {
+            let message = listener.next().unwrap();
+            match message.topic.strip_prefix(&format!("bloomcast/{}/", self.name)) {
+                Some("status") => online = message.payload == b"online",
+                Some("model") => note = Some(serde_json::from_slice(&message.payload).unwrap()),
+                _ => {}
+            }
+        }
+        note.unwrap()
     }
 }
 
@@ -239,6 +248,8 @@ fn a_canary_goes_first_and_what_it_refuses_reaches_no_other() {
             let answer: Value = serde_json::from_slice(&message.payload).unwrap();
             heard.push((device, answer["answer"].as_str().unwrap().to_owned()));
         }
+        // On a busy machine somebody may ask twice.
+        heard.dedup();
     }
     let expected = [("pi1", "offer"), ("pi1", "accepted"), ("pi1", "confirmed")];
     assert_eq!(heard[..3], expected.map(|(device, what)| (device.to_owned(), what.to_owned())));
@@ -317,11 +328,6 @@ fn what_is_not_as_it_should_be_is_refused_and_the_old_model_decides_on() {
     assert_eq!(push_bytes(port, "pi", &good, |_, _| {}).devices[0].ending, Ending::Confirmed);
 }
 
-/// The next answer on a device's topic.
-fn answer(listener: &Listener, device: &str) -> Value {
-    listener.wait(&format!("/{device}/model/answer"), |_| true)
-}
-
 #[test]
 fn only_a_signed_order_goes_back_or_to_an_older_model() {
     let Some(folder) = photographs("only_a_signed_order_goes_back_or_to_an_older_model") else { return };
@@ -374,7 +380,11 @@ fn only_a_signed_order_goes_back_or_to_an_older_model() {
 
     // What was taken back does not come back by itself, and an older one neither.
     let (ending, reason) = push(&second, &[]);
-    assert_eq!((ending.as_str(), reason.contains("was taken back here; --force")), ("refused", true), "{reason}");
+    assert_eq!(
+        (ending.as_str(), reason.contains("was taken back here, or failed its trial; --force")),
+        ("refused", true),
+        "{reason}"
+    );
     let older = trainer.file(0, |manifest, _| manifest.version -= 1);
     let (ending, reason) = push(&older, &[]);
     assert_eq!((ending.as_str(), reason.contains("is not newer than the device's")), ("refused", true), "{reason}");
@@ -417,23 +427,69 @@ fn a_push_goes_on_after_the_broker_was_killed() {
     let device = Device::new("pi", broker.port, &folder, &trainer);
     let daemon = device.start();
     let bundle = trainer.file(1, same);
-    let mut command =
-        push_command(broker.port, &bundle, &trainer, &["--device", "pi", "--set", "mqtt.packet_bytes_max=4096"]);
+    let packets = ["--device", "pi", "--set", "mqtt.packet_bytes_max=4096"];
+    let mut command = push_command(broker.port, &bundle, &trainer, &packets);
     std::thread::scope(|scope| {
-        let pushing = scope.spawn(|| endings(&mut command));
-        daemon.line("receiving flowers");
         let listener = Listener::connect(broker.port);
+        let pushing = scope.spawn(|| endings(&mut command));
         let next = |progress: &Value| progress["next"].as_u64().unwrap();
-        let before = next(&listener.wait("/pi/model/progress", |progress| next(progress) >= 50));
+        listener.wait("/pi/model/progress", |progress| next(progress) >= 20);
+        // The device stands still, so that the transfer cannot be over before the broker is dead.
+        daemon.signal("STOP");
         broker.kill();
+        daemon.signal("CONT");
         daemon.line("connecting again");
         broker.start();
-        daemon.lines_with("connected to", 2);
+        let listener = Listener::connect(broker.port);
+        let again = listener.wait("/pi/model/progress", |progress| progress["again"] == true);
+        assert!(next(&again) >= 20 && next(&again) < again["chunks"].as_u64().unwrap(), "in the middle: {again}");
         let (ends, all) = pushing.join().unwrap();
         assert!(all && ends["pi"].0 == "confirmed", "{ends:?}");
-        assert!(before < 500);
     });
     assert_eq!(daemon.log().matches("receiving flowers").count(), 1, "it went on where it was");
+}
+
+#[test]
+fn a_broker_that_takes_only_small_messages_gets_small_pieces() {
+    let Some(folder) = photographs("a_broker_that_takes_only_small_messages_gets_small_pieces") else { return };
+    let trainer = Trainer::new();
+    // One breaks the connection, the other takes the message and drops it.
+    for limit in ["max_packet_size 20000", "message_size_limit 20000"] {
+        let broker = Mosquitto::limited(limit);
+        let device = Device::new("pi", broker.port, &folder, &trainer);
+        let daemon = device.start();
+        let bundle = trainer.file(1, same);
+        let (ends, all) = endings(&mut push_command(broker.port, &bundle, &trainer, &["--device", "pi"]));
+        assert!(all, "{limit}: {ends:?}\n{}", daemon.log());
+    }
+}
+
+#[test]
+fn a_group_of_the_configuration_is_pushed_to_and_the_table_says_how_it_went() {
+    let Some(folder) = photographs("a_group_of_the_configuration_is_pushed_to_and_the_table_says_how_it_went") else {
+        return;
+    };
+    let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
+    let device = Device::new("pi", broker.port, &folder, &trainer);
+    let _daemon = device.start();
+    let config = trainer.dir.path().join("trainer.toml");
+    let text = format!("[mqtt]\nport = {}\n\n[fleet.groups]\ngarden = [\"pi\", \"greenhouse\"]\n", broker.port);
+    fs::write(&config, text).unwrap();
+    let mut command = bloomcast();
+    command
+        .arg("push")
+        .arg(trainer.file(1, same))
+        .args(["--group", "garden", "--device", "pi", "--config"])
+        .arg(&config);
+    let result = output(&mut command);
+    assert_eq!(result.status.code(), Some(1), "greenhouse was never here");
+    let table = String::from_utf8(result.stdout).unwrap();
+    let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!((lines.len(), lines[0][0], lines[1][..2].to_vec()), (3, "device", vec!["pi", "confirmed"]), "{table}");
+    assert_eq!(lines[2][..2], ["greenhouse", "offline"], "{table}");
+    assert!(table.contains("nothing is retained on bloomcast/greenhouse/status"), "{table}");
+    let error = String::from_utf8(result.stderr).unwrap();
+    assert_eq!(error, "error: not every device took the model\n");
 }
 
 #[test]
@@ -462,11 +518,12 @@ fn a_trial_that_does_not_end_in_order_is_rolled_back_and_one_that_is_stopped_goe
     let listener = Listener::connect(port);
     daemon.kill();
     let daemon = device.start();
-    let told = answer(&listener, "pi");
-    assert_eq!((&told["answer"], &told["version"]), (&json!("rolled-back"), &json!(version + 1)));
+    let told = listener.wait("/pi/model/answer", |answer| answer["answer"] == "rolled-back");
+    assert_eq!(told["version"], version + 1);
     assert_eq!(told["reason"], "the program did not end in order while it was on trial");
     let note = device.note();
     assert_eq!((&note["version"], &note["trial"]), (&json!(version), &json!(false)));
+    assert!(note["trouble"].as_str().unwrap().contains("is rolled back: the program did not end in order"), "{note}");
     assert!(device.files().is_empty(), "{:?}", device.files());
     let (ends, _) = pushing.join().unwrap();
     assert_eq!(ends["pi"].0, "rolled-back", "{ends:?}");
@@ -678,7 +735,9 @@ fn whenever_the_power_goes_one_whole_model_decides() {
         let note = one_model(&mut listener);
         let (version, log) = (note["version"].as_u64().unwrap(), daemon.log());
         assert!(version == decides || version == newest, "{version}, not {decides} or {newest}: {log}");
-        assert!(!note["trial"].as_bool().unwrap() && note["trouble"].is_null(), "{note}\n{log}");
+        let died_on_trial = "is rolled back: the program did not end in order while it was on trial";
+        assert!(note["trouble"].as_str().is_none_or(|trouble| trouble.ends_with(died_on_trial)), "{note}\n{log}");
+        assert!(!note["trial"].as_bool().unwrap(), "{note}\n{log}");
         let state = store.state().unwrap();
         let places = [Some(state.current.clone()), state.previous.clone()];
         let slots: Vec<Slot> = places.into_iter().flatten().filter_map(slot).collect();
