@@ -90,7 +90,7 @@ impl Daemon {
         let pace = Pace::new(config.camera.interval_ms);
         let (topics, link, source) = (config.topics()?, config.link()?, source(&config, &pace)?);
         // Last: a model on trial must not pay for a mistake in the configuration.
-        let shelf = config.shelf(open);
+        let shelf = Shelf::of(&config, open);
         let deciding = shelf.deciding()?;
         let labels = deciding.loaded.classifier.labels();
         let rules = match deciding.state == State::default() {

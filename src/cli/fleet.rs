@@ -161,7 +161,7 @@ pub fn install(args: &InstallArgs) -> Result<(), Failure> {
     let config = args.config.load()?;
     let store = store(&config)?;
     // Beside what decides now, which is only looked at.
-    let shelf = config.shelf(Store::for_looking);
+    let shelf = Shelf::of(&config, Store::for_looking);
     let present = shelf.deciding()?.loaded.model;
     let (file, bytes) = (args.bundle.display().to_string(), read(&args.bundle)?);
     let trust = if args.trust { Trust::Caller } else { Trust::Keys };
@@ -265,7 +265,7 @@ fn read(bundle: &Path) -> anyhow::Result<Vec<u8>> {
 
 /// Of this device.
 fn store(config: &Config) -> anyhow::Result<Store> {
-    let Shelf { bundle, store, .. } = config.shelf(Store::new);
+    let Shelf { bundle, store, .. } = Shelf::of(config, Store::new);
     match (store, bundle) {
         (Some(store), _) => Ok(store),
         (None, Some(_)) => Err(anyhow!("model.bundle names the model of this device; empty it to install others")),

@@ -15,11 +15,9 @@ use std::time::Duration;
 use serde::Deserialize;
 use tracing::warn;
 
-use crate::bundle::{Store, archive};
+use crate::bundle::archive;
 use crate::camera::{Pace, PixelFormat, Supervisor};
 use crate::decide::{Rules, Thresholds};
-use crate::fleet::message::Terms;
-use crate::fleet::model::Shelf;
 use crate::mqtt::access::{Access, Credentials};
 use crate::mqtt::link::LinkSettings;
 use crate::mqtt::outbox::Limits;
@@ -341,21 +339,6 @@ impl Config {
 
     fn unknown_class(&self, labels: &Labels) -> Option<&str> {
         self.decide.classes.keys().map(String::as_str).find(|class| labels.position(class).is_none())
-    }
-
-    /// Where models are. `open`: how the store is opened, where there is one.
-    pub fn shelf(&self, open: fn(&Path) -> Store) -> Shelf {
-        fn named(path: &Path) -> Option<&Path> {
-            (!path.as_os_str().is_empty()).then_some(path)
-        }
-        let bundle = named(&self.model.bundle).map(Path::to_owned);
-        let store = named(&self.model.store).filter(|_| bundle.is_none()).map(open);
-        Shelf { bundle, backbone: named(&self.model.backbone).map(Path::to_owned), store }
-    }
-
-    /// How long a new model is on trial.
-    pub fn trial(&self) -> Terms {
-        Terms { frames: self.model.trial_frames, seconds: self.model.trial_s_max }
     }
 
     /// What the camera's supervisor goes by. A replay keeps the pace itself.

@@ -439,10 +439,9 @@ fn read<T: DeserializeOwned>(payload: &[u8]) -> Option<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::message::{NetworkRef, Source, Terms, identity};
+    use super::super::message::{Terms, identity, older_note};
     use super::super::transfer::{Taken, Transfer};
     use super::*;
-    use crate::bundle::manifest::FORMAT;
     use crate::bundle::{BUILT_IN, Bundle};
     use crate::mqtt::topics::DeviceName;
 
@@ -466,24 +465,7 @@ mod tests {
         }
 
         fn note(&self) -> Note {
-            let manifest = &self.parcel.manifest;
-            let network = NetworkRef { name: "n".into(), sha256: manifest.backbone.sha256.clone() };
-            Note {
-                schema: SCHEMA,
-                model: Identity { version: 1, sha256: "old".into(), ..self.parcel.model.clone() },
-                classes: manifest.classes.names().to_vec(),
-                backbone: "n".into(),
-                format: FORMAT,
-                network,
-                dataset: "another".into(),
-                metrics: manifest.metrics.clone(),
-                signed_by: None,
-                source: Source::BuiltIn,
-                trial: false,
-                previous: None,
-                generation: 0,
-                trouble: None,
-            }
+            older_note(&self.parcel.manifest)
         }
 
         fn hear(&mut self, topic: &str, payload: &[u8]) {

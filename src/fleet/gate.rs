@@ -57,33 +57,15 @@ fn worse(model: &Manifest, note: &Note) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::message::{NetworkRef, Source, identity};
+    use super::super::message::older_note;
     use super::*;
     use crate::bundle::Bundle;
-    use crate::mqtt::message::SCHEMA;
     use crate::vision::Labels;
 
     /// A model, and a device whose model is one version older and as good.
     fn pair() -> (Manifest, Note) {
         let model = Bundle::built_in().unwrap().manifest().clone();
-        let mut older = identity(&model, "ab");
-        older.version -= 1;
-        let note = Note {
-            schema: SCHEMA,
-            model: older,
-            classes: model.classes.names().to_vec(),
-            backbone: model.backbone.name.clone(),
-            format: FORMAT,
-            network: NetworkRef { name: model.backbone.name.clone(), sha256: model.backbone.sha256.clone() },
-            dataset: model.dataset.sha256.clone(),
-            metrics: model.metrics.clone(),
-            signed_by: None,
-            source: Source::BuiltIn,
-            trial: false,
-            previous: None,
-            generation: 0,
-            trouble: None,
-        };
+        let note = older_note(&model);
         (model, note)
     }
 

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use crate::bundle::manifest::check_name;
 use crate::bundle::signature::{Keyring, PrivateKey, Signed};
 use crate::bundle::{Manifest, Metrics};
+use crate::config::Config;
 use crate::mqtt::message::SCHEMA;
 
 /// Which model it is.
@@ -166,6 +167,12 @@ pub struct Terms {
     pub seconds: u64,
 }
 
+impl Terms {
+    pub fn of(config: &Config) -> Self {
+        Terms { frames: config.model.trial_frames, seconds: config.model.trial_s_max }
+    }
+}
+
 /// What became of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
@@ -237,6 +244,28 @@ fn statement(action: Action, device: &str, generation: u64, sha256: &str) -> Vec
 /// Which model a manifest is of.
 pub fn identity(manifest: &Manifest, sha256: &str) -> Identity {
     Identity { name: manifest.name.clone(), version: manifest.version, sha256: sha256.into() }
+}
+
+/// A device whose model is one version older than this one and as good, of the same photographs.
+#[cfg(test)]
+pub fn older_note(manifest: &Manifest) -> Note {
+    let backbone = &manifest.backbone;
+    Note {
+        schema: SCHEMA,
+        model: Identity { version: manifest.version - 1, ..identity(manifest, "older") },
+        classes: manifest.classes.names().to_vec(),
+        backbone: backbone.name.clone(),
+        format: crate::bundle::manifest::FORMAT,
+        network: NetworkRef { name: backbone.name.clone(), sha256: backbone.sha256.clone() },
+        dataset: manifest.dataset.sha256.clone(),
+        metrics: manifest.metrics.clone(),
+        signed_by: None,
+        source: Source::BuiltIn,
+        trial: false,
+        previous: None,
+        generation: 0,
+        trouble: None,
+    }
 }
 
 #[cfg(test)]

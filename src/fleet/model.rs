@@ -2,7 +2,7 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
@@ -10,6 +10,7 @@ use super::message::{Identity, NetworkRef, Note, Source, identity};
 use crate::bundle::manifest::FORMAT;
 use crate::bundle::store::{Phase, Place, Slot, State, Store, StoreError, Trial};
 use crate::bundle::{ArchiveError, BACKBONE, Bundle, BundleError, Manifest, SelfTest, TAIL};
+use crate::config::Config;
 use crate::mqtt::message::SCHEMA;
 use crate::vision::backbone::{self, MOBILENET_V2, MOBILENET_V2_NAME, sha256_hex};
 use crate::vision::{Backbone, BackboneError, Classifier};
@@ -121,6 +122,17 @@ pub struct Deciding {
 }
 
 impl Shelf {
+    /// As the configuration has it. `open`: how the store is opened, where there is one.
+    pub fn of(config: &Config, open: fn(&Path) -> Store) -> Self {
+        fn named(path: &Path) -> Option<&Path> {
+            (!path.as_os_str().is_empty()).then_some(path)
+        }
+        let model = &config.model;
+        let bundle = named(&model.bundle).map(Path::to_owned);
+        let store = named(&model.store).filter(|_| bundle.is_none()).map(open);
+        Shelf { bundle, backbone: named(&model.backbone).map(Path::to_owned), store }
+    }
+
     /// Finds what decides: a model that waits for its trial, else the current one, else the one before, else that inside the
     /// program. An error where not even that can be loaded.
     pub fn deciding(&self) -> Result<Deciding, ModelError> {

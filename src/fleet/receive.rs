@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use super::message::{Action, Answer, Identity, Offer, Rollback, Verdict, identity};
+use super::message::{Action, Answer, Identity, Offer, Rollback, Terms, Verdict, identity};
 use super::model::{Deciding, Loaded, Model, Shelf, noted};
 use super::proof::{self, Proven, Trust};
 use super::transfer::{Taken, Transfer};
@@ -34,7 +34,7 @@ const REPORTS_MAX: usize = 64;
 const TOLD_MAX: usize = 8;
 const REASON_CHARS_MAX: usize = 500;
 /// What a note may grow by: a reason why something is not as it should be.
-const NOTE_ROOM: usize = 2048;
+const NOTE_ROOM: usize = 1024;
 
 /// What the device's side works with.
 pub struct Setup {
@@ -183,9 +183,9 @@ impl Receiver {
         }
         self.expect_untouched()?;
         self.expect_wanted(&offer, &offer.model)?;
-        info!("receiving {}: {} bytes", offer.model, offer.bytes);
-        let bytes_max = self.setup.config.model.offer_bytes_max;
-        self.transfer = Some(Transfer::new(offer, bytes_max, now)?);
+        let transfer = Transfer::new(offer, self.setup.config.model.offer_bytes_max, now)?;
+        info!("receiving {}: {} bytes", transfer.offer.model, transfer.offer.bytes);
+        self.transfer = Some(transfer);
         self.tell_progress(true);
         Ok(())
     }
@@ -303,7 +303,7 @@ impl Receiver {
     /// Gives who looks on.
     fn begin_trial(&mut self, transfer: Option<Uuid>, limit: Option<Duration>) -> Witness {
         let (sender, reports) = mpsc::sync_channel(REPORTS_MAX);
-        let trial = Trial::begin(self.setup.config.trial(), limit, Instant::now());
+        let trial = Trial::begin(Terms::of(&self.setup.config), limit, Instant::now());
         self.trial = Some(OnTrial { trial, transfer, reports });
         // Where there is no room, the next frame tells.
         Box::new(move |report| !matches!(sender.try_send(report), Err(TrySendError::Disconnected(_))))
@@ -427,7 +427,7 @@ impl Receiver {
             answer,
             reason,
             model,
-            trial: (answer == Verdict::Accepted).then(|| self.setup.config.trial()),
+            trial: (answer == Verdict::Accepted).then(|| Terms::of(&self.setup.config)),
             at: time(SystemTime::now()),
         };
         self.say(&answer);
@@ -448,5 +448,177 @@ fn shortened(reason: String) -> String {
     match reason.char_indices().nth(REASON_CHARS_MAX) {
         Some((end, _)) => format!("{}…", &reason[..end]),
         None => reason,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::Receiver as Channel;
+    use std::thread;
+
+    use super::super::transfer::piece;
+    use super::*;
+    use crate::bundle::store::Place;
+    use crate::bundle::{Bundle, PrivateKey, sign};
+    use crate::mqtt::outbox::Limits;
+    use crate::mqtt::topics::DeviceName;
+
+    /// A device's side, whose vision thread and broker the test is.
+    struct Device {
+        inbox: SyncSender<Mail>,
+        swapped: Channel<Swap>,
+        answers: Outbox,
+        stop: watch::Sender<bool>,
+        thread: thread::JoinHandle<()>,
+        /// What decides until another is swapped in.
+        decides: Option<Classifier>,
+        store: Store,
+        key: PrivateKey,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Device {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let key = dir.path().join("trainer.key");
+            PrivateKey::generate(&key).unwrap();
+            let (keys, folder) = (dir.path().display(), dir.path().join("store"));
+            let settings = [
+                format!("model.trusted_keys={keys}"),
+                format!("model.store={}", folder.display()),
+                "model.trial_frames=3".into(),
+                "model.slowdown_max=1000".into(),
+            ];
+            let config = Config::of_settings(&settings).unwrap();
+            let topics = config.topics_of(DeviceName::new("pi").unwrap());
+            let shelf = Shelf::of(&config, Store::new);
+            let answers = Outbox::new(Limits { entries_max: 100, bytes_max: 1 << 20 });
+            let (swaps, swapped) = mpsc::sync_channel(1);
+            let deciding = shelf.deciding().unwrap();
+            let setup = Setup { config, topics, shelf, answers: answers.clone(), swaps };
+            let (stop, stopped) = watch::channel(false);
+            let (receiver, classifier, Ends { inbox, .. }) = Receiver::new(setup, deciding, stopped);
+            Device {
+                inbox,
+                swapped,
+                answers,
+                stop,
+                thread: thread::spawn(move || receiver.run()),
+                decides: Some(classifier),
+                store: Store::new(&folder),
+                key: PrivateKey::read(&key).unwrap(),
+                _dir: dir,
+            }
+        }
+
+        /// Offers the built-in model, a version newer, and sends it.
+        fn push(&self) {
+            let built_in = Bundle::built_in().unwrap();
+            let mut manifest = built_in.manifest().clone();
+            manifest.version += 1;
+            let bytes = Bundle::new(manifest.clone(), built_in.parts().clone()).to_bytes();
+            let bytes = sign("m", &bytes, &self.key).unwrap();
+            let model = identity(&manifest, Bundle::from_bytes("m", &bytes).unwrap().sha256());
+            let (transfer, chunk_bytes) = (Uuid::from_u128(7), 1 << 17);
+            let offer = Offer { schema: SCHEMA, transfer, model, bytes: bytes.len() as u64, chunk_bytes, force: None };
+            self.inbox.send(Mail::Offer(json(&offer))).unwrap();
+            for number in 0..offer.chunks() {
+                let piece = piece(transfer, &bytes, chunk_bytes, number).unwrap();
+                self.inbox.send(Mail::Chunk(number, piece)).unwrap();
+            }
+        }
+
+        /// Does as the vision thread does; gives the version that decides now and who looks on.
+        fn swap(&mut self) -> (u64, Option<Witness>) {
+            let swap = self.swapped.recv_timeout(Duration::from_secs(60)).unwrap();
+            let replaced = self.decides.replace(swap.classifier).unwrap();
+            swap.replaced.send(replaced).unwrap();
+            (swap.version, swap.witness)
+        }
+
+        /// Waits for an answer that is no progress.
+        fn answer(&self) -> Answer {
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while Instant::now() < deadline {
+                match self.answers.take_next() {
+                    Some(entry) if entry.topic.ends_with("/answer") => {
+                        return serde_json::from_slice(&entry.payload).unwrap();
+                    }
+                    Some(_) => {}
+                    None => thread::sleep(Duration::from_millis(5)),
+                }
+            }
+            panic!("no answer");
+        }
+
+        fn end(self) -> State {
+            self.stop.send_replace(true);
+            self.thread.join().unwrap();
+            self.store.state().unwrap()
+        }
+    }
+
+    /// A model on trial that is told of these frames; gives the answer to it.
+    fn tried(reports: &[Report]) -> (Answer, State) {
+        let version = Bundle::built_in().unwrap().manifest().version;
+        let mut device = Device::new();
+        device.push();
+        let (decides, witness) = device.swap();
+        let mut witness = witness.expect("it is on trial");
+        assert_eq!((decides, device.answer().answer), (version + 1, Verdict::Accepted));
+        for report in reports {
+            assert!(witness(report.clone()));
+        }
+        let answer = match reports.iter().any(|report| matches!(report, Report::Failed(_))) || slow(reports) {
+            true => {
+                assert_eq!(device.swap().0, version, "the one before decides again");
+                device.answer()
+            }
+            false => device.answer(),
+        };
+        let state = device.end();
+        assert!(!witness(Report::Failed("late".into())), "nobody wants to know any more");
+        (answer, state)
+    }
+
+    fn slow(reports: &[Report]) -> bool {
+        reports.contains(&seen(3_600_000))
+    }
+
+    fn seen(ms: u64) -> Report {
+        Report::Seen(Duration::from_millis(ms))
+    }
+
+    #[test]
+    fn a_model_that_sees_enough_is_confirmed() {
+        let (answer, state) = tried(&[seen(1), seen(2), seen(3)]);
+        assert_eq!((answer.answer, answer.transfer), (Verdict::Confirmed, Some(Uuid::from_u128(7))));
+        assert_eq!((state.deciding(), state.newest), (state.current.clone(), answer.model.version));
+        assert_ne!(state.current, Place::BuiltIn);
+    }
+
+    #[test]
+    fn a_model_that_fails_or_is_slow_on_trial_goes_by_itself() {
+        let cases = [
+            (vec![seen(1), Report::Failed("the model panicked".into())], "the model panicked"),
+            (vec![seen(3_600_000); 3], "a frame takes it 3600000 ms and more, the limit is "),
+        ];
+        for (reports, expected) in cases {
+            let (answer, state) = tried(&reports);
+            assert_eq!(answer.answer, Verdict::RolledBack);
+            assert!(answer.reason.unwrap().starts_with(expected));
+            assert_eq!((&state.current, &state.trial), (&Place::BuiltIn, &None));
+            assert_eq!(state.taken_back, [answer.model.sha256]);
+            assert!(state.trouble.unwrap().contains(&format!("is rolled back: {expected}")));
+        }
+    }
+
+    #[test]
+    fn a_stop_in_the_middle_of_a_trial_lets_it_go_on_later() {
+        let mut device = Device::new();
+        device.push();
+        device.swap();
+        assert_eq!(device.answer().answer, Verdict::Accepted);
+        assert_eq!(device.end().trial.unwrap().phase, Phase::Waiting);
     }
 }
