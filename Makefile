@@ -5,8 +5,8 @@ BIN := target/release/bloomcast
 # A build with more than this machine's Rust is refused by Cargo itself (rust-version in Cargo.toml).
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What a bare Debian or Raspberry Pi OS lacks: a linker, libclang for the bindings of the camera, a broker and
-# its clients for the tests.
-PACKAGES := build-essential pkg-config libclang-dev mosquitto mosquitto-clients
+# its clients for the tests, and openssl, which must be able to read our keys.
+PACKAGES := build-essential pkg-config libclang-dev mosquitto mosquitto-clients openssl
 
 .PHONY: all setup build demo test lint licences doc fuzz bench model backbones backbones-keras clean
 

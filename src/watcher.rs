@@ -40,7 +40,7 @@ pub type Witness = Box<dyn FnMut(Report) -> bool + Send>;
 /// How a model fared with a frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Report {
-    /// How long its network took.
+    /// How long its network worked.
     Seen(Duration),
     /// The model failed, which no picture is to blame for.
     Failed(String),
@@ -146,7 +146,7 @@ impl Watcher {
             .unwrap_or_else(|_| Err("the model panicked; its message stands in the log".into()));
         if let Some(witness) = &mut self.orders.witness {
             let report = match &judged {
-                Ok((_, stages)) => Report::Seen(stages.backbone),
+                Ok((_, stages)) => Report::Seen(stages.work),
                 Err(reason) => Report::Failed(reason.clone()),
             };
             if !witness(report) {

@@ -7,7 +7,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
-use ed25519_dalek::pkcs8::{DecodePrivateKey, DecodePublicKey, EncodePrivateKey, EncodePublicKey};
+use ed25519_dalek::pkcs8::{DecodePrivateKey, DecodePublicKey, EncodePrivateKey, EncodePublicKey, KeypairBytes};
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 
 use crate::vision::backbone::{hex, sha256_hex};
@@ -57,7 +57,9 @@ impl PrivateKey {
         let mut seed = [0; 32];
         getrandom::fill(&mut seed).map_err(|e| KeyError::Random(e.to_string()))?;
         let key = SigningKey::from_bytes(&seed);
-        let text = key.to_pkcs8_pem(LineEnding::LF).expect("a key can be written as PEM");
+        // Without the public half, which OpenSSL 3.0 does not take in a private key's file.
+        let alone = KeypairBytes { secret_key: seed, public_key: None };
+        let text = alone.to_pkcs8_pem(LineEnding::LF).expect("a key can be written as PEM");
         create(path, 0o600, text.as_bytes())?;
         create(&public, 0o644, PublicKey(key.verifying_key()).to_pem().as_bytes()).inspect_err(|_| {
             // Half a pair is none, and would be in the way; the reason stands in the error that is returned.

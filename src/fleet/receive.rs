@@ -601,7 +601,7 @@ mod tests {
     fn a_model_that_fails_or_is_slow_on_trial_goes_by_itself() {
         let cases = [
             (vec![seen(1), Report::Failed("the model panicked".into())], "the model panicked"),
-            (vec![seen(3_600_000); 3], "a frame takes it 3600000 ms and more, the limit is "),
+            (vec![seen(3_600_000); 3], "it works 3600000 ms and more for a frame, the limit is "),
         ];
         for (reports, expected) in cases {
             let (answer, state) = tried(&reports);

@@ -15,7 +15,7 @@ pub enum Outcome {
 pub struct Trial {
     ends: Instant,
     frames_left: u32,
-    /// How long the network took for the frame that it was quickest with: the others had to wait for another program.
+    /// How long the network worked for the frame that it was quickest with.
     quickest: Option<Duration>,
     /// That must not be above; none where there is nothing to compare with.
     limit: Option<Duration>,
@@ -48,7 +48,7 @@ impl Trial {
         match (self.quickest, self.limit) {
             (Some(quickest), Some(limit)) if quickest > limit => {
                 let (took, limit) = (quickest.as_millis(), limit.as_millis());
-                Outcome::Failed(format!("a frame takes it {took} ms and more, the limit is {limit} ms"))
+                Outcome::Failed(format!("it works {took} ms and more for a frame, the limit is {limit} ms"))
             }
             _ => Outcome::Confirmed,
         }
@@ -75,7 +75,7 @@ mod tests {
         let mut slow = Trial::begin(TERMS, LIMIT, now);
         slow.hear(seen(51), now);
         slow.hear(seen(70), now);
-        let failed = Outcome::Failed("a frame takes it 51 ms and more, the limit is 50 ms".into());
+        let failed = Outcome::Failed("it works 51 ms and more for a frame, the limit is 50 ms".into());
         assert_eq!(slow.hear(seen(90), now), Some(failed));
         let mut unknown = Trial::begin(Terms { frames: 1, seconds: 1 }, None, now);
         assert_eq!(unknown.hear(seen(9000), now), Some(Outcome::Confirmed));

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use image::{RgbImage, imageops};
 
 use super::backbone::Session;
+use super::clock;
 use super::head::argmax;
 use super::{Backbone, BackboneError, Head, Labels, Preprocess, Preprocessor, Subspace};
 
@@ -41,6 +42,8 @@ pub struct Stages {
     pub preprocess: Duration,
     pub backbone: Duration,
     pub head: Duration,
+    /// The part of the backbone's time that this thread worked rather than waited for another program.
+    pub work: Duration,
 }
 
 impl Stages {
@@ -102,15 +105,16 @@ impl Classifier {
     pub fn classify(&mut self, image: &RgbImage) -> Result<(Prediction, Stages), BackboneError> {
         let started = Instant::now();
         self.preprocessor.run(image, &mut self.input);
-        let preprocessed = Instant::now();
+        let (preprocessed, idle) = (Instant::now(), clock::worked());
         let features = self.session.features(&self.input)?;
-        let extracted = Instant::now();
+        let (extracted, work) = (Instant::now(), clock::worked() - idle);
         let prediction = self.skill.judge(&features);
         let stages = Stages {
             decode: Duration::ZERO,
             preprocess: preprocessed - started,
             backbone: extracted - preprocessed,
             head: extracted.elapsed(),
+            work,
         };
         Ok((prediction, stages))
     }

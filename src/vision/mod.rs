@@ -3,6 +3,7 @@
 
 pub mod backbone;
 pub mod classifier;
+pub mod clock;
 pub mod decode;
 pub mod drawn;
 pub mod head;

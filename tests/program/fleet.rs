@@ -643,6 +643,12 @@ fn keys_and_signatures_on_the_command_line() {
     let (trainer, stranger) = (Trainer::new(), Trainer::new());
     let (code, text) = failure(bloomcast().arg("keygen").arg("--out").arg(trainer.key_file()));
     assert_eq!((code, text.contains("is there already; a key is never overwritten")), (1, true), "{text}");
+    for (key, form) in [("trainer.key", "-noout"), ("trainer.pub", "-pubin")] {
+        let mut openssl = Command::new("openssl");
+        openssl.args(["pkey", form, "-noout", "-in"]).arg(trainer.dir.path().join(key));
+        let read = output(&mut openssl);
+        assert!(read.status.success(), "{key}: {}", String::from_utf8_lossy(&read.stderr));
+    }
     let path = trainer.dir.path().join("m.bloom");
     fs::write(&path, made(1, same)).unwrap();
     let verify = |trusted: &Path| {

@@ -18,10 +18,11 @@ pub fn bloomcast() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bloomcast"));
     // What a test keeps from run to run is its own, and the network is this machine.
     command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env("NO_PROXY", "127.0.0.1").env_remove("ALL_PROXY");
-    // No setting of the caller's reaches a test.
+    // No setting of the caller's reaches a test, and no model that is installed on this machine.
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("BLOOMCAST__")) {
         command.env_remove(name);
     }
+    command.env("BLOOMCAST__MODEL__STORE", "").env("BLOOMCAST__MODEL__TRUSTED_KEYS", "");
     command
 }
 
