@@ -57,10 +57,11 @@ licences: setup
 doc: setup
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --locked --no-deps --document-private-items
 
-# Ten minutes; what it finds interesting is kept in fuzz/corpus, what breaks in fuzz/artifacts.
+# Ten minutes, beginning with what earlier runs found interesting (fuzz/corpus.tar.gz); what breaks is kept in fuzz/artifacts.
 FUZZ_SECONDS ?= 600
 fuzz: setup
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install --quiet --locked cargo-fuzz@0.13.2
+	@[ -d fuzz/corpus ] || { mkdir -p fuzz/corpus && tar -C fuzz/corpus -xzf fuzz/corpus.tar.gz; }
 	$(CARGO) +nightly fuzz run --sanitizer none bundle -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=1024 -malloc_limit_mb=256
 
 bench: setup

@@ -9,7 +9,7 @@ use bloomcast::bundle::store::{Phase, Place, Slot};
 use bloomcast::bundle::{self, Bundle, Keyring, PrivateKey, Store, archive};
 use bloomcast::config::Config;
 use bloomcast::fleet::delivery::Parcel;
-use bloomcast::fleet::message::{Verdict, identity};
+use bloomcast::fleet::message::{Verdict, identity, objection};
 use bloomcast::fleet::model::Shelf;
 use bloomcast::fleet::proof::{self, Refusal, Trust};
 use bloomcast::fleet::push::{Plan, push};
@@ -61,7 +61,7 @@ pub struct InstallArgs {
     /// Vouch for it yourself: no signature is asked for
     #[arg(long)]
     trust: bool,
-    /// Take it though it is not newer
+    /// Take it though it is not newer, or was taken back
     #[arg(long)]
     force: bool,
 }
@@ -162,7 +162,8 @@ pub fn install(args: &InstallArgs) -> Result<(), Failure> {
     let store = store(&config)?;
     // Beside what decides now, which is only looked at.
     let shelf = Shelf::of(&config, Store::for_looking);
-    let present = shelf.deciding()?.loaded.model;
+    let deciding = shelf.deciding()?;
+    let present = deciding.loaded.model;
     let (file, bytes) = (args.bundle.display().to_string(), read(&args.bundle)?);
     let trust = if args.trust { Trust::Caller } else { Trust::Keys };
     let refused = |error: Refusal| match error {
@@ -176,8 +177,8 @@ pub fn install(args: &InstallArgs) -> Result<(), Failure> {
     if model == before {
         return Err(anyhow!("{model} decides already").into());
     }
-    if model.version <= before.version && !args.force {
-        return Err(anyhow!("{model} is not newer than {before}; --force installs it nevertheless").into());
+    if let Some(objection) = objection(&model, &before, &deciding.state).filter(|_| !args.force) {
+        return Err(anyhow!("{objection}; --force installs it nevertheless").into());
     }
     proof::prove(vouched, &config, &shelf, &present).map_err(refused)?;
     let slot = Slot { sha256: model.sha256.clone(), name: model.name.clone(), version: model.version };

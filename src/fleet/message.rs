@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use crate::bundle::manifest::check_name;
 use crate::bundle::signature::{Keyring, PrivateKey, Signed};
+use crate::bundle::store::State;
 use crate::bundle::{Manifest, Metrics};
 use crate::config::Config;
 use crate::mqtt::message::SCHEMA;
@@ -241,6 +242,19 @@ fn statement(action: Action, device: &str, generation: u64, sha256: &str) -> Vec
     format!("bloomcast order {SCHEMA}\n{action}\n{device}\n{generation}\n{sha256}\n").into_bytes()
 }
 
+/// Why a model should not decide after `present`, unless somebody insists.
+pub fn objection(model: &Identity, present: &Identity, state: &State) -> Option<String> {
+    if state.taken_back.contains(&model.sha256) {
+        Some(format!("{model} was taken back here, or failed its trial"))
+    } else if model.version <= present.version {
+        Some(format!("{model} is not newer than {present}"))
+    } else if model.version <= state.newest {
+        Some(format!("{model} is not newer than version {}, which was confirmed here before", state.newest))
+    } else {
+        None
+    }
+}
+
 /// Which model a manifest is of.
 pub fn identity(manifest: &Manifest, sha256: &str) -> Identity {
     Identity { name: manifest.name.clone(), version: manifest.version, sha256: sha256.into() }
@@ -287,6 +301,18 @@ mod tests {
         assert!(check(Action::Rollback, "bloomcast/pi", 7, "ac").is_err());
         let nobody = order.check(&Keyring::default(), Action::Rollback, "bloomcast/pi", 7, "ab");
         assert_eq!(nobody.unwrap_err(), "the order: no key is trusted here");
+    }
+
+    #[test]
+    fn what_was_here_before_does_not_come_back_unasked() {
+        let model = |version, sha256: &str| Identity { name: "m".into(), version, sha256: sha256.into() };
+        let state = State { taken_back: vec!["bad".into()], newest: 5, ..State::default() };
+        let objection = |new| objection(&new, &model(3, "present"), &state);
+        assert_eq!(objection(model(6, "new")), None);
+        assert_eq!(objection(model(6, "bad")).unwrap(), "m 6 was taken back here, or failed its trial");
+        assert_eq!(objection(model(3, "same")).unwrap(), "m 3 is not newer than m 3");
+        let before = "m 5 is not newer than version 5, which was confirmed here before";
+        assert_eq!(objection(model(5, "older")).unwrap(), before);
     }
 
     /// The wire format is a promise: whoever changes this text changes the schema number.

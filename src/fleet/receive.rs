@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use super::message::{Action, Answer, Identity, Offer, Rollback, Terms, Verdict, identity};
+use super::message::{Action, Answer, Identity, Offer, Rollback, Terms, Verdict, identity, objection};
 use super::model::{Deciding, Loaded, Model, Shelf, noted};
 use super::proof::{self, Proven, Trust};
 use super::transfer::{Taken, Transfer};
@@ -227,16 +227,7 @@ impl Receiver {
     /// first, as its manifest says it later.
     fn expect_wanted(&self, offer: &Offer, model: &Identity) -> Result<(), Refused> {
         let trusted = self.trusted()?;
-        let present = self.model.identity();
-        let reason = if self.state.taken_back.contains(&model.sha256) {
-            format!("{model} was taken back here, or failed its trial")
-        } else if model.version <= present.version {
-            format!("{model} is not newer than {present}")
-        } else if model.version <= self.state.newest {
-            format!("{model} is not newer than version {}, which was confirmed here before", self.state.newest)
-        } else {
-            return Ok(());
-        };
+        let Some(reason) = objection(model, &self.model.identity(), &self.state) else { return Ok(()) };
         match &offer.force {
             None => Err(format!("{reason}; --force takes it nevertheless")),
             Some(order) => order
