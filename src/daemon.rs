@@ -26,7 +26,7 @@ use crate::config::{Config, ConfigError, Source};
 use crate::decide::Decider;
 use crate::fleet::model::{Deciding, ModelError, Shelf};
 use crate::fleet::receive::{Ends, Receiver, Setup};
-use crate::health::Counters;
+use crate::health::{self, Counters, Pulse};
 use crate::mqtt::outbox::Limits;
 use crate::mqtt::{Link, LinkSettings, Outbox, message, topics::Topics};
 use crate::vision::BackboneError;
@@ -136,9 +136,15 @@ impl Daemon {
     pub fn run(self, stop: impl Future<Output = ()>, observer: Observer) -> Result<Arc<Counters>, DaemonError> {
         let counters = self.counters.clone();
         let log_interval = Duration::from_secs(self.config.log.counters_interval_s);
-        let (stages, link) = self.start(observer)?;
+        let model = self.model();
+        let pulses = [Pulse::of("camera"), Pulse::of("vision")];
+        let (stages, link) = self.start(observer, &pulses)?;
         let runtime = runtime()?;
-        let ended = runtime.block_on(conduct(stages, link, stop, log_counters(&counters, log_interval)));
+        health::tell_ready(&model);
+        let watching = async {
+            tokio::join!(log_counters(&counters, log_interval), health::feed_watchdog(&pulses));
+        };
+        let ended = runtime.block_on(conduct(stages, link, stop, watching));
         // Not dropped: that would wait for a name that is being looked up.
         runtime.shutdown_background();
         info!("{counters}");
@@ -146,7 +152,8 @@ impl Daemon {
     }
 
     /// Makes the channels and starts the threads; the link is for the caller to run.
-    fn start(self, observer: Observer) -> Result<(Stages, Link), DaemonError> {
+    fn start(self, observer: Observer, pulses: &[Pulse; 2]) -> Result<(Stages, Link), DaemonError> {
+        let [camera_pulse, vision_pulse] = pulses.clone();
         let labels = self.deciding.loaded.classifier.labels().clone();
         let sender = message::Sender {
             device: self.topics.device().to_string(),
@@ -182,9 +189,11 @@ impl Daemon {
             counters: counters.clone(),
         };
         let mut source = self.source;
-        let camera = Stage::spawn("camera", move || camera::watch(source.as_mut(), &rules, &frames, &counters))?;
+        let camera = Stage::spawn("camera", move || {
+            camera::watch(source.as_mut(), &rules, &frames, &counters, &camera_pulse);
+        })?;
         let fleet = Stage::spawn("fleet", move || receiver.run())?;
-        let vision = Stage::spawn("vision", move || watcher.watch(&stopped))?;
+        let vision = Stage::spawn("vision", move || watcher.watch(&stopped, &vision_pulse))?;
         Ok((Stages { camera, vision, fleet, stop }, link))
     }
 }
@@ -203,7 +212,7 @@ async fn conduct(
     mut stages: Stages,
     link: Link,
     stop: impl Future<Output = ()>,
-    log: impl Future<Output = ()>,
+    watching: impl Future<Output = ()>,
 ) -> Result<(), DaemonError> {
     let (end_link, link_ended) = watch::channel(false);
     let mut link = tokio::spawn(link.run(link_ended));
@@ -212,10 +221,11 @@ async fn conduct(
         () = stages.vision.ended() => {}
         // It ends by itself only where it panicked, which is told when it is joined.
         () = stages.fleet.ended() => {}
-        () = log => {}
+        () = watching => {}
         // It ends by itself only where it panicked.
         _ = &mut link => return Err(DaemonError::Panicked("mqtt")),
     }
+    health::tell_stopping();
     stages.stop.send_replace(true);
     let vision = stages.vision.join(VISION_END).await;
     let camera = stages.camera.join(CAMERA_END).await;
@@ -294,10 +304,11 @@ fn runtime() -> Result<tokio::runtime::Runtime, DaemonError> {
     runtime.map_err(|source| DaemonError::Thread { name: "mqtt", source })
 }
 
-/// Logs the counters at an interval, for ever.
+/// Tells the counters at an interval, for ever: the log, and `systemctl status`.
 async fn log_counters(counters: &Counters, interval: Duration) {
     loop {
         tokio::time::sleep(interval).await;
         info!("{counters}");
+        health::tell_status(&counters.to_string());
     }
 }

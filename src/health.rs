@@ -1,9 +1,14 @@
-//! How the daemon fares: what it counts, for its log and for whoever asks, and what memory is left.
+//! How the daemon fares: what it counts, whether its stages live, what systemd is told of it, and what memory is left.
 
 use std::fmt;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use sd_notify::NotifyState;
+use tracing::{debug, error};
 
 /// A number that several threads raise.
 #[derive(Debug, Default)]
@@ -60,6 +65,72 @@ impl fmt::Display for Counters {
     }
 }
 
+/// One stage's sign of life: a clone of it beats, and whoever keeps it sees when that was.
+#[derive(Debug, Clone)]
+pub struct Pulse {
+    stage: &'static str,
+    began: Instant,
+    /// Milliseconds from there to the last beat.
+    last: Arc<AtomicU64>,
+}
+
+impl Pulse {
+    pub fn of(stage: &'static str) -> Self {
+        Pulse { stage, began: Instant::now(), last: Arc::default() }
+    }
+
+    pub fn beat(&self) {
+        self.last.store(self.began.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// How long it has not beaten.
+    fn silent(&self) -> Duration {
+        self.began.elapsed().saturating_sub(Duration::from_millis(self.last.load(Ordering::Relaxed)))
+    }
+}
+
+/// Tells systemd, where it asked to be told. That it cannot be is no reason to stop.
+fn tell(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        debug!("systemd cannot be told: {error}");
+    }
+}
+
+/// The model is loaded, and the stages run: whoever waits for this service may go on.
+pub fn tell_ready(model: &str) {
+    tell(&[NotifyState::Ready, NotifyState::Status(&format!("{model} decides"))]);
+}
+
+/// What `systemctl status` shows.
+pub fn tell_status(status: &str) {
+    tell(&[NotifyState::Status(status)]);
+}
+
+pub fn tell_stopping() {
+    tell(&[NotifyState::Stopping]);
+}
+
+/// Feeds systemd's watchdog for as long as each stage lives; pending for ever where there is none. That the connection to the
+/// broker lives is shown by whoever polls this: both run on one thread.
+pub async fn feed_watchdog(pulses: &[Pulse]) {
+    let Some(limit) = sd_notify::watchdog_enabled() else { return std::future::pending().await };
+    loop {
+        tokio::time::sleep(limit / 4).await;
+        match stalled(pulses, limit / 2) {
+            None => tell(&[NotifyState::Watchdog]),
+            Some((stage, silent)) => {
+                error!("the thread {stage} has made no progress for {} s: the watchdog is not fed", silent.as_secs());
+            }
+        }
+    }
+}
+
+/// A stage that has been silent for longer than that.
+fn stalled(pulses: &[Pulse], longest: Duration) -> Option<(&'static str, Duration)> {
+    let silent = pulses.iter().map(|pulse| (pulse.stage, pulse.silent()));
+    silent.max_by_key(|(_, silent)| *silent).filter(|(_, silent)| *silent > longest)
+}
+
 /// What programs may still take, in bytes, where the system says it: of the machine's memory, and of what the service may
 /// have (a control group, version 2).
 pub fn memory_available() -> Option<u64> {
@@ -80,4 +151,21 @@ fn group_available() -> Option<u64> {
     // Files that were read lie in it as well, and make place for programs.
     let files = read("memory.stat")?.lines().find_map(|line| line.strip_prefix("inactive_file ")?.parse::<u64>().ok());
     Some(number("memory.max")?.saturating_sub(taken.saturating_sub(files.unwrap_or(0))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stage_that_has_been_silent_longest_is_named() {
+        let pulses = [Pulse::of("camera"), Pulse::of("vision")];
+        assert_eq!(stalled(&pulses, Duration::from_secs(60)), None);
+        std::thread::sleep(Duration::from_millis(20));
+        pulses[0].clone().beat();
+        let (stage, silent) = stalled(&pulses, Duration::from_millis(15)).unwrap();
+        assert!(stage == "vision" && silent >= Duration::from_millis(20));
+        pulses[1].beat();
+        assert_eq!(stalled(&pulses, Duration::from_secs(60)), None);
+    }
 }

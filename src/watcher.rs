@@ -14,7 +14,7 @@ use uuid::Uuid;
 use crate::camera::latest::{self, News, Taken};
 use crate::camera::{Frame, Pace};
 use crate::decide::{Decider, Decision, Flicker, Thresholds};
-use crate::health::Counters;
+use crate::health::{Counters, Pulse};
 use crate::mqtt::{About, Outbox, Setting, message};
 use crate::vision::{Classifier, Prediction, Stages, decode};
 
@@ -102,8 +102,9 @@ impl Watcher {
     }
 
     /// Works until the camera has ended or `stop` is set.
-    pub fn watch(&mut self, stop: &watch::Receiver<bool>) {
+    pub fn watch(&mut self, stop: &watch::Receiver<bool>, pulse: &Pulse) {
         while !*stop.borrow() {
+            pulse.beat();
             self.obey();
             match self.mailbox.take(IDLE) {
                 Taken::News(News::Frame(frame)) => self.look(frame),

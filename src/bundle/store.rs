@@ -11,6 +11,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::{MetadataExt, chown};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -334,6 +335,10 @@ impl Store {
         }
         let failed = |source| StoreError::Io { path: slots.clone(), source };
         fs::create_dir_all(&slots).map_err(failed)?;
+        // Whoever installs by hand may be root: the daemon must be able to write there, too. Where we may not give it away, it
+        // is ours and we are the daemon.
+        let owner = fs::metadata(&self.folder).map_err(failed)?;
+        let _ = chown(&slots, Some(owner.uid()), Some(owner.gid()));
         File::open(&self.folder).and_then(|folder| folder.sync_all()).map_err(failed)
     }
 

@@ -8,10 +8,12 @@ use tracing::{info, warn};
 
 use super::latest::{News, Sender};
 use super::{CameraError, FrameSource, Next};
-use crate::health::Counters;
+use crate::health::{Counters, Pulse};
 
 /// How long one wait for a frame lasts before the stall timer and the mailbox are looked at.
 const POLL: Duration = Duration::from_millis(100);
+/// The longest wait without a sign of life.
+const BEAT: Duration = Duration::from_secs(1);
 
 /// The time between two frames; it can be changed while the camera runs.
 #[derive(Debug, Clone)]
@@ -44,12 +46,13 @@ pub struct Supervisor {
     pub reopen_max: Duration,
 }
 
-/// Reads `source` into `mailbox` until it ends or the mailbox is closed from the other side.
-pub fn watch(source: &mut dyn FrameSource, rules: &Supervisor, mailbox: &Sender, counters: &Counters) {
+/// Reads `source` into `mailbox` until it ends or the mailbox is closed from the other side. The `pulse` beats whether the
+/// camera gives frames or is being reopened.
+pub fn watch(source: &mut dyn FrameSource, rules: &Supervisor, mailbox: &Sender, counters: &Counters, pulse: &Pulse) {
     let mut pause = rules.reopen_min;
     loop {
         let frames_before = counters.captured.get();
-        let ended = read(source, rules, mailbox, counters);
+        let ended = read(source, rules, mailbox, counters, pulse);
         source.close();
         let Err(error) = ended else { return };
         if counters.captured.get() > frames_before {
@@ -58,10 +61,25 @@ pub fn watch(source: &mut dyn FrameSource, rules: &Supervisor, mailbox: &Sender,
         counters.camera_failures.add(1);
         warn!("{error}; opening again in {} ms", pause.as_millis());
         let lost = News::Lost { at: SystemTime::now() };
-        if mailbox.publish(lost).is_err() || mailbox.closed_within(pause) {
+        if mailbox.publish(lost).is_err() || closed_within(mailbox, pause, pulse) {
             return;
         }
         pause = (pause * 2).min(rules.reopen_max);
+    }
+}
+
+/// Waits, beating; true as soon as nobody wants frames any more.
+fn closed_within(mailbox: &Sender, wait: Duration, pulse: &Pulse) -> bool {
+    let until = Instant::now() + wait;
+    loop {
+        pulse.beat();
+        let left = until.saturating_duration_since(Instant::now());
+        if mailbox.closed_within(left.min(BEAT)) {
+            return true;
+        }
+        if left <= BEAT {
+            return false;
+        }
     }
 }
 
@@ -71,12 +89,15 @@ fn read(
     rules: &Supervisor,
     mailbox: &Sender,
     counters: &Counters,
+    pulse: &Pulse,
 ) -> Result<(), CameraError> {
+    pulse.beat();
     source.open()?;
     let mut gate = Gate::default();
     let mut last_frame = Instant::now();
     let mut first = true;
     loop {
+        pulse.beat();
         match source.next(POLL)? {
             Next::Frame(frame) => {
                 if std::mem::take(&mut first) {
@@ -211,7 +232,7 @@ mod tests {
         let counters = Arc::new(Counters::default());
         let (sender, receiver) = mailbox();
         let mut source = Moody { openings: 0, frames_left: 0 };
-        watch(&mut source, &rules, &sender, &counters);
+        watch(&mut source, &rules, &sender, &counters, &Pulse::of("camera"));
         assert_eq!(source.openings, 4);
         assert_eq!(counters.captured.get(), 2);
         assert_eq!(counters.camera_failures.get(), 3);

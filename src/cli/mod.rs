@@ -22,7 +22,7 @@ use serde::Serialize;
 use backbone::BackboneCommand;
 #[cfg(feature = "demo")]
 use device::DemoArgs;
-use device::{BenchArgs, ClassifyArgs, ConfigArgs};
+use device::{BenchArgs, CheckArgs, ClassifyArgs, ConfigArgs};
 use fleet::{InstallArgs, KeygenArgs, PushArgs, RollbackArgs, SignArgs, VerifyArgs};
 use workstation::{CompareArgs, DatasetCommand, EvaluateArgs, TrainArgs};
 
@@ -39,7 +39,7 @@ enum Command {
     /// Watch the camera and publish (the daemon)
     Run(ConfigArgs),
     /// Check the configuration, the model and the camera: exit 0, or 78 with the reason
-    Check(ConfigArgs),
+    Check(CheckArgs),
     /// See it work: a broker inside, replayed photographs, events on the terminal
     #[cfg(feature = "demo")]
     Demo(DemoArgs),

@@ -1,5 +1,6 @@
 //! The daemon as a process, against real brokers.
 
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use serde_json::Value;
 
 use super::broker::{Mosquitto, Rumqttd};
 use super::mqtt::{Listener, Persistent, publish};
-use super::tools::{Process, bloomcast, clear, failure, free_port, list, output, photographs, wait_until};
+use super::tools::{PATIENCE, Process, bloomcast, clear, failure, free_port, list, output, photographs, wait_until};
 
 /// Two flowers that take turns, eight photographs each, so that events never stop coming.
 fn turns(folder: &Path) -> (tempfile::TempDir, std::path::PathBuf) {
@@ -385,7 +386,9 @@ fn check_finds_a_good_configuration_good_and_an_absent_camera_bad() {
     let text = String::from_utf8(good.stdout).unwrap();
     assert!(text.contains("daisy, dandelion, roses, sunflowers, tulips") && text.contains("camera: gives frames"));
 
-    let (code, text) = failure(bloomcast().args(["check", "--set", "camera.device=/dev/video-none"]));
+    let absent = ["check", "--set", "camera.device=/dev/video-none"];
+    assert!(output(bloomcast().args(absent).arg("--no-camera")).status.success());
+    let (code, text) = failure(bloomcast().args(absent));
     assert_eq!(code, 78);
     assert!(text.contains("camera: /dev/video-none: cannot open the camera: No such file"), "{text}");
     let rpicam = ["check", "--set", "camera.source=rpicam", "--set", "camera.rpicam.command=rpicam-none"];
@@ -477,4 +480,30 @@ fn the_demo_tells_what_was_replayed() {
     assert!(demo.status.success(), "{text}{}", String::from_utf8_lossy(&demo.stderr));
     assert!(text.contains("replayed    daisy → dandelion → roses → sunflowers → tulips"), "{text}");
     assert!(text.contains("100 frames in"), "{text}");
+}
+
+#[test]
+fn systemd_is_told_when_it_is_ready_that_it_lives_and_that_it_stops() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let systemd = UnixDatagram::bind(&path).unwrap();
+    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
+    // Neither a broker nor a camera: it is ready all the same.
+    let mut command = run(free_port(), ["camera.device=/dev/video-none", "camera.reopen_ms_min=5000"]);
+    command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "2000000");
+    let mut daemon = Process::start(&mut command);
+    let told = || {
+        let mut message = [0; 1024];
+        let bytes = systemd.recv(&mut message).unwrap_or_else(|e| panic!("{e}: {}", daemon.log()));
+        String::from_utf8_lossy(&message[..bytes]).into_owned()
+    };
+    let ready = told();
+    assert!(ready.starts_with("READY=1\nSTATUS=flowers ") && ready.contains(" decides"), "{ready}");
+    for _ in 0..4 {
+        assert_eq!(told().trim(), "WATCHDOG=1");
+    }
+    daemon.signal("TERM");
+    let last = std::iter::repeat_with(told).find(|told| told.trim() != "WATCHDOG=1").unwrap();
+    assert_eq!(last.trim(), "STOPPING=1");
+    assert!(daemon.ended(Duration::from_secs(2)).success(), "{}", daemon.log());
 }
