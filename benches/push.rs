@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use bloomcast::bundle::{Bundle, Manifest, Parts, PrivateKey, SelfTest, sign};
 use bloomcast::config::Config;
-use bloomcast::daemon::Daemon;
+use bloomcast::daemon::{Daemon, End};
 use bloomcast::fleet::delivery::Parcel;
 use bloomcast::fleet::message::identity;
 use bloomcast::fleet::push::{Plan, push};
@@ -33,7 +33,10 @@ fn main() {
     let daemon = Daemon::prepare(config).unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let daemon = std::thread::spawn(move || {
-        let ended = async { drop(stopped.await) };
+        let ended = async {
+            drop(stopped.await);
+            End::Stop
+        };
         daemon.run(ended, Box::new(move |_| seen.try_send(Instant::now()).unwrap())).unwrap();
     });
     predictions.recv().unwrap();

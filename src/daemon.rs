@@ -12,9 +12,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::runtime::Runtime;
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::bundle::signature::KeyError;
 use crate::bundle::store::State;
@@ -61,6 +62,41 @@ pub enum DaemonError {
     Panicked(&'static str),
 }
 
+/// What a daemon is asked to end for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// For good.
+    Stop,
+    /// For another with a changed configuration, in the same process.
+    Reload,
+}
+
+/// What is left of a daemon that has ended.
+pub struct Remains {
+    pub end: End,
+    counters: Arc<Counters>,
+    /// Events, and answers about models, that the broker has not acknowledged.
+    outbox: Outbox,
+    answers: Outbox,
+    /// What is seen, in the classes of the model that decided last.
+    seen: Option<(Labels, Decider)>,
+}
+
+impl Remains {
+    /// Nobody comes after it: tells what is lost, and gives the final counts.
+    pub fn close(self) -> Arc<Counters> {
+        if !self.outbox.is_empty() {
+            error!("{} events were not acknowledged by the broker and are lost", self.outbox.len());
+            self.counters.events_lost.add(self.outbox.len() as u64);
+        }
+        if !self.answers.is_empty() {
+            warn!("{} answers about models were not acknowledged by the broker and are lost", self.answers.len());
+        }
+        info!("{}", self.counters);
+        self.counters
+    }
+}
+
 /// A daemon whose configuration, model and camera settings were found good.
 pub struct Daemon {
     config: Config,
@@ -72,6 +108,8 @@ pub struct Daemon {
     source: Box<dyn FrameSource>,
     pace: Pace,
     counters: Arc<Counters>,
+    outbox: Outbox,
+    answers: Outbox,
 }
 
 impl Daemon {
@@ -98,7 +136,26 @@ impl Daemon {
             false => config.rules_of_known(labels),
         };
         let decider = Decider::new(rules, SystemTime::now());
-        Ok(Daemon { config, topics, link, shelf, deciding, decider, source, pace, counters: Arc::default() })
+        let (outbox, answers) = (Outbox::new(config.outbox()), Outbox::new(ANSWERS));
+        let counters = Arc::default();
+        Ok(Daemon { config, topics, link, shelf, deciding, decider, source, pace, counters, outbox, answers })
+    }
+
+    /// Goes on where another has ended: nothing that was decided is lost, or decided twice.
+    pub fn resume(mut self, remains: Remains) -> Self {
+        let Remains { counters, outbox, answers, seen, .. } = remains;
+        self.answers.adopt(&answers);
+        let lost = self.outbox.adopt(&outbox);
+        if lost > 0 {
+            error!("{lost} events are lost: mqtt.outbox_entries_max or outbox_bytes_max is smaller now");
+            counters.events_lost.add(lost as u64);
+        }
+        self.counters = counters;
+        if let Some((_, mut decider)) = seen.filter(|(labels, _)| labels == self.labels()) {
+            *decider.rules_mut() = self.decider.rules_mut().clone();
+            self.decider = decider;
+        }
+        self
     }
 
     /// The model's name and version.
@@ -131,28 +188,37 @@ impl Daemon {
         Ok(())
     }
 
-    /// Watches, decides and publishes until `stop` is ready or the camera has no more frames. Gives the
-    /// final counts.
-    pub fn run(self, stop: impl Future<Output = ()>, observer: Observer) -> Result<Arc<Counters>, DaemonError> {
-        let counters = self.counters.clone();
+    /// Watches, decides and publishes until `stop` is ready or the camera has no more frames.
+    pub fn run(self, stop: impl Future<Output = End>, observer: Observer) -> Result<Remains, DaemonError> {
+        let runtime = runtime()?;
+        let remains = self.run_on(&runtime, stop, observer);
+        // Not dropped: that would wait for a name that is being looked up.
+        runtime.shutdown_background();
+        remains
+    }
+
+    /// The same, where the runtime outlives the daemon.
+    pub fn run_on(
+        self,
+        runtime: &Runtime,
+        stop: impl Future<Output = End>,
+        observer: Observer,
+    ) -> Result<Remains, DaemonError> {
+        let (counters, outbox, answers) = (self.counters.clone(), self.outbox.clone(), self.answers.clone());
         let log_interval = Duration::from_secs(self.config.log.counters_interval_s);
         let model = self.model();
         let pulses = [Pulse::of("camera"), Pulse::of("vision")];
-        let (stages, link) = self.start(observer, &pulses)?;
-        let runtime = runtime()?;
+        let (stages, link, seen) = self.start(observer, &pulses)?;
         health::tell_ready(&model);
         let watching = async {
             tokio::join!(log_counters(&counters, log_interval), health::feed_watchdog(&pulses));
         };
         let ended = runtime.block_on(conduct(stages, link, stop, watching));
-        // Not dropped: that would wait for a name that is being looked up.
-        runtime.shutdown_background();
-        info!("{counters}");
-        ended.map(|()| counters)
+        ended.map(|end| Remains { end, counters, outbox, answers, seen: seen.try_recv().ok() })
     }
 
     /// Makes the channels and starts the threads; the link is for the caller to run.
-    fn start(self, observer: Observer, pulses: &[Pulse; 2]) -> Result<(Stages, Link), DaemonError> {
+    fn start(self, observer: Observer, pulses: &[Pulse; 2]) -> Result<(Stages, Link, Seen), DaemonError> {
         let [camera_pulse, vision_pulse] = pulses.clone();
         let labels = self.deciding.loaded.classifier.labels().clone();
         let sender = message::Sender {
@@ -161,7 +227,7 @@ impl Daemon {
             labels,
             model: self.deciding.loaded.model.manifest.version,
         };
-        let (outbox, answers) = (Outbox::new(self.config.outbox()), Outbox::new(ANSWERS));
+        let (outbox, answers) = (self.outbox, self.answers);
         let (orders, settings) = mpsc::sync_channel(ORDERS_MAX);
         let (swaps, swapped) = mpsc::sync_channel(1);
         let (frames, mailbox) = latest::mailbox();
@@ -193,10 +259,18 @@ impl Daemon {
             camera::watch(source.as_mut(), &rules, &frames, &counters, &camera_pulse);
         })?;
         let fleet = Stage::spawn("fleet", move || receiver.run())?;
-        let vision = Stage::spawn("vision", move || watcher.watch(&stopped, &vision_pulse))?;
-        Ok((Stages { camera, vision, fleet, stop }, link))
+        let (left, seen) = mpsc::sync_channel(1);
+        let vision = Stage::spawn("vision", move || {
+            watcher.watch(&stopped, &vision_pulse);
+            // Nobody waits for it where it took too long to end.
+            let _ = left.send(watcher.into_seen());
+        })?;
+        Ok((Stages { camera, vision, fleet, stop }, link, seen))
     }
 }
+
+/// Gives what was seen last, once the vision thread has ended.
+type Seen = mpsc::Receiver<(Labels, Decider)>;
 
 /// The threads before the link.
 struct Stages {
@@ -211,28 +285,34 @@ struct Stages {
 async fn conduct(
     mut stages: Stages,
     link: Link,
-    stop: impl Future<Output = ()>,
+    stop: impl Future<Output = End>,
     watching: impl Future<Output = ()>,
-) -> Result<(), DaemonError> {
+) -> Result<End, DaemonError> {
     let (end_link, link_ended) = watch::channel(false);
     let mut link = tokio::spawn(link.run(link_ended));
-    tokio::select! {
-        () = stop => info!("stopping"),
-        () = stages.vision.ended() => {}
+    let end = tokio::select! {
+        end = stop => end,
+        () = stages.vision.ended() => End::Stop,
         // It ends by itself only where it panicked, which is told when it is joined.
-        () = stages.fleet.ended() => {}
-        () = watching => {}
+        () = stages.fleet.ended() => End::Stop,
+        () = watching => End::Stop,
         // It ends by itself only where it panicked.
         _ = &mut link => return Err(DaemonError::Panicked("mqtt")),
+    };
+    match end {
+        End::Stop => {
+            info!("stopping");
+            health::tell_stopping();
+        }
+        End::Reload => info!("the configuration has changed: beginning anew"),
     }
-    health::tell_stopping();
     stages.stop.send_replace(true);
     let vision = stages.vision.join(VISION_END).await;
     let camera = stages.camera.join(CAMERA_END).await;
     let fleet = stages.fleet.join(FLEET_END).await;
     end_link.send_replace(true);
     link.await.map_err(|_| DaemonError::Panicked("mqtt"))?;
-    vision.and(camera).and(fleet)
+    vision.and(camera).and(fleet).map(|()| end)
 }
 
 /// A thread whose end can be waited for.
@@ -299,7 +379,8 @@ fn source(config: &Config, pace: &Pace) -> Result<Box<dyn FrameSource>, CameraEr
     }
 }
 
-fn runtime() -> Result<tokio::runtime::Runtime, DaemonError> {
+/// What a daemon runs on: one thread, the caller's.
+pub fn runtime() -> Result<Runtime, DaemonError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|source| DaemonError::Thread { name: "mqtt", source })
 }

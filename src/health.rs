@@ -106,6 +106,14 @@ pub fn tell_status(status: &str) {
     tell(&[NotifyState::Status(status)]);
 }
 
+/// A changed configuration is about to be taken; [`tell_ready`] ends it.
+pub fn tell_reloading() {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => tell(&[NotifyState::Reloading, now]),
+        Err(error) => debug!("no time: {error}"),
+    }
+}
+
 pub fn tell_stopping() {
     tell(&[NotifyState::Stopping]);
 }

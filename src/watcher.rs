@@ -16,7 +16,7 @@ use crate::camera::{Frame, Pace};
 use crate::decide::{Decider, Decision, Flicker, Thresholds};
 use crate::health::{Counters, Pulse};
 use crate::mqtt::{About, Outbox, Setting, message};
-use crate::vision::{Classifier, Prediction, Stages, decode};
+use crate::vision::{Classifier, Labels, Prediction, Stages, decode};
 
 /// How often settings are looked for while no frame comes.
 const IDLE: Duration = Duration::from_millis(100);
@@ -84,8 +84,7 @@ pub struct Watcher {
 }
 
 impl Watcher {
-    /// Gives the newest state as well, which is from the start what a camera sees that has yet to show
-    /// itself.
+    /// Gives the newest state as well: what was seen before, or else what a camera sees that has yet to show itself.
     pub fn new(
         mailbox: latest::Receiver,
         classifier: Classifier,
@@ -95,8 +94,11 @@ impl Watcher {
         patience: Duration,
         observer: Observer,
     ) -> (Self, watch::Receiver<Vec<u8>>) {
-        let blind = voice.decider.blind(SystemTime::now(), false);
-        let (state, newest) = watch::channel(voice.sender.state(&blind.sight, false));
+        let sight = match voice.decider.told() {
+            Some(told) => told.clone(),
+            None => voice.decider.blind(SystemTime::now(), false).sight,
+        };
+        let (state, newest) = watch::channel(voice.sender.state(&sight, false));
         let last_good = Instant::now();
         (Watcher { mailbox, classifier, voice, state, orders, pace, observer, patience, last_good }, newest)
     }
@@ -113,6 +115,11 @@ impl Watcher {
                 Taken::Ended => return info!("the camera has no more frames"),
             }
         }
+    }
+
+    /// What is seen, for whoever goes on with it.
+    pub fn into_seen(self) -> (Labels, Decider) {
+        (self.voice.sender.labels, self.voice.decider)
     }
 
     fn look(&mut self, frame: Frame) {

@@ -3,13 +3,15 @@
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use bloomcast::bench::Bench;
 use bloomcast::config::{Config, LogLevel};
-use bloomcast::daemon::Daemon;
+use bloomcast::daemon::{self, Daemon, End};
+use bloomcast::health;
 use bloomcast::vision::{Prediction, decode};
 use clap::{Args, value_parser};
 use serde_json::json;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
@@ -17,7 +19,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::{Failure, ModelArgs, bundle, show};
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct ConfigArgs {
     /// The settings; what it leaves out keeps its default
     #[arg(long)]
@@ -92,9 +94,22 @@ impl ConfigArgs {
 pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
     let config = args.load()?;
     log_to_stderr(config.log.level);
-    let daemon = Daemon::prepare(config).map_err(Failure::config)?;
-    tracing::info!("ready: the model {} knows {}", daemon.model(), daemon.labels().names().join(", "));
-    daemon.run(terminated(), Box::new(|_| {}))?;
+    let runtime = daemon::runtime()?;
+    // Before the model is loaded: from now on no signal is missed.
+    let mut signals = runtime.block_on(async { Signals::new() }).context("cannot wait for signals")?;
+    let mut daemon = Daemon::prepare(config).map_err(Failure::config)?;
+    let remains = loop {
+        tracing::info!("ready: the model {} knows {}", daemon.model(), daemon.labels().names().join(", "));
+        let remains = daemon.run_on(&runtime, signals.next(args), Box::new(|_| {}))?;
+        if remains.end == End::Stop {
+            break remains;
+        }
+        // It was found good a moment ago.
+        daemon = Daemon::prepare(args.load()?).map_err(Failure::config)?.resume(remains);
+    };
+    remains.close();
+    // Not dropped: that would wait for a name that is being looked up.
+    runtime.shutdown_background();
     Ok(())
 }
 
@@ -180,15 +195,41 @@ fn log_to_stderr(level: LogLevel) {
     tracing_subscriber::registry().with(lines.with_filter(ours)).init();
 }
 
-/// Ready at SIGTERM or SIGINT.
-async fn terminated() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
-        tracing::error!("cannot wait for signals; stop with SIGKILL");
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = int.recv() => {}
+/// What the process may be told.
+struct Signals {
+    term: Signal,
+    int: Signal,
+    hup: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let [term, int, hup] = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+        Ok(Signals { term: term?, int: int?, hup: hup? })
+    }
+
+    /// Ready at SIGTERM or SIGINT; and at SIGHUP, where the configuration is good.
+    async fn next(&mut self, args: &ConfigArgs) -> End {
+        loop {
+            tokio::select! {
+                _ = self.term.recv() => return End::Stop,
+                _ = self.int.recv() => return End::Stop,
+                _ = self.hup.recv() => {}
+            }
+            health::tell_reloading();
+            let args = args.clone();
+            // Loads the model, which the connection to the broker need not wait for.
+            let found = tokio::task::spawn_blocking(move || match args.load() {
+                Ok(config) => Daemon::examine(config).map(drop).map_err(|e| e.to_string()),
+                Err(failure) => Err(failure.error.to_string()),
+            });
+            match found.await.unwrap_or_else(|e| Err(e.to_string())) {
+                Ok(()) => return End::Reload,
+                Err(error) => {
+                    tracing::error!("the changed configuration is left out, the old one stays: {error}");
+                    health::tell_ready("the changed configuration is wrong, see the log; the model as before");
+                }
+            }
+        }
     }
 }

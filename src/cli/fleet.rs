@@ -185,7 +185,7 @@ pub fn install(args: &InstallArgs) -> Result<(), Failure> {
     store.try_out(slot, &bytes, Phase::Waiting)?;
     writeln!(
         std::io::stdout(),
-        "{model} has proved itself; it decides, on trial, from the next start of the daemon on"
+        "{model} has proved itself; it decides, on trial, once the daemon is reloaded or started"
     )?;
     Ok(())
 }
@@ -232,7 +232,7 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
             Place::BuiltIn => "the model inside the program".to_owned(),
             Place::Slot(slot) => format!("{} {}", slot.name, slot.version),
         };
-        writeln!(out, "{back} decides from the next start of the daemon on")?;
+        writeln!(out, "{back} decides once the daemon is reloaded or started")?;
         return Ok(());
     }
     let key = args.key.read()?;

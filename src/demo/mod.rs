@@ -93,7 +93,7 @@ pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
         // The channel has room for every photograph: the daemon never waits for us.
         .spawn(move || daemon.run(std::future::pending(), Box::new(move |frame| drop(seen.try_send(frame)))))?;
     let events = listen(&mut subscriber, &watching, out)?;
-    let counters = watching.join().map_err(|_| DaemonError::Panicked("daemon"))??;
+    let counters = watching.join().map_err(|_| DaemonError::Panicked("daemon"))??.close();
     let outcome = Outcome { events, seen: looked_on.iter().collect(), counters, elapsed: began.elapsed() };
     screen::summary(out, &photographs, &outcome, &labels)?;
     follows(&photographs, &outcome.events)

@@ -201,7 +201,9 @@ impl Receiver {
         let known = |state: &State| State { trouble: None, ..state.clone() };
         match known(&self.store()?.state().map_err(|e| e.to_string())?) == known(&self.state) {
             true => Ok(()),
-            false => Err("the store was changed by hand, or could not be written: restart the daemon first".into()),
+            false => {
+                Err("the store was changed by hand, or could not be written: reload or restart the daemon first".into())
+            }
         }
     }
 

@@ -117,13 +117,6 @@ impl Link {
         if timeout(farewell, self.last_words(wire)).await.is_err() {
             warn!("the broker did not take the farewell within {} ms", farewell.as_millis());
         }
-        if !self.outbox.is_empty() {
-            error!("{} events were not acknowledged by the broker and are lost", self.outbox.len());
-            self.counters.events_lost.add(self.outbox.len() as u64);
-        }
-        if !self.answers.is_empty() {
-            warn!("{} answers about models were not acknowledged by the broker and are lost", self.answers.len());
-        }
     }
 
     /// One connection until it breaks, or until `stop` is set; then what stands of it.

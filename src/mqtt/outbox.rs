@@ -70,6 +70,12 @@ impl Outbox {
         lost
     }
 
+    /// Takes all that waits in another, oldest first; gives how much had to go for it.
+    pub fn adopt(&self, other: &Outbox) -> usize {
+        let entries = std::mem::take(&mut *other.lock()).entries;
+        entries.into_iter().map(|entry| self.push(entry.topic, entry.payload).len()).sum()
+    }
+
     /// The oldest entry that is not under way; from now on it is.
     pub fn take_next(&self) -> Option<Entry> {
         let mut queue = self.lock();
@@ -165,6 +171,18 @@ mod tests {
         assert_eq!(by_bytes.len(), 1);
         assert_eq!(sequences(&by_bytes.push("t".into(), vec![3; 11])), [2, 3], "what never fits goes at once");
         assert!(by_bytes.is_empty());
+    }
+
+    #[test]
+    fn another_takes_over_what_waits() {
+        let (old, new) = (outbox(10, 100), outbox(2, 100));
+        for n in 0..3 {
+            old.push("t".into(), vec![n]);
+        }
+        old.take_next();
+        assert_eq!(new.adopt(&old), 1, "it has less room");
+        assert!(old.is_empty());
+        assert_eq!((new.take_next().unwrap().payload, new.take_next().unwrap().payload), (vec![1], vec![2]));
     }
 
     #[tokio::test]

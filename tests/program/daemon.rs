@@ -507,3 +507,66 @@ fn systemd_is_told_when_it_is_ready_that_it_lives_and_that_it_stops() {
     assert_eq!(last.trim(), "STOPPING=1");
     assert!(daemon.ended(Duration::from_secs(2)).success(), "{}", daemon.log());
 }
+
+#[test]
+fn a_reload_takes_a_good_configuration_without_losing_an_event_and_leaves_a_bad_one_out() {
+    let test = "a_reload_takes_a_good_configuration_without_losing_an_event_and_leaves_a_bad_one_out";
+    let Some(folder) = photographs(test) else { return };
+    let mut broker = Mosquitto::started(None);
+    let (dir, images) = turns(&folder);
+    let (config, port) = (dir.path().join("bloomcast.toml"), broker.port);
+    let write = |name: &str, more: &str| {
+        let text = format!(
+            "[device]\nname = \"{name}\"\n[camera]\nsource = \"replay\"\ninterval_ms = 60\n[camera.replay]\npath = {images:?}\n\
+             [decide]\nsmoothing_ms = 120\nenter_dwell_ms = 60\nleave_dwell_ms = 400\n\
+             [mqtt]\nport = {port}\nreconnect_ms_min = 200\nreconnect_ms_max = 400\n{more}"
+        );
+        std::fs::write(&config, text).unwrap();
+    };
+    write("pi", "");
+    let subscriber = Persistent::subscribe(port, "bloomcast/+/event");
+    publish_until_heard(port, &subscriber);
+    let socket = dir.path().join("notify");
+    let systemd = UnixDatagram::bind(&socket).unwrap();
+    systemd.set_read_timeout(Some(PATIENCE)).unwrap();
+    let told = || {
+        let mut message = [0; 1024];
+        let bytes = systemd.recv(&mut message).unwrap();
+        String::from_utf8_lossy(&message[..bytes]).into_owned()
+    };
+    let mut daemon = Process::start(bloomcast().args(["run", "--config"]).arg(&config).env("NOTIFY_SOCKET", &socket));
+    daemon.lines_with(" event ", 2);
+    assert!(told().starts_with("READY=1"));
+
+    write("pi", "hots = \"broker\"\n");
+    daemon.signal("HUP");
+    let line = daemon.line("the changed configuration is left out");
+    assert!(line.contains("bloomcast.toml:") && line.contains("did you mean `mqtt.host`?"), "{line}");
+    assert!(told().starts_with("RELOADING=1") && told().starts_with("READY=1"));
+
+    // Events wait for a broker that is away, the daemon begins anew under another name, and then the broker comes.
+    broker.kill();
+    let before = logged_ids(&daemon).len();
+    daemon.lines_with(" event ", before + 2);
+    write("window", "");
+    daemon.signal("HUP");
+    daemon.lines_with("ready: the model", 2);
+    assert!(told().starts_with("RELOADING=1") && told().starts_with("READY=1"));
+    broker.start();
+    daemon.line("as window");
+    let later = logged_ids(&daemon).len() + 2;
+    daemon.lines_with(" event ", later);
+    daemon.signal("TERM");
+    assert!(daemon.ended(Duration::from_secs(3)).success(), "{}", daemon.log());
+    let logged = logged_ids(&daemon);
+    wait_until("the last events", || subscriber.ids().len() > logged.len());
+    assert_eq!(subscriber.ids()[1..], logged, "every event, once, in order");
+    let counts = daemon.line(" captured=");
+    assert!(counts.contains(&format!("events={0} acknowledged={0} events_lost=0", logged.len())), "{counts}");
+    // A flower that was seen before and after is no event: each differs from the one before.
+    let log = daemon.log();
+    let changes: Vec<&str> = log.lines().filter(|line| line.contains(" event ")).collect();
+    let classes = changes.iter().map(|line| line.split(": ").nth(1).unwrap().split(',').next().unwrap());
+    let classes: Vec<(&str, &str)> = classes.map(|change| change.split_once(" → ").unwrap()).collect();
+    assert!(classes.windows(2).all(|pair| pair[0].1 == pair[1].0), "{classes:?}");
+}
