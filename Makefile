@@ -8,7 +8,7 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # its clients for the tests, and openssl, which must be able to read our keys.
 PACKAGES := build-essential pkg-config libclang-dev mosquitto mosquitto-clients openssl
 
-.PHONY: all setup build demo test lint licences doc fuzz bench model backbones backbones-keras clean
+.PHONY: all setup build demo test lint licences doc fuzz deb bench model backbones backbones-keras clean
 
 all: build
 
@@ -63,6 +63,12 @@ fuzz: setup
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install --quiet --locked cargo-fuzz@0.13.2
 	@[ -d fuzz/corpus ] || { mkdir -p fuzz/corpus && tar -C fuzz/corpus -xzf fuzz/corpus.tar.gz; }
 	$(CARGO) +nightly fuzz run --sanitizer none bundle -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=1024 -malloc_limit_mb=256
+
+# A package for this machine's kind of processor, in target/debian.
+deb: build
+	@command -v cargo-deb >/dev/null || $(CARGO) install --quiet --locked cargo-deb@3.8.0
+	$(BIN) papers target/papers
+	$(CARGO) deb --no-build --locked --strip
 
 bench: setup
 	$(CARGO) bench --locked

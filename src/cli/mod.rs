@@ -7,6 +7,7 @@ mod device;
 #[cfg(feature = "fetch")]
 mod fetching;
 mod fleet;
+mod papers;
 mod progress;
 mod workstation;
 
@@ -24,6 +25,7 @@ use backbone::BackboneCommand;
 use device::DemoArgs;
 use device::{BenchArgs, CheckArgs, ClassifyArgs, ConfigArgs};
 use fleet::{InstallArgs, KeygenArgs, PushArgs, RollbackArgs, SignArgs, VerifyArgs};
+use papers::PapersArgs;
 use workstation::{CompareArgs, DatasetCommand, EvaluateArgs, TrainArgs};
 
 /// Watches a camera, names the flower it sees, and says so over MQTT.
@@ -71,6 +73,9 @@ enum Command {
     Push(PushArgs),
     /// Let the model before decide again, here or on devices
     Rollback(RollbackArgs),
+    /// Write man pages and completions, for a package
+    #[command(hide = true)]
+    Papers(PapersArgs),
 }
 
 /// An error and the exit code that goes with it.
@@ -130,6 +135,7 @@ impl Cli {
             Command::Install(args) => fleet::install(&args),
             Command::Push(args) => fleet::push_bundle(&args),
             Command::Rollback(args) => fleet::rollback(&args),
+            Command::Papers(args) => papers::papers(&args),
         }
     }
 }

@@ -160,3 +160,18 @@ fn bench_prints_every_stage() {
         assert!(figures["p99_ms"].as_f64() >= figures["median_ms"].as_f64(), "{stage}");
     }
 }
+
+#[test]
+fn man_pages_and_completions_are_written_for_a_package() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("papers");
+    assert!(output(bloomcast().arg("papers").arg(&out)).status.success());
+    let read = |name: &str| fs::read_to_string(out.join(name)).unwrap();
+    assert!(read("bloomcast.1").contains("bloomcast\\-push(1)") && read("bloomcast-push.1").contains("canary"));
+    for name in ["bloomcast.bash", "_bloomcast", "bloomcast.fish"] {
+        assert!(read(name).contains("rollback"), "{name}");
+    }
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    assert!(failure(bloomcast().arg("papers").arg(&file)).1.contains(&file.display().to_string()));
+}
