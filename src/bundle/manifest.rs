@@ -1,6 +1,7 @@
 //! What a bundle says of itself.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +41,21 @@ pub struct Manifest {
     pub program: String,
     /// Every other member of the bundle.
     pub members: BTreeMap<String, Member>,
+}
+
+/// Which model it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub name: String,
+    pub version: u64,
+    /// Of the whole file, in hexadecimal.
+    pub sha256: String,
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, self.version)
+    }
 }
 
 /// The network a model stands on.

@@ -17,7 +17,7 @@ use std::borrow::Cow;
 use std::path::Path;
 
 pub use archive::ArchiveError;
-pub use manifest::{BackboneRef, DatasetRef, Manifest, Metrics, Unknown, UnknownRule};
+pub use manifest::{BackboneRef, DatasetRef, Identity, Manifest, Metrics, Unknown, UnknownRule};
 pub use selftest::SelfTest;
 pub use signature::{Keyring, PrivateKey, PublicKey};
 pub use store::Store;

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::archive::{self, ArchiveError};
+use super::manifest::Identity;
 use crate::vision::backbone::sha256_hex;
 
 const STATE: &str = "state.json";
@@ -43,21 +44,12 @@ pub enum StoreError {
     NoTrial,
 }
 
-/// A model in the store.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Slot {
-    /// Of the whole file, in hexadecimal.
-    pub sha256: String,
-    pub name: String,
-    pub version: u64,
-}
-
 /// Where a model is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Place {
     BuiltIn,
-    Slot(Slot),
+    Slot(Identity),
 }
 
 /// How far a trial is, which tells a crash from a stop.
@@ -72,7 +64,7 @@ pub enum Phase {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trial {
-    pub slot: Slot,
+    pub slot: Identity,
     pub phase: Phase,
 }
 
@@ -117,6 +109,11 @@ impl State {
         self.trial.as_ref().map_or_else(|| self.current.clone(), |trial| Place::Slot(trial.slot.clone()))
     }
 
+    /// `place` decides from now on, and `trouble` says why the model that was current does not.
+    pub fn settle(&mut self, place: Place, trouble: String) {
+        (self.current, self.previous, self.trouble) = (place, None, Some(trouble));
+    }
+
     fn remember(&mut self, taken_back: String) {
         self.taken_back.retain(|sha256| *sha256 != taken_back);
         self.taken_back.push(taken_back);
@@ -128,7 +125,7 @@ impl State {
         self.trial.as_mut().filter(|trial| trial.slot.sha256 == sha256).ok_or(StoreError::NoTrial)
     }
 
-    fn slots(&self) -> impl Iterator<Item = &Slot> {
+    fn slots(&self) -> impl Iterator<Item = &Identity> {
         let places = std::iter::once(&self.current).chain(&self.previous);
         let stored = places.filter_map(|place| match place {
             Place::BuiltIn => None,
@@ -173,7 +170,7 @@ impl Store {
         if state.schema != SCHEMA {
             return Err(StoreError::Schema { path, schema: state.schema });
         }
-        let named = |slot: &Slot| slot.sha256.len() == 64 && slot.sha256.bytes().all(|b| b.is_ascii_hexdigit());
+        let named = |slot: &Identity| slot.sha256.len() == 64 && slot.sha256.bytes().all(|b| b.is_ascii_hexdigit());
         if !state.slots().all(named) {
             return Err(damaged("a slot's name is no SHA-256".into()));
         }
@@ -181,7 +178,7 @@ impl Store {
     }
 
     /// The whole file of a model, as it was installed.
-    pub fn read(&self, slot: &Slot) -> Result<Vec<u8>, StoreError> {
+    pub fn read(&self, slot: &Identity) -> Result<Vec<u8>, StoreError> {
         let path = self.slot_file(slot);
         let bytes = archive::read_file(&path).map_err(|source| StoreError::Archive { path: path.clone(), source })?;
         match sha256_hex(&bytes) {
@@ -191,12 +188,12 @@ impl Store {
     }
 
     /// Where a model's file is.
-    pub fn slot_file(&self, slot: &Slot) -> PathBuf {
+    pub fn slot_file(&self, slot: &Identity) -> PathBuf {
         self.folder.join(SLOTS).join(format!("{}.bloom", slot.sha256))
     }
 
     /// Puts a model on trial in the place of one that was before it.
-    pub fn try_out(&self, slot: Slot, bytes: &[u8], phase: Phase) -> Result<State, StoreError> {
+    pub fn try_out(&self, slot: Identity, bytes: &[u8], phase: Phase) -> Result<State, StoreError> {
         self.make_folders()?;
         let _lock = self.lock()?;
         let mut state = self.state()?;
@@ -238,8 +235,8 @@ impl Store {
     /// The model on trial has failed, for this reason.
     pub fn abandon(&self, sha256: &str, reason: &str) -> Result<State, StoreError> {
         self.change(|state| {
-            let Slot { name, version, .. } = &state.trial_of(sha256)?.slot;
-            state.trouble = Some(format!("{name} {version} is rolled back: {reason}"));
+            let trouble = format!("{} is rolled back: {reason}", state.trial_of(sha256)?.slot);
+            state.trouble = Some(trouble);
             state.trial = None;
             state.remember(sha256.to_owned());
             Ok(())
@@ -270,7 +267,7 @@ impl Store {
         self.change_from(
             |store| Ok(store.state().unwrap_or_default()),
             |state| {
-                (state.current, state.previous, state.trouble) = (place, None, Some(trouble));
+                state.settle(place, trouble);
                 Ok(())
             },
         )
@@ -362,8 +359,8 @@ impl Store {
 mod tests {
     use super::*;
 
-    fn slot(bytes: &[u8], version: u64) -> Slot {
-        Slot { sha256: sha256_hex(bytes), name: "m".into(), version }
+    fn slot(bytes: &[u8], version: u64) -> Identity {
+        Identity { sha256: sha256_hex(bytes), name: "m".into(), version }
     }
 
     /// A store with `versions` installed and confirmed, one after the other; a version's bytes are its number.

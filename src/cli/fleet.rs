@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
-use bloomcast::bundle::store::{Phase, Place, Slot};
+use bloomcast::bundle::store::{Phase, Place};
 use bloomcast::bundle::{self, Bundle, Keyring, PrivateKey, Store, archive};
 use bloomcast::config::Config;
 use bloomcast::fleet::delivery::Parcel;
@@ -181,8 +181,7 @@ pub fn install(args: &InstallArgs) -> Result<(), Failure> {
         return Err(anyhow!("{objection}; --force installs it nevertheless").into());
     }
     proof::prove(vouched, &config, &shelf, &present).map_err(refused)?;
-    let slot = Slot { sha256: model.sha256.clone(), name: model.name.clone(), version: model.version };
-    store.try_out(slot, &bytes, Phase::Waiting)?;
+    store.try_out(model.clone(), &bytes, Phase::Waiting)?;
     writeln!(
         std::io::stdout(),
         "{model} has proved itself; it decides, on trial, once the daemon is reloaded or started"
@@ -230,7 +229,7 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
     if args.device.is_empty() {
         let back = match store(&config)?.take_back()?.current {
             Place::BuiltIn => "the model inside the program".to_owned(),
-            Place::Slot(slot) => format!("{} {}", slot.name, slot.version),
+            Place::Slot(slot) => slot.to_string(),
         };
         writeln!(out, "{back} decides once the daemon is reloaded or started")?;
         return Ok(());

@@ -8,9 +8,9 @@ use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
 use super::gate::{self, Gate};
-use super::message::{Action, Answer, Identity, Note, Offer, Progress, SignedOrder, Verdict};
+use super::message::{Action, Answer, Note, Offer, Progress, SignedOrder, Verdict};
 use super::transfer;
-use crate::bundle::{BACKBONE, Manifest, PrivateKey};
+use crate::bundle::{BACKBONE, Identity, Manifest, PrivateKey};
 use crate::mqtt::message::{ONLINE, SCHEMA, json};
 use crate::mqtt::topics::Topics;
 

@@ -8,24 +8,9 @@ use uuid::Uuid;
 use crate::bundle::manifest::check_name;
 use crate::bundle::signature::{Keyring, PrivateKey, Signed};
 use crate::bundle::store::State;
-use crate::bundle::{Manifest, Metrics};
+use crate::bundle::{Identity, Manifest, Metrics};
 use crate::config::Config;
 use crate::mqtt::message::SCHEMA;
-
-/// Which model it is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
-    pub name: String,
-    pub version: u64,
-    /// Of the whole file, in hexadecimal.
-    pub sha256: String,
-}
-
-impl fmt::Display for Identity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.name, self.version)
-    }
-}
 
 /// Where the model that decides came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use super::message::{Identity, NetworkRef, Note, Source, identity};
+use super::message::{NetworkRef, Note, Source, identity};
 use crate::bundle::manifest::FORMAT;
-use crate::bundle::store::{Phase, Place, Slot, State, Store, StoreError, Trial};
-use crate::bundle::{ArchiveError, BACKBONE, Bundle, BundleError, Manifest, SelfTest, TAIL};
+use crate::bundle::store::{Phase, Place, State, Store, StoreError, Trial};
+use crate::bundle::{ArchiveError, BACKBONE, Bundle, BundleError, Identity, Manifest, SelfTest, TAIL};
 use crate::config::Config;
 use crate::mqtt::message::SCHEMA;
 use crate::vision::backbone::{self, MOBILENET_V2, MOBILENET_V2_NAME, sha256_hex};
@@ -162,9 +162,8 @@ impl Shelf {
             match self.begin_trial(store, &trial) {
                 Ok((loaded, state)) => return Ok(Deciding { loaded, state, trial: true, news }),
                 Err(reason) => {
-                    let Slot { name, version, sha256 } = trial.slot;
-                    let abandoned = store.abandon(&sha256, &reason);
-                    news.push((Identity { name, version, sha256 }, reason));
+                    let abandoned = store.abandon(&trial.slot.sha256, &reason);
+                    news.push((trial.slot, reason));
                     state = noted(abandoned, state, |state| state.trial = None);
                 }
             }
@@ -189,11 +188,8 @@ impl Shelf {
             Some(before) => before,
             None => (self.own()?, Place::BuiltIn),
         };
-        let in_memory = |state: &mut State| {
-            (state.current, state.previous, state.trouble) = (place.clone(), None, Some(trouble.clone()));
-        };
         let state = match damaged {
-            true => noted(store.settle(place.clone(), trouble.clone()), state, in_memory),
+            true => noted(store.settle(place.clone(), trouble.clone()), state, |state| state.settle(place, trouble)),
             // Another time, or another configuration, may find it good.
             false => State { trouble: Some(trouble), ..state },
         };
@@ -275,7 +271,7 @@ fn before(state: &State) -> Option<String> {
     let place = if state.trial.is_some() { Some(&state.current) } else { state.previous.as_ref() };
     place.map(|place| match place {
         Place::BuiltIn => "built-in".into(),
-        Place::Slot(slot) => format!("{} {}", slot.name, slot.version),
+        Place::Slot(slot) => slot.to_string(),
     })
 }
 

@@ -9,13 +9,13 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use super::message::{Action, Answer, Identity, Offer, Rollback, Terms, Verdict, identity, objection};
+use super::message::{Action, Answer, Offer, Rollback, Terms, Verdict, identity, objection};
 use super::model::{Deciding, Loaded, Model, Shelf, noted};
 use super::proof::{self, Proven, Trust};
 use super::transfer::{Taken, Transfer};
 use super::trial::{Outcome, Trial};
-use crate::bundle::Keyring;
-use crate::bundle::store::{Phase, Slot, State, Store};
+use crate::bundle::store::{Phase, State, Store};
+use crate::bundle::{Identity, Keyring};
 use crate::config::Config;
 use crate::decide::Rules;
 use crate::mqtt::message::{SCHEMA, json, time};
@@ -273,8 +273,7 @@ impl Receiver {
             return Err("the program is about to end".into());
         }
         self.expect_untouched()?;
-        let slot = Slot { sha256: model.sha256.clone(), name: model.name.clone(), version: model.version };
-        self.state = self.store()?.try_out(slot, bytes, Phase::Running).map_err(|e| e.to_string())?;
+        self.state = self.store()?.try_out(model.clone(), bytes, Phase::Running).map_err(|e| e.to_string())?;
         let witness = self.begin_trial(Some(offer.transfer), Some(limit));
         self.swap(loaded, rules, Some(witness));
         self.answer(Verdict::Accepted, None, model, Some(offer.transfer));

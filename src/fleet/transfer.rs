@@ -115,8 +115,8 @@ pub fn chunk_bytes(packet_bytes: usize, topic_bytes: usize) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::message::Identity;
     use super::*;
+    use crate::bundle::Identity;
 
     const CHUNK: u32 = 256;
 

@@ -7,10 +7,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bloomcast::bundle::signature::PrivateKey;
-use bloomcast::bundle::store::{Place, Slot};
-use bloomcast::bundle::{Bundle, Manifest, Parts, Store, archive, assemble, numbers, sign};
+use bloomcast::bundle::store::Place;
+use bloomcast::bundle::{Bundle, Identity, Manifest, Parts, Store, archive, assemble, numbers, sign};
 use bloomcast::fleet::delivery::{Ending, Parcel};
-use bloomcast::fleet::message::{Identity, Offer, identity};
+use bloomcast::fleet::message::{Offer, identity};
 use bloomcast::fleet::push::{self, Plan, Report};
 use bloomcast::mqtt::access::{Access, Credentials};
 use bloomcast::mqtt::client::Client;
@@ -746,7 +746,7 @@ fn whenever_the_power_goes_one_whole_model_decides() {
         assert!(!note["trial"].as_bool().unwrap(), "{note}\n{log}");
         let state = store.state().unwrap();
         let places = [Some(state.current.clone()), state.previous.clone()];
-        let slots: Vec<Slot> = places.into_iter().flatten().filter_map(slot).collect();
+        let slots: Vec<Identity> = places.into_iter().flatten().filter_map(slot).collect();
         assert!(slots.iter().all(|slot| store.read(slot).is_ok()), "every model is whole: {state:?}");
         assert_eq!(slot(state.current).map_or(decides, |slot| slot.version), version);
         assert_eq!(device.files().len(), slots.len(), "nothing else is there: {:?}", device.files());
@@ -794,7 +794,7 @@ fn one_model(listener: &mut Client) -> Value {
     panic!("no model decides; the last that was told: {note}");
 }
 
-fn slot(place: Place) -> Option<Slot> {
+fn slot(place: Place) -> Option<Identity> {
     match place {
         Place::BuiltIn => None,
         Place::Slot(slot) => Some(slot),
