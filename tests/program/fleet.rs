@@ -142,9 +142,16 @@ impl Device {
         command
     }
 
-    fn start(&self) -> Process {
+    fn connected(&self) -> Process {
         let daemon = Process::start(&mut self.command("run"));
         daemon.line("connected to");
+        daemon
+    }
+
+    /// A daemon that the broker says is online: whoever pushes to it finds it there.
+    fn start(&self) -> Process {
+        let daemon = self.connected();
+        Listener::connect(self.port).wait(&format!("/{}/status", self.name), |status| status == "online");
         daemon
     }
 
@@ -689,7 +696,7 @@ fn only_the_trainer_may_send_models_where_the_acl_is_ours() {
         format!("mqtt.credentials_file={}", path.display())
     };
     let device = Device::new("pi", broker.port, &folder, &trainer).with(&[&credentials("pi")]);
-    let daemon = device.start();
+    let daemon = device.connected();
     let bundle = trainer.file(1, same);
     let push = |user: &str| {
         let to = ["--device", "pi", "--set", &credentials(user)];
