@@ -7,6 +7,8 @@ pub mod replay;
 pub mod rpicam;
 mod supervise;
 #[cfg(feature = "camera")]
+mod unlisted;
+#[cfg(feature = "camera")]
 pub mod v4l2;
 
 pub use supervise::{Pace, Supervisor, watch};

@@ -1,4 +1,4 @@
-//! USB and other V4L2 cameras, through nokhwa; the only file that names it.
+//! USB and other V4L2 cameras, through nokhwa; the only file that names it. Those that it cannot open are in [`super::unlisted`].
 //!
 //! Capture runs on a thread of its own, since a read of a camera that has stalled never comes back by
 //! itself: nokhwa sets no time limit. A signal to that thread breaks the read off, and the device is let
@@ -15,10 +15,11 @@ use std::time::{Duration, Instant, SystemTime};
 use nix::sys::pthread::pthread_kill;
 use nix::sys::signal::Signal;
 use nokhwa::Camera;
-use nokhwa::utils::{CameraFormat, CameraIndex, FrameFormat, RequestedFormat, RequestedFormatType, Resolution};
+use nokhwa::utils::{CameraFormat, CameraIndex, FrameFormat, RequestedFormat, RequestedFormatType};
 use signal_hook::SigId;
 use tracing::{info, warn};
 
+use super::unlisted::Unlisted;
 use super::{CameraError, Frame, FrameSource, Layout, Next, Picture, PixelFormat, jpeg};
 
 /// What is asked of the camera.
@@ -108,22 +109,32 @@ impl FrameSource for V4l2 {
 
 /// Opens the camera and sends frames until nobody takes them.
 fn grab(path: &str, wanted: &Wanted, frames: &SyncSender<Result<Frame, CameraError>>) -> Result<(), CameraError> {
-    let mut camera = open(path, wanted)?;
-    loop {
-        let read = |e: nokhwa::NokhwaError| CameraError::Read { path: path.into(), reason: e.to_string() };
-        let buffer = camera.frame().map_err(read)?;
-        // The driver's own time stamp, where it gives one.
-        let captured_at =
-            buffer.capture_timestamp().map_or_else(SystemTime::now, |since| SystemTime::UNIX_EPOCH + since);
-        let picture = picture(buffer.source_frame_format(), buffer.resolution(), buffer.buffer());
-        let picture = picture.ok_or_else(|| CameraError::Read {
-            path: path.into(),
-            reason: format!("a frame of {} bytes, too few for its format", buffer.buffer().len()),
-        })?;
-        if frames.send(Ok(Frame { captured_at, picture, origin: None })).is_err() {
-            return Ok(());
-        }
+    if let Some(mut camera) = Unlisted::open(path, wanted.format)? {
+        info!("{path}: {}", camera.describe());
+        while frames.send(Ok(camera.next()?)).is_ok() {}
+        return Ok(());
     }
+    let mut camera = open(path, wanted)?;
+    while frames.send(Ok(next(path, &mut camera)?)).is_ok() {}
+    Ok(())
+}
+
+fn next(path: &str, camera: &mut Camera) -> Result<Frame, CameraError> {
+    let failed = |reason: String| CameraError::Read { path: path.into(), reason };
+    let buffer = camera.frame().map_err(|e| failed(e.to_string()))?;
+    // The driver's own time stamp, where it gives one.
+    let captured_at = buffer.capture_timestamp().map_or_else(SystemTime::now, |since| SystemTime::UNIX_EPOCH + since);
+    let size = buffer.resolution();
+    let layout = match buffer.source_frame_format() {
+        FrameFormat::MJPEG => None,
+        FrameFormat::YUYV => Some(Layout::Yuyv),
+        FrameFormat::RAWRGB => Some(Layout::Rgb),
+        FrameFormat::RAWBGR => Some(Layout::Bgr),
+        format @ (FrameFormat::NV12 | FrameFormat::GRAY) => return Err(failed(format!("a frame in {format}"))),
+    };
+    let picture = picture(layout, (size.width(), size.height()), buffer.buffer())
+        .ok_or_else(|| failed(format!("a frame of {} bytes, too few for its format", buffer.buffer().len())))?;
+    Ok(Frame { captured_at, picture, origin: None })
 }
 
 fn open(path: &str, wanted: &Wanted) -> Result<Camera, CameraError> {
@@ -218,24 +229,17 @@ fn describe(offered: &[CameraFormat]) -> String {
     all.join(", ")
 }
 
-/// Copies a buffer out; none where it is shorter than its format says.
-fn picture(format: FrameFormat, size: Resolution, bytes: &[u8]) -> Option<Picture> {
-    let layout = match format {
-        FrameFormat::MJPEG => {
-            // The driver hands over the whole buffer, with whatever lay behind the end marker.
-            let length = match jpeg::extent(bytes) {
-                jpeg::Extent::Whole(length) => length,
-                // Sent on as it is: the decoder counts it as broken.
-                jpeg::Extent::Short | jpeg::Extent::NotJpeg => bytes.len(),
-            };
-            return Some(Picture::Encoded(bytes[..length].to_vec()));
-        }
-        FrameFormat::YUYV => Layout::Yuyv,
-        FrameFormat::RAWRGB => Layout::Rgb,
-        FrameFormat::RAWBGR => Layout::Bgr,
-        FrameFormat::NV12 | FrameFormat::GRAY => return None,
+/// Copies a buffer out, by its layout or, without one, as MJPEG; none where it is shorter than its format says.
+pub(super) fn picture(layout: Option<Layout>, (width, height): (u32, u32), bytes: &[u8]) -> Option<Picture> {
+    let Some(layout) = layout else {
+        // The driver hands over the whole buffer, with whatever lay behind the end marker.
+        let length = match jpeg::extent(bytes) {
+            jpeg::Extent::Whole(length) => length,
+            // Sent on as it is: the decoder counts it as broken.
+            jpeg::Extent::Short | jpeg::Extent::NotJpeg => bytes.len(),
+        };
+        return Some(Picture::Encoded(bytes[..length].to_vec()));
     };
-    let (width, height) = (size.width(), size.height());
     let length = width as usize * height as usize * layout.bytes_per_pixel();
     let bytes = bytes.get(..length)?.to_vec();
     Some(Picture::Raw { width, height, layout, bytes })
@@ -243,6 +247,8 @@ fn picture(format: FrameFormat, size: Resolution, bytes: &[u8]) -> Option<Pictur
 
 #[cfg(test)]
 mod tests {
+    use nokhwa::utils::Resolution;
+
     use super::*;
 
     fn format(format: FrameFormat, width: u32, height: u32, fps: u32) -> CameraFormat {
@@ -279,14 +285,14 @@ mod tests {
 
     #[test]
     fn a_short_raw_buffer_is_no_picture_and_rubbish_behind_a_jpeg_is_dropped() {
-        let size = Resolution::new(4, 2);
-        assert!(picture(FrameFormat::YUYV, size, &[0; 15]).is_none());
-        let Some(Picture::Raw { bytes, .. }) = picture(FrameFormat::YUYV, size, &[7; 20]) else {
+        let size = (4, 2);
+        assert!(picture(Some(Layout::Yuyv), size, &[0; 15]).is_none());
+        let Some(Picture::Raw { bytes, .. }) = picture(Some(Layout::Yuyv), size, &[7; 20]) else {
             panic!("a whole buffer is a picture");
         };
         assert_eq!(bytes.len(), 16);
         let jpeg = [0xFF, 0xD8, 0xFF, 0xDA, 0, 2, 0x55, 0xFF, 0xD9, 0, 0, 0xFF, 0xD9];
-        let Some(Picture::Encoded(bytes)) = picture(FrameFormat::MJPEG, size, &jpeg) else {
+        let Some(Picture::Encoded(bytes)) = picture(None, size, &jpeg) else {
             panic!("a JPEG is a picture");
         };
         assert_eq!(bytes, jpeg[..9]);
