@@ -6,6 +6,7 @@
 
 mod layers;
 
+use std::env;
 use std::ffi::OsString;
 use std::fmt;
 use std::fs;
@@ -369,7 +370,10 @@ impl Config {
         Ok(Access {
             host: mqtt.host.clone(),
             port: mqtt.port,
-            credentials: credentials(&mqtt.credentials_file)?,
+            credentials: match mqtt.credentials_file.as_os_str().is_empty() {
+                true => handed_over(env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from))?,
+                false => Some(credentials(&mqtt.credentials_file)?),
+            },
             keep_alive: Duration::from_secs(mqtt.keep_alive_s),
             packet_bytes_max: mqtt.packet_bytes_max,
         })
@@ -380,17 +384,22 @@ impl Config {
     }
 }
 
-/// The user's name on the first line, the password on the second. An empty path: none.
-fn credentials(path: &Path) -> Result<Option<Credentials>, ConfigError> {
-    if path.as_os_str().is_empty() {
-        return Ok(None);
-    }
+/// What systemd hands over under the name `mqtt` (`LoadCredential=`). None where it hands over nothing, or an empty file, as
+/// the package brings it.
+fn handed_over(folder: Option<PathBuf>) -> Result<Option<Credentials>, ConfigError> {
+    let file = folder.map(|folder| folder.join("mqtt"));
+    let written = |path: &PathBuf| fs::metadata(path).is_ok_and(|file| file.len() > 0);
+    file.filter(written).map(|path| credentials(&path)).transpose()
+}
+
+/// The user's name on the first line, the password on the second.
+fn credentials(path: &Path) -> Result<Credentials, ConfigError> {
     let failed = |reason: String| ConfigError::Read { path: path.into(), reason };
     let text = fs::read_to_string(path).map_err(|e| failed(e.to_string()))?;
     let mut lines = text.lines();
     match (lines.next(), lines.next()) {
         (Some(user), Some(password)) if !user.is_empty() => {
-            Ok(Some(Credentials { user: user.into(), password: password.into() }))
+            Ok(Credentials { user: user.into(), password: password.into() })
         }
         _ => Err(failed("expected the user's name on the first line and the password on the second".into())),
     }
@@ -508,11 +517,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mqtt");
         fs::write(&path, "pi\nsecret word\n").unwrap();
-        let read = credentials(&path).unwrap().unwrap();
+        let read = credentials(&path).unwrap();
         assert_eq!((read.user.as_str(), read.password.as_str()), ("pi", "secret word"));
         assert!(!format!("{read:?}").contains("secret"));
         fs::write(&path, "pi\n").unwrap();
         assert!(credentials(&path).unwrap_err().to_string().contains("the password on the second"));
         assert!(credentials(&dir.path().join("none")).is_err());
+        // From systemd: none, an empty one, one that is cut.
+        let handed_over = || handed_over(Some(dir.path().into()));
+        assert!(handed_over().unwrap_err().to_string().contains("the password on the second"));
+        fs::write(&path, "").unwrap();
+        assert_eq!(handed_over().unwrap(), None);
+        fs::remove_file(&path).unwrap();
+        assert_eq!(handed_over().unwrap(), None);
     }
 }

@@ -17,7 +17,7 @@ pub struct Access {
 }
 
 /// A user's name and password; the password is never printed.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Credentials {
     pub user: String,
     pub password: String,
