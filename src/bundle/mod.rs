@@ -29,7 +29,7 @@ use crate::vision::classifier::Skill;
 use crate::vision::{Backbone, BackboneError, Classifier, Head, Network, Subspace, Tail};
 
 /// The model inside this program: five flowers.
-pub const BUILT_IN: &[u8] = include_bytes!("../../models/flowers.bloom");
+pub static BUILT_IN: &[u8] = include_bytes!("../../models/flowers.bloom");
 
 const HEAD: &str = "head.safetensors";
 pub const TAIL: &str = "tail.safetensors";

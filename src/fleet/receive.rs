@@ -18,6 +18,7 @@ use crate::bundle::store::{Phase, State, Store};
 use crate::bundle::{Identity, Keyring};
 use crate::config::Config;
 use crate::decide::Rules;
+use crate::health;
 use crate::mqtt::message::{SCHEMA, json, time};
 use crate::mqtt::topics::Topics;
 use crate::mqtt::{About, Mail, Outbox, discovery};
@@ -384,6 +385,7 @@ impl Receiver {
         };
         if self.setup.swaps.send(swap).is_ok() && replaced.recv().is_ok() {
             info!("{} decides in the place of {}", model.identity(), self.model.identity());
+            health::tell_status(&format!("{} decides", model.identity()));
         }
         self.model = model;
     }

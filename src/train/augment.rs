@@ -1,8 +1,9 @@
 //! Other views of a photograph: mirrored, cropped, turned, in another light. The seed and the photograph's
 //! content decide each of them, so that a view can be cached like the photograph itself.
 
-use fast_image_resize::images::{Image, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use image::{Rgb, RgbImage, imageops};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -69,13 +70,14 @@ fn crop(image: &RgbImage, [left, top, wide, high]: [f32; 4], size: u32) -> RgbIm
     let (width, height) = (f64::from(image.width()), f64::from(image.height()));
     let (wide, high) = ((f64::from(wide) * width).max(1.0), (f64::from(high) * height).max(1.0));
     let (left, top) = ((f64::from(left) * width).min(width - wide), (f64::from(top) * height).min(height - high));
-    let source = ImageRef::new(image.width(), image.height(), image.as_raw(), PixelType::U8x3)
+    let source = TypedImageRef::<U8x3>::from_buffer(image.width(), image.height(), image.as_raw())
         .expect("an RgbImage holds three bytes a pixel");
-    let mut cropped = Image::new(size, size, PixelType::U8x3);
+    let mut cropped = RgbImage::new(size, size);
+    let mut view = TypedImage::<U8x3>::from_buffer(size, size, &mut cropped).expect("so does this one");
     let options =
         ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).crop(left, top, wide, high);
-    Resizer::new().resize(&source, &mut cropped, &options).expect("the crop lies within the picture");
-    RgbImage::from_raw(size, size, cropped.into_vec()).expect("three bytes a pixel")
+    Resizer::new().resize_typed(&source, &mut view, &options).expect("the crop lies within the picture");
+    cropped
 }
 
 /// Turned about its middle by `angle` radians; what comes in at the corners is the edge mirrored.

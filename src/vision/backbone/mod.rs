@@ -26,7 +26,7 @@ use super::tail::Tail;
 
 /// MobileNetV2 1.0/224, made by `models/build_backbone.py`; `models/README.md` tells where its
 /// weights come from.
-pub const MOBILENET_V2: &[u8] = include_bytes!("../../../models/mobilenet_v2_1.0_224.onnx");
+pub static MOBILENET_V2: &[u8] = include_bytes!("../../../models/mobilenet_v2_1.0_224.onnx");
 /// The name a bundle knows it by.
 pub const MOBILENET_V2_NAME: &str = "mobilenet_v2_1.0_224";
 /// The output that says by its name that a head is to look at it: the pooled vector before the

@@ -1,0 +1,26 @@
+//! A photograph as a raw frame for a virtual camera, stretched to its size: `yuyv PHOTO WIDTH HEIGHT >FRAME`.
+//! 4:2:2, BT.601, studio range, as [`bloomcast::camera::Layout::Yuyv`]. For the tests.
+
+use std::io::{self, Write};
+
+use image::imageops::{FilterType, resize};
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [photo, width, height] = &arguments[..] else { panic!("usage: yuyv PHOTO WIDTH HEIGHT") };
+    let [width, height] = [width, height].map(|number| number.parse().expect("a number of pixels"));
+    let photo = image::open(photo).expect("a photograph").into_rgb8();
+    let pixels = resize(&photo, width, height, FilterType::Triangle);
+    let frame: Vec<u8> = pixels.as_raw().chunks_exact(6).flat_map(pair).collect();
+    io::stdout().write_all(&frame).expect("the output takes the frame");
+}
+
+/// Two pixels beside each other: Y0 U Y1 V.
+fn pair(rgb: &[u8]) -> [u8; 4] {
+    let [r0, g0, b0, r1, g1, b1] = std::array::from_fn(|index| f32::from(rgb[index]) / 255.0);
+    let luma = |r: f32, g: f32, b: f32| 0.299 * r + 0.587 * g + 0.114 * b;
+    let (y0, y1) = (luma(r0, g0, b0), luma(r1, g1, b1));
+    let (y, r, b) = ((y0 + y1) / 2.0, (r0 + r1) / 2.0, (b0 + b1) / 2.0);
+    [16.0 + 219.0 * y0, 128.0 + 224.0 * (b - y) / 1.772, 16.0 + 219.0 * y1, 128.0 + 224.0 * (r - y) / 1.402]
+        .map(|value| value.round().clamp(0.0, 255.0) as u8)
+}
