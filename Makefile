@@ -8,7 +8,14 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # its clients for the tests, and openssl, which must be able to read our keys.
 PACKAGES := build-essential pkg-config libclang-dev mosquitto mosquitto-clients openssl
 
-.PHONY: all setup build demo test lint licences doc fuzz deb bench model backbones backbones-keras clean
+# Installs those of these packages that are missing.
+install = missing=; for package in $(1); do \
+	  dpkg-query -W -f='$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed || missing="$$missing $$package"; done; \
+	[ -z "$$missing" ] || { echo "installing$$missing"; $(SUDO) apt-get update -qq && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; }
+
+.PHONY: all setup build demo test lint licences doc fuzz deb deb-arm64 deb-armhf deb-check arm64 armhf arm64-smoke vm-test bench model \
+  backbones backbones-keras clean
 
 all: build
 
@@ -16,15 +23,7 @@ all: build
 setup:
 	@command -v $(CARGO) >/dev/null || { echo "error: cargo is missing; install Rust from https://rustup.rs" >&2; exit 1; }
 	@command -v dpkg-query >/dev/null || { echo "setup: no Debian: install yourself: $(PACKAGES)"; exit 0; }; \
-	missing=; \
-	for package in $(PACKAGES); do \
-	  dpkg-query -W -f='$${db:Status-Status}' $$package 2>/dev/null | grep -qx installed || missing="$$missing $$package"; \
-	done; \
-	if [ -n "$$missing" ]; then \
-	  echo "setup: installing$$missing"; \
-	  $(SUDO) apt-get update -qq && \
-	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
-	fi
+	$(call install,$(PACKAGES))
 
 build: setup
 	$(CARGO) build --release --locked
@@ -64,11 +63,54 @@ fuzz: setup
 	@[ -d fuzz/corpus ] || { mkdir -p fuzz/corpus && tar -C fuzz/corpus -xzf fuzz/corpus.tar.gz; }
 	$(CARGO) +nightly fuzz run --sanitizer none bundle -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=1024 -malloc_limit_mb=256
 
-# A package for this machine's kind of processor, in target/debian.
+# ---- Packages, in target/debian.
+
+# For this machine's kind of processor; the others from what was built for them.
+CARGO_DEB = command -v cargo-deb >/dev/null || $(CARGO) install --quiet --locked cargo-deb@3.8.0; $(BIN) papers target/papers
 deb: build
-	@command -v cargo-deb >/dev/null || $(CARGO) install --quiet --locked cargo-deb@3.8.0
-	$(BIN) papers target/papers
-	$(CARGO) deb --no-build --locked --strip
+	@$(CARGO_DEB)
+	$(CARGO) deb --no-build --locked --strip --output target/debian/
+	systemd/check-package target/debian/bloomcast_*_$$(dpkg --print-architecture).deb
+
+# The same, with Debian's own checks besides.
+deb-check: deb
+	@$(call install,lintian)
+	systemd/check-package target/debian/bloomcast_*_$$(dpkg --print-architecture).deb
+
+deb-arm64 deb-armhf: deb-%: build %
+	@$(CARGO_DEB)
+	CARGO_TARGET_DIR=target/cross $(CARGO) deb --no-build --locked --strip --target $(TRIPLE_$*) --output target/debian/
+	systemd/check-package target/debian/bloomcast_*_$*.deb
+
+# ---- ARM, with Debian's own compiler and no container. (With one: `cross build --release --target $(TRIPLE_arm64)`.)
+export CROSS_CONFIG := cross.toml
+TRIPLE_arm64 := aarch64-unknown-linux-gnu
+TRIPLE_armhf := armv7-unknown-linux-gnueabihf
+GNU_arm64 := aarch64-linux-gnu
+GNU_armhf := arm-linux-gnueabihf
+# As Cargo and bindgen spell a triple in the names of variables.
+upper = $(shell echo $(subst -,_,$(TRIPLE_$(1))) | tr a-z A-Z)
+arm64 armhf: setup
+	@$(call install,rustc-web cargo-web libstd-rust-web-dev gcc-$(GNU_$@) binutils-$(GNU_$@) libc6-dev-$@-cross)
+	cross/std $@ target/cross/std-$@
+	RUSTC=/usr/bin/rustc CARGO_TARGET_DIR=target/cross CARGO_TARGET_$(call upper,$@)_LINKER=$(GNU_$@)-gcc \
+	  CARGO_TARGET_$(call upper,$@)_RUSTFLAGS="-L $(CURDIR)/target/cross/std-$@/lib" \
+	  BINDGEN_EXTRA_CLANG_ARGS_$(subst -,_,$(TRIPLE_$@))=-I/usr/$(GNU_$@)/include \
+	  /usr/bin/cargo build --release --locked --target $(TRIPLE_$@)
+
+# The program for ARM, run by an emulator, gives what this machine's own gives.
+arm64-smoke: build arm64
+	@$(call install,qemu-user-static)
+	BLOOMCAST_FOREIGN="qemu-aarch64-static -L /usr/$(GNU_arm64) target/cross/$(TRIPLE_arm64)/release/bloomcast" \
+	  $(CARGO) test --release --locked --test program foreign:: -- --nocapture
+
+# A virtual Raspberry Pi: Debian for arm64 with systemd, mosquitto and a virtual camera, where the package is installed as the README
+# says, and proves what only a whole machine can show. Its disk is made once, in target/device.
+vm-test: build deb-arm64
+	@$(call install,qemu-system-arm qemu-utils qemu-user-static binfmt-support arch-test mmdebstrap e2fsprogs jq)
+	$(SUDO) tests/device/root target/device
+	$(CARGO) build --release --locked --example yuyv
+	tests/device/run target/device target/debian/bloomcast_*_arm64.deb
 
 bench: setup
 	$(CARGO) bench --locked

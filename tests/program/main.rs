@@ -9,6 +9,7 @@ mod daemon;
 mod fetching;
 mod files;
 mod fleet;
+mod foreign;
 mod http;
 mod mqtt;
 mod tools;
