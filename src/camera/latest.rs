@@ -1,4 +1,5 @@
-//! A mailbox with one slot: the newest news wins, and nobody ever looks at a stale picture.
+//! A mailbox with one slot: the newest frame wins, and nobody ever looks at a stale picture. That the camera was lost is told
+//! even where frames came again before anybody looked.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
@@ -30,8 +31,18 @@ pub struct Closed;
 
 #[derive(Default)]
 struct Slot {
-    news: Option<News>,
+    /// When the camera was lost, since somebody looked last.
+    lost: Option<SystemTime>,
+    /// Newer than that.
+    frame: Option<Frame>,
     closed: bool,
+}
+
+impl Slot {
+    fn take(&mut self) -> Option<News> {
+        let lost = self.lost.take().map(|at| News::Lost { at });
+        lost.or_else(|| self.frame.take().map(News::Frame))
+    }
 }
 
 #[derive(Default)]
@@ -86,9 +97,15 @@ impl Sender {
         if slot.closed {
             return Err(Closed);
         }
-        let before = slot.news.replace(news);
+        let before = match news {
+            News::Frame(frame) => slot.frame.replace(frame),
+            News::Lost { at } => {
+                slot.lost = Some(at);
+                slot.frame.take()
+            }
+        };
         self.0.changed.notify_all();
-        Ok(matches!(before, Some(News::Frame(_))))
+        Ok(before.is_some())
     }
 
     /// Waits `wait`, or less: true as soon as the receiver is gone.
@@ -100,7 +117,7 @@ impl Sender {
 impl Receiver {
     /// Takes what is newest, waiting at most `wait` for it.
     pub fn take(&self, wait: Duration) -> Taken {
-        let taken = self.0.wait_for(wait, |slot| match slot.news.take() {
+        let taken = self.0.wait_for(wait, |slot| match slot.take() {
             Some(news) => Some(Taken::News(news)),
             None => slot.closed.then_some(Taken::Ended),
         });
@@ -144,6 +161,19 @@ mod tests {
         assert_eq!(mark(receiver.take(Duration::ZERO)), Some(2));
         assert!(matches!(receiver.take(Duration::ZERO), Taken::Nothing));
         assert_eq!(sender.publish(frame(3)), Ok(false));
+    }
+
+    #[test]
+    fn a_loss_is_told_before_the_frame_that_came_after_it() {
+        let (sender, receiver) = mailbox();
+        let at = SystemTime::UNIX_EPOCH;
+        sender.publish(frame(1)).unwrap();
+        assert_eq!(sender.publish(News::Lost { at }), Ok(true), "what was seen before the loss is stale");
+        assert_eq!(sender.publish(frame(2)), Ok(false));
+        assert_eq!(sender.publish(frame(3)), Ok(true));
+        assert!(matches!(receiver.take(Duration::ZERO), Taken::News(News::Lost { .. })));
+        assert_eq!(mark(receiver.take(Duration::ZERO)), Some(3));
+        assert!(matches!(receiver.take(Duration::ZERO), Taken::Nothing));
     }
 
     #[test]
