@@ -237,6 +237,7 @@ mod tests {
         assert_eq!(counters.captured.get(), 2);
         assert_eq!(counters.camera_failures.get(), 3);
         drop(sender);
+        assert!(matches!(receiver.take(Duration::ZERO), Taken::News(News::Lost { .. })), "nobody looked meanwhile");
         assert!(matches!(receiver.take(Duration::ZERO), Taken::News(News::Frame(_))));
     }
 }
