@@ -100,12 +100,16 @@ impl fmt::Display for Report {
 /// A classifier to be timed.
 pub struct Bench {
     classifier: Classifier,
+    threads: usize,
+    kernels: &'static str,
 }
 
 impl Bench {
     /// `backbone`: the ONNX file that the model was made for, where neither the program nor the model has it.
-    pub fn new(bundle: &Bundle, backbone: Option<&Path>) -> Result<Self, BenchError> {
-        Ok(Bench { classifier: bundle.classifier(backbone)? })
+    pub fn new(bundle: &Bundle, backbone: Option<&Path>, threads: usize) -> Result<Self, BenchError> {
+        let backbone = bundle.backbone(&bundle.network(backbone)?.with_threads(threads)?)?;
+        let (classifier, kernels) = (Classifier::new(&backbone, bundle.skill())?, backbone.kernels());
+        Ok(Bench { classifier, threads, kernels })
     }
 
     /// Decodes and classifies one picture `runs` times: `image`, or a drawn one of 640×480.
@@ -128,7 +132,7 @@ impl Bench {
                 frames.push(Stages { decode, ..stages });
             }
         }
-        Ok(Report { threads: 1, kernels: "tract", stages: StageReport::of(&frames) })
+        Ok(Report { threads: self.threads, kernels: self.kernels, stages: StageReport::of(&frames) })
     }
 }
 

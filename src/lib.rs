@@ -17,6 +17,8 @@
 //! - [`watcher`] is the stage from frames to decisions, a thread of its own.
 //! - [`daemon`] is the only file that starts the stages' threads and joins them.
 
+#![deny(unsafe_code)]
+
 pub mod bench;
 pub mod bundle;
 pub mod camera;

@@ -8,6 +8,7 @@ use bloomcast::bench::Bench;
 use bloomcast::config::{Config, LogLevel};
 use bloomcast::daemon::{self, Daemon, End};
 use bloomcast::health;
+use bloomcast::vision::kernels::{self, Instructions};
 use bloomcast::vision::{Prediction, decode};
 use clap::{Args, value_parser};
 use serde_json::json;
@@ -77,6 +78,9 @@ pub struct BenchArgs {
     /// Frames that are timed
     #[arg(long, default_value_t = 200, value_parser = value_parser!(u64).range(1..=1_000_000))]
     runs: u64,
+    /// Threads that compute one frame
+    #[arg(long, default_value_t = 1, value_parser = value_parser!(u64).range(1..=64))]
+    threads: u64,
     /// A photograph to time instead of the one drawn for it, 640×480
     #[arg(long)]
     image: Option<PathBuf>,
@@ -98,6 +102,7 @@ pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
     // Before the model is loaded: from now on no signal is missed.
     let mut signals = runtime.block_on(async { Signals::new() }).context("cannot wait for signals")?;
     let mut daemon = Daemon::prepare(config).map_err(Failure::config)?;
+    tracing::info!("kernels: {}", kernels::chosen().map_or("tract", Instructions::name));
     let remains = loop {
         tracing::info!("ready: the model {} knows {}", daemon.model(), daemon.labels().names().join(", "));
         let remains = daemon.run_on(&runtime, signals.next(args), Box::new(|_| {}))?;
@@ -176,7 +181,7 @@ pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
 }
 
 pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
-    let mut bench = Bench::new(&bundle(args.model.as_deref())?, args.backbone.as_deref())?;
+    let mut bench = Bench::new(&bundle(args.model.as_deref())?, args.backbone.as_deref(), args.threads as usize)?;
     let report = bench.run(args.image.as_deref(), args.runs as usize)?;
     show(&report, args.json)
 }

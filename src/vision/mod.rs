@@ -7,6 +7,7 @@ pub mod clock;
 pub mod decode;
 pub mod drawn;
 pub mod head;
+pub mod kernels;
 pub mod labels;
 pub mod preprocess;
 pub mod subspace;

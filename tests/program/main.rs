@@ -11,6 +11,7 @@ mod files;
 mod fleet;
 mod foreign;
 mod http;
+mod kernels;
 mod mqtt;
 mod tools;
 mod training;

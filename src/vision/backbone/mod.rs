@@ -9,6 +9,7 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tract_onnx::pb::ModelProto;
@@ -21,6 +22,7 @@ use tract_cuda as _;
 
 pub use anatomy::{Anatomy, LastConv};
 
+use super::kernels::{self, Instructions};
 use super::preprocess::{Preprocess, TensorLayout};
 use super::tail::Tail;
 
@@ -63,6 +65,8 @@ pub struct Network {
     anatomy: Anatomy,
     input: [usize; 4],
     device: Device,
+    kernels: Option<Instructions>,
+    pool: Option<Arc<ThreadPool>>,
 }
 
 /// A [`Network`] up to one of its tensors, optimised once; any number of [`Session`]s may run it.
@@ -73,6 +77,14 @@ pub struct Backbone {
     shape: Vec<usize>,
     input: [usize; 4],
     plan: Arc<dyn Runnable>,
+    kernels: Option<Instructions>,
+}
+
+struct Loaded {
+    plan: Arc<dyn Runnable>,
+    /// Of the output, without the batch.
+    shape: Vec<usize>,
+    kernels: Option<Instructions>,
 }
 
 /// One thread's working memory for a [`Backbone`].
@@ -130,7 +142,8 @@ impl Network {
             TensorLayout::Nhwc => [1, size, size, 3],
         };
         let (onnx, model) = (Arc::new(onnx), Arc::new(model));
-        Ok(Network { name: name.into(), sha256, onnx, model, anatomy, input, device: Device::Cpu })
+        let (device, kernels, pool) = (Device::Cpu, kernels::chosen(), None);
+        Ok(Network { name: name.into(), sha256, onnx, model, anatomy, input, device, kernels, pool })
     }
 
     pub fn name(&self) -> &str {
@@ -163,6 +176,26 @@ impl Network {
 
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// The same network, with these kernels of ours for the layers that they can compute; none: tract's own.
+    pub fn with_kernels(&self, kernels: Option<Instructions>) -> Self {
+        Network { kernels, ..self.clone() }
+    }
+
+    /// The same network, whose sessions compute a picture with so many threads, where our kernels compute it.
+    pub fn with_threads(&self, threads: usize) -> Result<Self, BackboneError> {
+        let pool = match threads {
+            0 | 1 => None,
+            _ => Some(Arc::new(
+                ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .thread_name(|nth| format!("kernels-{nth}"))
+                    .build()
+                    .map_err(|e| self.failed(e.to_string()))?,
+            )),
+        };
+        Ok(Network { pool, ..self.clone() })
     }
 
     /// Pictures in, features out; with `tail` in place of the network's own last convolution, where there is one.
@@ -208,8 +241,47 @@ impl Network {
     }
 
     fn cut(&self, model: &ModelProto, output: &str) -> Result<Backbone, BackboneError> {
-        let (plan, shape) = load(model, self.input, output, self.device).map_err(|e| self.failed(format!("{e:#}")))?;
-        Ok(Backbone { name: self.name.clone(), shape, input: self.input, plan })
+        let loaded = self.load(model, output).map_err(|e| self.failed(format!("{e:#}")))?;
+        let Loaded { plan, shape, kernels } = loaded;
+        Ok(Backbone { name: self.name.clone(), shape, input: self.input, plan, kernels })
+    }
+
+    /// Both tract, on a file that lies, and its CUDA runtime,
+    /// without the toolkit's headers, may panic: that is an error here.
+    fn load(&self, model: &ModelProto, output: &str) -> TractResult<Loaded> {
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.prepare(model, output)))
+            .map_err(|_| TractError::msg("it made the runtime panic; its message stands above"))?
+    }
+
+    fn prepare(&self, model: &ModelProto, output: &str) -> TractResult<Loaded> {
+        let mut model = tract_onnx::onnx()
+            .model_for_proto_model(model)?
+            .with_input_fact(0, f32::fact(self.input).into())?
+            .with_outputs_by_name([output])?
+            .into_typed()?;
+        let mut kernels = self.kernels.filter(|_| self.device == Device::Cpu);
+        if let Some(instructions) = kernels
+            && !kernels::replace(&mut model, instructions, self.pool.clone())?
+        {
+            kernels = None;
+        }
+        let model = model.into_decluttered()?;
+        let fact = model.output_fact(0)?.clone();
+        let shape = match fact.shape.as_concrete() {
+            Some([1, shape @ ..]) if fact.datum_type == f32::datum_type() && shape.iter().product::<usize>() > 0 => {
+                shape.to_vec()
+            }
+            _ => {
+                return Err(TractError::msg(format!(
+                    "the tensor `{output}` is {fact:?}, expected f32 with a batch of 1"
+                )));
+            }
+        };
+        let plan = match self.device {
+            Device::Cpu => DefaultRuntime.prepare(model)?,
+            Device::Cuda => prepare_cuda(model)?,
+        };
+        Ok(Loaded { plan: Arc::from(plan), shape, kernels })
     }
 
     fn failed(&self, reason: String) -> BackboneError {
@@ -221,6 +293,11 @@ impl Backbone {
     /// Numbers that a session gives.
     pub fn width(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// What computes its layers: kernels of ours, or tract's.
+    pub fn kernels(&self) -> &'static str {
+        self.kernels.map_or("tract", Instructions::name)
     }
 
     pub fn session(&self) -> Result<Session, BackboneError> {
@@ -251,44 +328,6 @@ pub fn inspect(name: &str, onnx: &[u8], feature: Option<&str>) -> Result<Anatomy
 
 fn parse(mut onnx: &[u8]) -> Result<ModelProto, String> {
     tract_onnx::onnx().proto_model_for_read(&mut onnx).map_err(|e| format!("{e:#}"))
-}
-
-/// The plan, and the shape of its output without the batch. Both tract, on a file that lies, and its CUDA runtime,
-/// without the toolkit's headers, may panic: that is an error here.
-fn load(
-    model: &ModelProto,
-    input: [usize; 4],
-    output: &str,
-    device: Device,
-) -> TractResult<(Arc<dyn Runnable>, Vec<usize>)> {
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| prepare(model, input, output, device)))
-        .map_err(|_| TractError::msg("it made the runtime panic; its message stands above"))?
-}
-
-fn prepare(
-    model: &ModelProto,
-    input: [usize; 4],
-    output: &str,
-    device: Device,
-) -> TractResult<(Arc<dyn Runnable>, Vec<usize>)> {
-    let model = tract_onnx::onnx()
-        .model_for_proto_model(model)?
-        .with_input_fact(0, f32::fact(input).into())?
-        .with_outputs_by_name([output])?
-        .into_typed()?
-        .into_decluttered()?;
-    let fact = model.output_fact(0)?.clone();
-    let shape = match fact.shape.as_concrete() {
-        Some([1, shape @ ..]) if fact.datum_type == f32::datum_type() && shape.iter().product::<usize>() > 0 => {
-            shape.to_vec()
-        }
-        _ => return Err(TractError::msg(format!("the tensor `{output}` is {fact:?}, expected f32 with a batch of 1"))),
-    };
-    let plan = match device {
-        Device::Cpu => DefaultRuntime.prepare(model)?,
-        Device::Cuda => prepare_cuda(model)?,
-    };
-    Ok((Arc::from(plan), shape))
 }
 
 fn prepare_cuda(model: TypedModel) -> TractResult<Box<dyn Runnable>> {

@@ -1,0 +1,419 @@
+//! A run of MobileNet's layers as one piece: maps with their channels last, blocks on strips of rows, threads across them.
+
+use std::ops::Range;
+
+use rayon::ThreadPool;
+
+use super::Instructions;
+use super::depthwise::{self, Depthwise};
+use super::product::{self, Place, Product};
+
+/// A map's sides; its numbers lie as `[height, width, channels]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Size {
+    pub height: usize,
+    pub width: usize,
+    pub channels: usize,
+}
+
+impl Size {
+    pub fn numbers(self) -> usize {
+        self.height * self.row()
+    }
+
+    fn row(self) -> usize {
+        self.width * self.channels
+    }
+}
+
+/// The zeros around a map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Padding {
+    pub top: usize,
+    pub left: usize,
+    pub bottom: usize,
+    pub right: usize,
+}
+
+/// A convolution of few channels, looked at as a product over patches.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct First {
+    /// Its inputs are a patch's numbers, `[side, side, channels]`.
+    pub product: Product,
+    pub side: usize,
+    pub stride: usize,
+    pub padding: Padding,
+}
+
+/// What makes rows of one map out of another, each pixel for itself or from a patch.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Rows {
+    Product(Product),
+    First(First),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Block {
+    /// Expands the input; without it the depthwise convolution looks at the input itself.
+    pub expand: Option<Rows>,
+    pub depthwise: Depthwise,
+    pub padding: Padding,
+    pub project: Option<Product>,
+    /// The input is added to the projection.
+    pub residual: bool,
+    /// Between expansion and depthwise convolution, without padding; and behind that.
+    pub inner: Size,
+    pub after: Size,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Layer {
+    Rows {
+        rows: Rows,
+        residual: bool,
+    },
+    Block(Box<Block>),
+    /// The mean over all places, with this factor.
+    Mean {
+        factor: f32,
+    },
+}
+
+/// One layer and its maps.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Stage {
+    pub layer: Layer,
+    pub from: Size,
+    pub to: Size,
+}
+
+/// Stages, each on what the one before gave.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Chain {
+    pub stages: Vec<Stage>,
+    /// Outside, maps lie channel by channel.
+    pub planes: bool,
+    pub instructions: Instructions,
+}
+
+/// One thread's buffers.
+#[derive(Debug, Clone, Default)]
+struct Scratch {
+    /// Rows before the depthwise convolution, with padding.
+    inner: Vec<f32>,
+    after: Vec<f32>,
+    patches: Vec<f32>,
+}
+
+/// What a run works in; it grows to its size in the first one.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Workspace {
+    from: Vec<f32>,
+    to: Vec<f32>,
+    scratch: Vec<Scratch>,
+}
+
+/// Numbers that a strip's rows may take: they stay in a second-level cache of half a megabyte.
+const STRIP: usize = 96 << 10;
+
+impl Chain {
+    pub fn from(&self) -> Size {
+        self.stages[0].from
+    }
+
+    pub fn to(&self) -> Size {
+        self.stages[self.stages.len() - 1].to
+    }
+
+    /// in: one picture as [`Chain::from`] says, or in planes; out: as [`Chain::to`] says, or in planes.
+    pub fn run(&self, input: &[f32], out: &mut [f32], work: &mut Workspace, pool: Option<&ThreadPool>) {
+        let threads = pool.map_or(1, ThreadPool::current_num_threads);
+        work.scratch.resize_with(threads, Scratch::default);
+        let Workspace { from, to, scratch } = work;
+        enter(self.from(), input, self.planes, from);
+        let mut go = || {
+            for stage in &self.stages {
+                to.resize(stage.to.numbers(), 0.0);
+                self.stage(stage, from, to, scratch);
+                std::mem::swap(from, to);
+            }
+        };
+        match pool {
+            Some(pool) => pool.install(go),
+            None => go(),
+        }
+        leave(self.to(), from, self.planes, out);
+    }
+
+    fn stage(&self, stage: &Stage, from: &[f32], to: &mut [f32], scratch: &mut [Scratch]) {
+        match &stage.layer {
+            Layer::Rows { rows, residual } => {
+                let residual = residual.then_some(from);
+                spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, scratch| {
+                    let place = Place { width: stage.to.width, row: stage.to.row() };
+                    self.rows(rows, stage.from, from, range, residual, to, place, &mut scratch.patches);
+                });
+            }
+            Layer::Block(block) => {
+                if padded(block) + block.after.numbers() <= STRIP {
+                    self.whole(block, stage, from, to, scratch);
+                } else {
+                    spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, scratch| {
+                        self.strips(block, stage, from, range, to, scratch);
+                    });
+                }
+            }
+            Layer::Mean { factor } => mean(from, stage.from.channels, *factor, to),
+        }
+    }
+
+    /// Rows `range` of what `rows` makes of the map `input`; `to` begins with the first of them.
+    #[expect(clippy::too_many_arguments, reason = "a map, its place, and what is asked of it")]
+    fn rows(
+        &self,
+        rows: &Rows,
+        from: Size,
+        input: &[f32],
+        range: Range<usize>,
+        residual: Option<&[f32]>,
+        to: &mut [f32],
+        place: Place,
+        patches: &mut Vec<f32>,
+    ) {
+        match rows {
+            Rows::Product(product) => {
+                let input = &input[range.start * from.row()..range.end * from.row()];
+                let residual = residual.map(|map| &map[range.start * place.width * product.outputs..]);
+                let pixels = range.len() * from.width;
+                self.instructions.product(&mut product::Job { product, input, pixels, residual, out: to, place });
+            }
+            Rows::First(first) => {
+                patches.resize(place.width * first.product.inputs, 0.0);
+                for (nth, row) in range.enumerate() {
+                    first.patches(from, input, row, patches);
+                    let out = &mut to[nth * place.row..];
+                    let product = &first.product;
+                    let (pixels, input) = (place.width, &patches[..]);
+                    let residual = None;
+                    self.instructions.product(&mut product::Job { product, input, pixels, residual, out, place });
+                }
+            }
+        }
+    }
+
+    /// Rows `range` of a block, strip after strip; rows of the expansion that two strips need are kept.
+    fn strips(
+        &self,
+        block: &Block,
+        stage: &Stage,
+        from: &[f32],
+        range: Range<usize>,
+        to: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
+        let Depthwise { side, stride, .. } = block.depthwise;
+        let across = block.inner.width + block.padding.left + block.padding.right;
+        let line = across * block.inner.channels;
+        let rows = (STRIP / (stride * line + block.after.row())).max(1);
+        scratch.inner.resize(((rows - 1) * stride + side) * line, 0.0);
+        let mut have = 0..0_usize;
+        for first in range.clone().step_by(rows) {
+            let strip = first..(first + rows).min(range.end);
+            // In rows of the padded map.
+            let need = first * stride..(strip.end - 1) * stride + side;
+            let kept = have.end.saturating_sub(need.start).min(have.len());
+            if kept > 0 {
+                let begin = (need.start - have.start) * line;
+                scratch.inner.copy_within(begin..begin + kept * line, 0);
+            }
+            self.inner(
+                block,
+                stage.from,
+                from,
+                need.start + kept..need.end,
+                &mut scratch.inner[kept * line..],
+                &mut scratch.patches,
+            );
+            have = need;
+            let to = &mut to[(first - range.start) * stage.to.row()..];
+            self.behind(block, from, strip, &scratch.inner, &mut scratch.after, to);
+        }
+    }
+
+    /// A block whose maps all stay in the cache, layer after layer: no thread computes a row twice.
+    fn whole(&self, block: &Block, stage: &Stage, from: &[f32], to: &mut [f32], scratch: &mut [Scratch]) {
+        let across = block.inner.width + block.padding.left + block.padding.right;
+        let line = across * block.inner.channels;
+        let rows = block.inner.height + block.padding.top + block.padding.bottom;
+        let mut inner = std::mem::take(&mut scratch[0].inner);
+        inner.resize(rows * line, 0.0);
+        spread(0..rows, line, &mut inner[..rows * line], scratch, &|range, inner, scratch| {
+            self.inner(block, stage.from, from, range, inner, &mut scratch.patches);
+        });
+        let Depthwise { stride, .. } = block.depthwise;
+        spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, scratch| {
+            let inner = &inner[range.start * stride * line..];
+            self.behind(block, from, range, inner, &mut scratch.after, to);
+        });
+        scratch[0].inner = inner;
+    }
+
+    /// Rows `range` of the padded map that the depthwise convolution looks at.
+    fn inner(
+        &self,
+        block: &Block,
+        size: Size,
+        from: &[f32],
+        range: Range<usize>,
+        inner: &mut [f32],
+        patches: &mut Vec<f32>,
+    ) {
+        let Padding { top, left, right, .. } = block.padding;
+        let channels = block.inner.channels;
+        let line = (block.inner.width + left + right) * channels;
+        let real = range.start.max(top)..range.end.min(top + block.inner.height);
+        for (row, line) in range.clone().zip(inner.chunks_exact_mut(line)) {
+            if real.contains(&row) {
+                line[..left * channels].fill(0.0);
+                let end = line.len();
+                line[end - right * channels..].fill(0.0);
+            } else {
+                line.fill(0.0);
+            }
+        }
+        if real.is_empty() {
+            return;
+        }
+        let to = &mut inner[(real.start - range.start) * line + left * channels..];
+        let place = Place { width: block.inner.width, row: line };
+        let rows = real.start - top..real.end - top;
+        match &block.expand {
+            Some(expand) => self.rows(expand, size, from, rows, None, to, place, patches),
+            None => {
+                for (nth, row) in rows.enumerate() {
+                    let row = &from[row * size.row()..(row + 1) * size.row()];
+                    to[nth * line..nth * line + row.len()].copy_from_slice(row);
+                }
+            }
+        }
+    }
+
+    /// Rows `range` of what follows the padded map: depthwise, projection, residual. `inner` begins with the first row needed.
+    fn behind(
+        &self,
+        block: &Block,
+        from: &[f32],
+        range: Range<usize>,
+        inner: &[f32],
+        after: &mut Vec<f32>,
+        to: &mut [f32],
+    ) {
+        let across = block.inner.width + block.padding.left + block.padding.right;
+        let (rows, width) = (range.len(), block.after.width);
+        let depthwise = |out: &mut [f32]| {
+            let depthwise = &block.depthwise;
+            self.instructions.depthwise(&mut depthwise::Job { depthwise, input: inner, across, rows, width, out });
+        };
+        let Some(product) = &block.project else { return depthwise(to) };
+        after.resize(rows * block.after.row(), 0.0);
+        depthwise(after);
+        let row = width * product.outputs;
+        let residual = block.residual.then(|| &from[range.start * row..range.end * row]);
+        let (pixels, place) = (rows * width, Place { width, row });
+        self.instructions.product(&mut product::Job { product, input: after, pixels, residual, out: to, place });
+    }
+}
+
+impl First {
+    /// The patches that a row of the output looks at, one a pixel.
+    fn patches(&self, from: Size, input: &[f32], row: usize, patches: &mut [f32]) {
+        let (side, channels) = (self.side, from.channels);
+        for (pixel, patch) in patches.chunks_exact_mut(side * side * channels).enumerate() {
+            for (down, patch) in patch.chunks_exact_mut(side * channels).enumerate() {
+                let y = (row * self.stride + down).wrapping_sub(self.padding.top);
+                let x = pixel * self.stride;
+                if y >= from.height {
+                    patch.fill(0.0);
+                    continue;
+                }
+                let line = &input[y * from.row()..(y + 1) * from.row()];
+                // Columns of the patch that lie within the picture.
+                let begin = self.padding.left.saturating_sub(x).min(side);
+                let end = (from.width + self.padding.left).saturating_sub(x).min(side);
+                patch[..begin * channels].fill(0.0);
+                patch[end * channels..].fill(0.0);
+                let at = (x + begin - self.padding.left) * channels;
+                patch[begin * channels..end * channels].copy_from_slice(&line[at..at + (end - begin) * channels]);
+            }
+        }
+    }
+}
+
+/// Numbers of a block's padded map.
+fn padded(block: &Block) -> usize {
+    let Padding { top, left, bottom, right } = block.padding;
+    (block.inner.height + top + bottom) * (block.inner.width + left + right) * block.inner.channels
+}
+
+/// Cuts rows among the threads, one scratch each.
+fn spread(
+    rows: Range<usize>,
+    row: usize,
+    to: &mut [f32],
+    scratch: &mut [Scratch],
+    work: &(impl Fn(Range<usize>, &mut [f32], &mut Scratch) + Sync),
+) {
+    if rows.is_empty() {
+        return;
+    }
+    let [one] = scratch else {
+        let half = scratch.len() / 2;
+        let middle = rows.start + (rows.len() * half).div_ceil(scratch.len());
+        let (upper, lower) = to.split_at_mut((middle - rows.start) * row);
+        let (left, right) = scratch.split_at_mut(half);
+        rayon::join(
+            || spread(rows.start..middle, row, upper, left, work),
+            || spread(middle..rows.end, row, lower, right, work),
+        );
+        return;
+    };
+    work(rows, to, one);
+}
+
+/// in: `[places, channels]`; out: `[channels]`.
+fn mean(from: &[f32], channels: usize, factor: f32, to: &mut [f32]) {
+    to.fill(0.0);
+    for place in from.chunks_exact(channels) {
+        for (sum, value) in to.iter_mut().zip(place) {
+            *sum += value;
+        }
+    }
+    to.iter_mut().for_each(|sum| *sum *= factor);
+}
+
+/// Planes become pixels.
+fn enter(size: Size, input: &[f32], planes: bool, to: &mut Vec<f32>) {
+    to.resize(size.numbers(), 0.0);
+    if !planes {
+        return to.copy_from_slice(input);
+    }
+    let places = size.height * size.width;
+    for (channel, plane) in input.chunks_exact(places).enumerate() {
+        for (pixel, value) in to.chunks_exact_mut(size.channels).zip(plane) {
+            pixel[channel] = *value;
+        }
+    }
+}
+
+/// Pixels become planes.
+fn leave(size: Size, from: &[f32], planes: bool, out: &mut [f32]) {
+    let places = size.height * size.width;
+    if !planes || places == 1 {
+        return out.copy_from_slice(&from[..size.numbers()]);
+    }
+    for (channel, plane) in out.chunks_exact_mut(places).enumerate() {
+        for (value, pixel) in plane.iter_mut().zip(from.chunks_exact(size.channels)) {
+            *value = pixel[channel];
+        }
+    }
+}

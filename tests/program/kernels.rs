@@ -1,0 +1,61 @@
+//! The kernels against tract on whole networks and real photographs, and how the program is told which to use.
+
+use std::path::PathBuf;
+
+use bloomcast::bundle::Bundle;
+use bloomcast::vision::kernels::Instructions;
+use bloomcast::vision::{Classifier, decode};
+use serde_json::Value;
+
+use super::tools::{bloomcast, json, photographs};
+
+/// How far a probability may lie from tract's.
+const TOLERANCE: f32 = 1e-4;
+
+#[test]
+fn on_every_photograph_the_kernels_say_what_tract_says() {
+    let Some(folder) = photographs("on_every_photograph_the_kernels_say_what_tract_says") else { return };
+    let mut images: Vec<PathBuf> = Vec::new();
+    for class in folder.read_dir().unwrap() {
+        images.extend(class.unwrap().path().read_dir().unwrap().map(|entry| entry.unwrap().path()));
+    }
+    images.sort();
+    let bundle = Bundle::built_in().unwrap();
+    let network = bundle.network(None).unwrap();
+    let classifier = |kernels: Option<Instructions>, threads: usize| {
+        let backbone = bundle.backbone(&network.with_kernels(kernels).with_threads(threads).unwrap()).unwrap();
+        assert_eq!(backbone.kernels(), kernels.map_or("tract", Instructions::name));
+        Classifier::new(&backbone, bundle.skill()).unwrap()
+    };
+    let mut tract = classifier(None, 1);
+    let there = Instructions::ALL.into_iter().filter(|instructions| instructions.are_there());
+    let mut ours: Vec<(String, Classifier)> = there
+        .flat_map(|instructions| [1, 2].map(|threads| (instructions, threads)))
+        .map(|(kernels, threads)| (format!("{kernels:?}, {threads}"), classifier(Some(kernels), threads)))
+        .collect();
+    let mut worst = 0.0_f32;
+    for image in &images {
+        let picture = decode::file(image).unwrap();
+        let expected = tract.classify(&picture).unwrap().0;
+        for (name, classifier) in &mut ours {
+            let found = classifier.classify(&picture).unwrap().0;
+            assert_eq!(found.class(), expected.class(), "{}: {name}", image.display());
+            let apart = |(a, b): (&f32, &f32)| (a - b).abs();
+            let apart = found.probabilities.iter().zip(&expected.probabilities).map(apart).fold(0.0, f32::max);
+            worst = worst.max(apart).max((found.similarity - expected.similarity).abs());
+            assert!(apart <= TOLERANCE, "{}: {name}: {apart}", image.display());
+        }
+    }
+    println!("{} photographs: the same class, at most {worst:.1e} apart", images.len());
+    assert!(worst <= TOLERANCE, "{worst}");
+}
+
+#[test]
+fn the_environment_says_which_kernels() {
+    let kernels = |asked: &str| -> Value {
+        json(bloomcast().args(["bench", "--json", "--runs", "1"]).env("BLOOMCAST_KERNELS", asked))["kernels"].clone()
+    };
+    assert_eq!((kernels("tract"), kernels("plain")), ("tract".into(), "plain".into()));
+    assert_ne!(kernels(""), "tract");
+    assert_eq!(kernels("mmx"), kernels(""), "kernels that are not there are not used");
+}
