@@ -14,7 +14,7 @@ fn stages(c: &mut Criterion) {
     let backbone = Network::built_in().unwrap().features(None).unwrap();
     let mut session = backbone.session().unwrap();
     preprocessor.run(&image, &mut input);
-    let features = session.features(&input).unwrap();
+    let features = session.features(&input).unwrap().to_vec();
     let bundle = Bundle::built_in().unwrap();
     let skill = bundle.skill();
     let mut classifier = bundle.classifier(None).unwrap();
@@ -23,7 +23,7 @@ fn stages(c: &mut Criterion) {
     group.sample_size(30);
     group.bench_function("decode 640×480", |b| b.iter(|| decode::encoded(&jpeg).unwrap()));
     group.bench_function("preprocess 640×480", |b| b.iter(|| preprocessor.run(&image, &mut input)));
-    group.bench_function("backbone", |b| b.iter(|| session.features(&input).unwrap()));
+    group.bench_function("backbone", |b| b.iter(|| session.features(&input).unwrap()[0]));
     group.bench_function("head", |b| b.iter(|| skill.judge(&features)));
     group.bench_function("whole frame", |b| {
         b.iter(|| classifier.classify(&decode::encoded(&jpeg).unwrap()).unwrap());

@@ -57,12 +57,12 @@ pub fn choose(
 /// The largest difference between what both give for one input, as a share of the largest number.
 fn difference(cpu: &Backbone, gpu: &Backbone, input_len: usize) -> Result<f32, BackboneError> {
     let input: Vec<f32> = (0..input_len).map(|i| (i as f32 * 0.37).sin()).collect();
-    let expected = cpu.session()?.features(&input)?;
-    let found = gpu.session()?.features(&input)?;
+    let (mut cpu, mut gpu) = (cpu.session()?, gpu.session()?);
+    let (expected, found) = (cpu.features(&input)?, gpu.features(&input)?);
     let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, v| largest.max(v.abs()));
     // A number that is none differs from all.
     let off = |(a, b): (&f32, &f32)| if b.is_finite() { (a - b).abs() } else { f32::INFINITY };
-    Ok(expected.iter().zip(&found).map(off).fold(0.0, f32::max) / largest)
+    Ok(expected.iter().zip(found).map(off).fold(0.0, f32::max) / largest)
 }
 
 #[cfg(test)]

@@ -213,10 +213,11 @@ impl Extractor<'_> {
         } else {
             preprocessor.run(&self.views.view(pixels, &image.content, view, self.preprocess.size), input);
         }
-        let mut row = session.features(input)?;
-        if let Some(channels) = self.map {
-            row = channels_last(&row, channels);
-        }
+        let row = session.features(input)?;
+        let row = match self.map {
+            Some(channels) => channels_last(row, channels),
+            None => row.to_vec(),
+        };
         Ok(match self.precision {
             Precision::Single => Values::Single(row),
             Precision::Half => Values::Half(row.into_iter().map(f16::from_f32).collect()),

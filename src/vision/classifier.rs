@@ -95,7 +95,7 @@ impl Classifier {
     pub fn classify_with_mirror(&mut self, image: &RgbImage) -> Result<Prediction, BackboneError> {
         let mut features = |image: &RgbImage| {
             self.preprocessor.run(image, &mut self.input);
-            self.session.features(&self.input)
+            Ok::<_, BackboneError>(self.session.features(&self.input)?.to_vec())
         };
         let views = [features(image)?, features(&imageops::flip_horizontal(image))?];
         Ok(self.skill.judge_views(views.iter()))
@@ -108,7 +108,7 @@ impl Classifier {
         let (preprocessed, idle) = (Instant::now(), clock::worked());
         let features = self.session.features(&self.input)?;
         let (extracted, work) = (Instant::now(), clock::worked() - idle);
-        let prediction = self.skill.judge(&features);
+        let prediction = self.skill.judge(features);
         let stages = Stages {
             decode: Duration::ZERO,
             preprocess: preprocessed - started,

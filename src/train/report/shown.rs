@@ -138,7 +138,7 @@ impl<'a> Looker<'a> {
             let (photograph, prediction) = (&measured.photographs[places[n]], &measured.predictions[places[n]]);
             let Ok(pixels) = features::read(&photograph.path) else { return Ok(None) };
             preprocessor.run(&pixels, input);
-            let map = channels_last(&session.features(input)?, self.tail.inputs());
+            let map = channels_last(session.features(input)?, self.tail.inputs());
             let seen = self.seen(&self.tail.activations(&map), argmax(&prediction.probabilities));
             let mut shown = shown(labels, photograph, prediction, &pixels);
             paint(&mut shown.thumbnail, &seen);

@@ -22,7 +22,7 @@ use tract_cuda as _;
 
 pub use anatomy::{Anatomy, LastConv};
 
-use super::kernels::{self, Instructions};
+use super::kernels::{self, Instructions, Taken, Whole};
 use super::preprocess::{Preprocess, TensorLayout};
 use super::tail::Tail;
 
@@ -76,12 +76,20 @@ pub struct Backbone {
     /// Shape of the tensor, without the batch.
     shape: Vec<usize>,
     input: [usize; 4],
-    plan: Arc<dyn Runnable>,
+    plan: Plan,
     kernels: Option<Instructions>,
 }
 
+/// What runs it.
+#[derive(Clone)]
+enum Plan {
+    Tract(Arc<dyn Runnable>),
+    /// Our kernels alone.
+    Kernels(Whole),
+}
+
 struct Loaded {
-    plan: Arc<dyn Runnable>,
+    plan: Plan,
     /// Of the output, without the batch.
     shape: Vec<usize>,
     kernels: Option<Instructions>,
@@ -91,7 +99,13 @@ struct Loaded {
 pub struct Session {
     name: String,
     input: [usize; 4],
-    state: Box<dyn State>,
+    runner: Runner,
+    features: Vec<f32>,
+}
+
+enum Runner {
+    Tract(Box<dyn State>),
+    Kernels(Whole),
 }
 
 impl Network {
@@ -260,10 +274,13 @@ impl Network {
             .with_outputs_by_name([output])?
             .into_typed()?;
         let mut kernels = self.kernels.filter(|_| self.device == Device::Cpu);
-        if let Some(instructions) = kernels
-            && !kernels::replace(&mut model, instructions, self.pool.clone())?
-        {
-            kernels = None;
+        let mut whole = None;
+        if let Some(instructions) = kernels {
+            match kernels::replace(&mut model, instructions, self.pool.clone())? {
+                Taken::Nothing => kernels = None,
+                Taken::Part => {}
+                Taken::Whole(network) => whole = Some(network),
+            }
         }
         let model = model.into_decluttered()?;
         let fact = model.output_fact(0)?.clone();
@@ -277,11 +294,12 @@ impl Network {
                 )));
             }
         };
-        let plan = match self.device {
-            Device::Cpu => DefaultRuntime.prepare(model)?,
-            Device::Cuda => prepare_cuda(model)?,
+        let plan = match (whole, self.device) {
+            (Some(whole), _) => Plan::Kernels(whole),
+            (None, Device::Cpu) => Plan::Tract(Arc::from(DefaultRuntime.prepare(model)?)),
+            (None, Device::Cuda) => Plan::Tract(Arc::from(prepare_cuda(model)?)),
         };
-        Ok(Loaded { plan: Arc::from(plan), shape, kernels })
+        Ok(Loaded { plan, shape, kernels })
     }
 
     fn failed(&self, reason: String) -> BackboneError {
@@ -301,9 +319,12 @@ impl Backbone {
     }
 
     pub fn session(&self) -> Result<Session, BackboneError> {
-        let state =
-            self.plan.spawn().map_err(|e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") })?;
-        Ok(Session { name: self.name.clone(), input: self.input, state })
+        let failed = |e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") };
+        let runner = match &self.plan {
+            Plan::Tract(plan) => Runner::Tract(plan.spawn().map_err(failed)?),
+            Plan::Kernels(whole) => Runner::Kernels(whole.clone()),
+        };
+        Ok(Session { name: self.name.clone(), input: self.input, runner, features: vec![0.0; self.width()] })
     }
 }
 
@@ -337,15 +358,28 @@ fn prepare_cuda(model: TypedModel) -> TractResult<Box<dyn Runnable>> {
 
 impl Session {
     /// in: the input as [`super::Preprocessor::run`] writes it; out: what [`Network`] cut it for, without the batch.
-    pub fn features(&mut self, input: &[f32]) -> Result<Vec<f32>, BackboneError> {
-        self.try_features(input).map_err(|e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") })
+    ///
+    /// # Panics
+    /// Where the input is not as long as [`Network`] has it.
+    pub fn features(&mut self, input: &[f32]) -> Result<&[f32], BackboneError> {
+        assert_eq!(input.len(), self.input.iter().product::<usize>(), "one picture's numbers");
+        match &mut self.runner {
+            Runner::Kernels(whole) => whole.run(input, &mut self.features),
+            Runner::Tract(state) => {
+                let ran = run(state.as_mut(), &self.input, input, &mut self.features);
+                ran.map_err(|e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") })?;
+            }
+        }
+        Ok(&self.features)
     }
+}
 
-    fn try_features(&mut self, input: &[f32]) -> TractResult<Vec<f32>> {
-        let tensor = Tensor::from_shape(&self.input, input)?;
-        let outputs = self.state.run(tvec!(tensor.into()))?;
-        Ok(outputs[0].to_plain_array_view::<f32>()?.iter().copied().collect())
-    }
+fn run(state: &mut dyn State, shape: &[usize; 4], input: &[f32], features: &mut Vec<f32>) -> TractResult<()> {
+    let tensor = Tensor::from_shape(shape, input)?;
+    let outputs = state.run(tvec!(tensor.into()))?;
+    features.clear();
+    features.extend(outputs[0].to_plain_array_view::<f32>()?.iter());
+    Ok(())
 }
 
 /// SHA-256 in hexadecimal, as it stands in manifests.
@@ -390,7 +424,8 @@ mod tests {
     fn features_are_those_of_another_runtime() {
         let backbone = Network::built_in().unwrap().features(None).unwrap();
         assert_eq!(backbone.width(), 1280);
-        let features = backbone.session().unwrap().features(&input()).unwrap();
+        let mut session = backbone.session().unwrap();
+        let features = session.features(&input()).unwrap();
         let expected = [0.0, 4.224136, 3.443482, 0.0, 0.004023, 0.0, 0.033327, 0.0];
         for (i, (got, expected)) in features.iter().zip(expected).enumerate() {
             assert!((got - expected).abs() < 1e-3, "feature {i}: {got}, expected {expected}");
@@ -406,14 +441,15 @@ mod tests {
         let network = Network::built_in().unwrap();
         let trunk = network.trunk().unwrap();
         assert_eq!(trunk.width(), 320 * 7 * 7);
-        let map = channels_last(&trunk.session().unwrap().features(&input()).unwrap(), 320);
+        let map = channels_last(trunk.session().unwrap().features(&input()).unwrap(), 320);
         let own = &network.last_conv().unwrap().tail;
         // Another convolution: one that looks at its channels the other way round, with half the weights.
         let weight: Vec<f32> = own.weight().iter().rev().map(|w| w / 2.0).collect();
         let other = Tail::new(320, weight, own.bias().to_vec()).unwrap();
         for (tail, whole) in [(own, network.features(None)), (&other, network.features(Some(&other)))] {
-            let expected = whole.unwrap().session().unwrap().features(&input()).unwrap();
-            let worst = tail.features(&map).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let mut session = whole.unwrap().session().unwrap();
+            let expected = session.features(&input()).unwrap();
+            let worst = tail.features(&map).iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < 1e-4, "differs by {worst}");
         }
         let narrow = Tail::new(2, vec![0.0; 4], vec![0.0; 2]).unwrap();

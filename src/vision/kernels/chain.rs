@@ -6,7 +6,7 @@ use rayon::ThreadPool;
 
 use super::Instructions;
 use super::depthwise::{self, Depthwise};
-use super::product::{self, Place, Product};
+use super::product::{self, Place, Product, Reach};
 
 /// A map's sides; its numbers lie as `[height, width, channels]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +35,11 @@ pub(super) struct Padding {
     pub right: usize,
 }
 
-/// A convolution of few channels, looked at as a product over patches.
+impl Padding {
+    pub const NONE: Padding = Padding { top: 0, left: 0, bottom: 0, right: 0 };
+}
+
+/// A convolution of few channels, looked at as a product over patches; its input has its padding around it.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct First {
     /// Its inputs are a patch's numbers, `[side, side, channels]`.
@@ -102,12 +106,13 @@ struct Scratch {
     /// Rows before the depthwise convolution, with padding.
     inner: Vec<f32>,
     after: Vec<f32>,
-    patches: Vec<f32>,
 }
 
 /// What a run works in; it grows to its size in the first one.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Workspace {
+    /// The input with zeros around it, which no later map overwrites.
+    picture: Vec<f32>,
     from: Vec<f32>,
     to: Vec<f32>,
     scratch: Vec<Scratch>,
@@ -125,16 +130,29 @@ impl Chain {
         self.stages[self.stages.len() - 1].to
     }
 
+    /// The zeros around the input that the first convolution looks at.
+    fn border(&self) -> Padding {
+        let rows = match &self.stages[0].layer {
+            Layer::Rows { rows, .. } => Some(rows),
+            Layer::Block(block) => block.expand.as_ref(),
+            Layer::Mean { .. } => None,
+        };
+        match rows {
+            Some(Rows::First(first)) => first.padding,
+            _ => Padding::NONE,
+        }
+    }
+
     /// in: one picture as [`Chain::from`] says, or in planes; out: as [`Chain::to`] says, or in planes.
     pub fn run(&self, input: &[f32], out: &mut [f32], work: &mut Workspace, pool: Option<&ThreadPool>) {
         let threads = pool.map_or(1, ThreadPool::current_num_threads);
         work.scratch.resize_with(threads, Scratch::default);
-        let Workspace { from, to, scratch } = work;
-        enter(self.from(), input, self.planes, from);
+        let Workspace { picture, from, to, scratch } = work;
+        enter(self.from(), input, self.planes, self.border(), picture);
         let mut go = || {
-            for stage in &self.stages {
+            for (nth, stage) in self.stages.iter().enumerate() {
                 to.resize(stage.to.numbers(), 0.0);
-                self.stage(stage, from, to, scratch);
+                self.stage(stage, if nth == 0 { picture } else { from }, to, scratch);
                 std::mem::swap(from, to);
             }
         };
@@ -149,9 +167,9 @@ impl Chain {
         match &stage.layer {
             Layer::Rows { rows, residual } => {
                 let residual = residual.then_some(from);
-                spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, scratch| {
+                spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, _| {
                     let place = Place { width: stage.to.width, row: stage.to.row() };
-                    self.rows(rows, stage.from, from, range, residual, to, place, &mut scratch.patches);
+                    self.rows(rows, stage.from, from, range, residual, to, place);
                 });
             }
             Layer::Block(block) => {
@@ -178,24 +196,39 @@ impl Chain {
         residual: Option<&[f32]>,
         to: &mut [f32],
         place: Place,
-        patches: &mut Vec<f32>,
     ) {
         match rows {
             Rows::Product(product) => {
                 let input = &input[range.start * from.row()..range.end * from.row()];
                 let residual = residual.map(|map| &map[range.start * place.width * product.outputs..]);
-                let pixels = range.len() * from.width;
-                self.instructions.product(&mut product::Job { product, input, pixels, residual, out: to, place });
+                let (pixels, reach) = (range.len() * from.width, product.close());
+                self.instructions.product(&mut product::Job {
+                    product,
+                    input,
+                    reach,
+                    pixels,
+                    residual,
+                    out: to,
+                    place,
+                });
             }
             Rows::First(first) => {
-                patches.resize(place.width * first.product.inputs, 0.0);
+                let Padding { left, right, .. } = first.padding;
+                let line = (from.width + left + right) * from.channels;
+                let (product, pixels) = (&first.product, place.width);
+                let reach = Reach { step: first.stride * from.channels, pieces: first.side, apart: line };
                 for (nth, row) in range.enumerate() {
-                    first.patches(from, input, row, patches);
-                    let out = &mut to[nth * place.row..];
-                    let product = &first.product;
-                    let (pixels, input) = (place.width, &patches[..]);
+                    let (input, out) = (&input[row * first.stride * line..], &mut to[nth * place.row..]);
                     let residual = None;
-                    self.instructions.product(&mut product::Job { product, input, pixels, residual, out, place });
+                    self.instructions.product(&mut product::Job {
+                        product,
+                        input,
+                        reach,
+                        pixels,
+                        residual,
+                        out,
+                        place,
+                    });
                 }
             }
         }
@@ -226,14 +259,7 @@ impl Chain {
                 let begin = (need.start - have.start) * line;
                 scratch.inner.copy_within(begin..begin + kept * line, 0);
             }
-            self.inner(
-                block,
-                stage.from,
-                from,
-                need.start + kept..need.end,
-                &mut scratch.inner[kept * line..],
-                &mut scratch.patches,
-            );
+            self.inner(block, stage.from, from, need.start + kept..need.end, &mut scratch.inner[kept * line..]);
             have = need;
             let to = &mut to[(first - range.start) * stage.to.row()..];
             self.behind(block, from, strip, &scratch.inner, &mut scratch.after, to);
@@ -247,8 +273,8 @@ impl Chain {
         let rows = block.inner.height + block.padding.top + block.padding.bottom;
         let mut inner = std::mem::take(&mut scratch[0].inner);
         inner.resize(rows * line, 0.0);
-        spread(0..rows, line, &mut inner[..rows * line], scratch, &|range, inner, scratch| {
-            self.inner(block, stage.from, from, range, inner, &mut scratch.patches);
+        spread(0..rows, line, &mut inner[..rows * line], scratch, &|range, inner, _| {
+            self.inner(block, stage.from, from, range, inner);
         });
         let Depthwise { stride, .. } = block.depthwise;
         spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, scratch| {
@@ -259,15 +285,7 @@ impl Chain {
     }
 
     /// Rows `range` of the padded map that the depthwise convolution looks at.
-    fn inner(
-        &self,
-        block: &Block,
-        size: Size,
-        from: &[f32],
-        range: Range<usize>,
-        inner: &mut [f32],
-        patches: &mut Vec<f32>,
-    ) {
+    fn inner(&self, block: &Block, size: Size, from: &[f32], range: Range<usize>, inner: &mut [f32]) {
         let Padding { top, left, right, .. } = block.padding;
         let channels = block.inner.channels;
         let line = (block.inner.width + left + right) * channels;
@@ -288,7 +306,7 @@ impl Chain {
         let place = Place { width: block.inner.width, row: line };
         let rows = real.start - top..real.end - top;
         match &block.expand {
-            Some(expand) => self.rows(expand, size, from, rows, None, to, place, patches),
+            Some(expand) => self.rows(expand, size, from, rows, None, to, place),
             None => {
                 for (nth, row) in rows.enumerate() {
                     let row = &from[row * size.row()..(row + 1) * size.row()];
@@ -319,33 +337,8 @@ impl Chain {
         depthwise(after);
         let row = width * product.outputs;
         let residual = block.residual.then(|| &from[range.start * row..range.end * row]);
-        let (pixels, place) = (rows * width, Place { width, row });
-        self.instructions.product(&mut product::Job { product, input: after, pixels, residual, out: to, place });
-    }
-}
-
-impl First {
-    /// The patches that a row of the output looks at, one a pixel.
-    fn patches(&self, from: Size, input: &[f32], row: usize, patches: &mut [f32]) {
-        let (side, channels) = (self.side, from.channels);
-        for (pixel, patch) in patches.chunks_exact_mut(side * side * channels).enumerate() {
-            for (down, patch) in patch.chunks_exact_mut(side * channels).enumerate() {
-                let y = (row * self.stride + down).wrapping_sub(self.padding.top);
-                let x = pixel * self.stride;
-                if y >= from.height {
-                    patch.fill(0.0);
-                    continue;
-                }
-                let line = &input[y * from.row()..(y + 1) * from.row()];
-                // Columns of the patch that lie within the picture.
-                let begin = self.padding.left.saturating_sub(x).min(side);
-                let end = (from.width + self.padding.left).saturating_sub(x).min(side);
-                patch[..begin * channels].fill(0.0);
-                patch[end * channels..].fill(0.0);
-                let at = (x + begin - self.padding.left) * channels;
-                patch[begin * channels..end * channels].copy_from_slice(&line[at..at + (end - begin) * channels]);
-            }
-        }
+        let (pixels, reach, place) = (rows * width, product.close(), Place { width, row });
+        self.instructions.product(&mut product::Job { product, input: after, reach, pixels, residual, out: to, place });
     }
 }
 
@@ -391,16 +384,31 @@ fn mean(from: &[f32], channels: usize, factor: f32, to: &mut [f32]) {
     to.iter_mut().for_each(|sum| *sum *= factor);
 }
 
-/// Planes become pixels.
-fn enter(size: Size, input: &[f32], planes: bool, to: &mut Vec<f32>) {
-    to.resize(size.numbers(), 0.0);
-    if !planes {
-        return to.copy_from_slice(input);
-    }
+/// Planes become pixels, with zeros around them.
+fn enter(size: Size, input: &[f32], planes: bool, border: Padding, to: &mut Vec<f32>) {
+    let Padding { top, left, bottom, right } = border;
+    let line = (size.width + left + right) * size.channels;
+    // What lies around stays zero from the first run on.
+    to.resize((size.height + top + bottom) * line, 0.0);
     let places = size.height * size.width;
-    for (channel, plane) in input.chunks_exact(places).enumerate() {
-        for (pixel, value) in to.chunks_exact_mut(size.channels).zip(plane) {
-            pixel[channel] = *value;
+    for (row, line) in to[top * line..].chunks_exact_mut(line).take(size.height).enumerate() {
+        let pixels = &mut line[left * size.channels..][..size.row()];
+        if !planes {
+            pixels.copy_from_slice(&input[row * size.row()..][..size.row()]);
+            continue;
+        }
+        let plane = |channel: usize| &input[channel * places + row * size.width..][..size.width];
+        if size.channels == 3 {
+            let colours = plane(0).iter().zip(plane(1)).zip(plane(2));
+            for (pixel, ((red, green), blue)) in pixels.chunks_exact_mut(3).zip(colours) {
+                pixel.copy_from_slice(&[*red, *green, *blue]);
+            }
+        } else {
+            for channel in 0..size.channels {
+                for (pixel, value) in pixels.chunks_exact_mut(size.channels).zip(plane(channel)) {
+                    pixel[channel] = *value;
+                }
+            }
         }
     }
 }

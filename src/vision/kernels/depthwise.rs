@@ -38,8 +38,8 @@ impl Job<'_> {
     }
 }
 
-/// Pixels that are computed side by side, each in a register.
-const BESIDE: usize = 4;
+/// Pixels that are computed side by side, each in a register. Maps of MobileNet at 224 pixels are multiples of it.
+const BESIDE: usize = 7;
 
 /// Runs a job, vectors of `V` as far as the channels go, the rest one by one.
 ///
@@ -75,9 +75,14 @@ unsafe fn sided<V: Lanes, const SIDE: usize, const STRIDE: usize>(job: &mut Job<
                     some::<V, SIDE, STRIDE, BESIDE>(job, row, x, channel);
                     x += BESIDE;
                 }
-                while x < job.width {
-                    some::<V, SIDE, STRIDE, 1>(job, row, x, channel);
-                    x += 1;
+                match job.width - x {
+                    0 => {}
+                    1 => some::<V, SIDE, STRIDE, 1>(job, row, x, channel),
+                    2 => some::<V, SIDE, STRIDE, 2>(job, row, x, channel),
+                    3 => some::<V, SIDE, STRIDE, 3>(job, row, x, channel),
+                    4 => some::<V, SIDE, STRIDE, 4>(job, row, x, channel),
+                    5 => some::<V, SIDE, STRIDE, 5>(job, row, x, channel),
+                    _ => some::<V, SIDE, STRIDE, 6>(job, row, x, channel),
                 }
             }
         }

@@ -18,21 +18,58 @@ use super::chain::{Block, Chain, First, Layer, Padding, Rows, Size, Stage, Works
 use super::depthwise::Depthwise;
 use super::product::{Clip, Product};
 
-/// Puts our operator in the place of the longest run of layers that it can compute; true where there was one.
+/// What became of a graph.
+pub(in super::super) enum Taken {
+    /// There is nothing in it for us.
+    Nothing,
+    /// Our operator stands in it.
+    Part,
+    /// All of it is ours: nothing is left for tract to run.
+    Whole(Whole),
+}
+
+/// Puts our operator in the place of the longest run of layers that it can compute.
 pub(in super::super) fn replace(
     model: &mut TypedModel,
     instructions: Instructions,
     pool: Option<Arc<ThreadPool>>,
-) -> TractResult<bool> {
-    let Some(found) = Search::new(model, instructions).run()? else { return Ok(false) };
+) -> TractResult<Taken> {
+    let Some(found) = Search::new(model, instructions).run()? else { return Ok(Taken::Nothing) };
     let shape = model.outlet_fact(found.to)?.shape.as_concrete().context("a shape that is known")?.into();
-    let op = Kernels { chain: Arc::new(found.chain), shape, pool };
+    let chain = Arc::new(found.chain);
+    if found.from == model.inputs[0] && only_axes_lie_between(model, found.to, model.outputs[0]) {
+        return Ok(Taken::Whole(Whole { chain, pool, work: Workspace::default() }));
+    }
+    let op = Kernels { chain, shape, pool };
     let mut patch = TypedModelPatch::default();
     let input = patch.tap_model(model, found.from)?;
     let output = patch.wire_node("kernels", op, &[input])?[0];
     patch.shunt_outside(model, found.to, output)?;
     patch.apply(model)?;
-    Ok(true)
+    Ok(Taken::Part)
+}
+
+/// Whether `to` is `from` but for axes of a single place.
+fn only_axes_lie_between(model: &TypedModel, from: OutletId, to: OutletId) -> bool {
+    let node = model.node(to.node);
+    from == to
+        || matches!(node.op_as::<AxisOp>(), Some(AxisOp::Rm(_) | AxisOp::Add(_)))
+            && only_axes_lie_between(model, from, node.inputs[0])
+}
+
+/// A whole network as a chain, and what it works in.
+#[derive(Debug, Clone)]
+pub(in super::super) struct Whole {
+    chain: Arc<Chain>,
+    pool: Option<Arc<ThreadPool>>,
+    work: Workspace,
+}
+
+impl Whole {
+    /// in and out: as the network has it, without the batch. Nothing is allocated from the second call on.
+    pub fn run(&mut self, input: &[f32], out: &mut [f32]) {
+        self.chain.run(input, out, &mut self.work, self.pool.as_deref());
+    }
 }
 
 /// A chain and the wires that it lies between.
@@ -132,6 +169,10 @@ impl<'a> Search<'a> {
             return Ok(());
         }
         let Some(conv) = convolution(self.model, node, op)? else { return Ok(()) };
+        // A product over patches is good for a picture's few channels, and for what enters the run.
+        if conv.side > 1 && !conv.depthwise && !self.pieces.is_empty() {
+            return Ok(());
+        }
         if *self.format.get_or_insert(op.pool_spec.data_format) != op.pool_spec.data_format {
             return Ok(());
         }
@@ -318,7 +359,7 @@ impl<'a> Search<'a> {
     }
 
     fn product(&self, conv: &Convolution) -> Product {
-        Product::new(&conv.weights, &conv.bias, conv.clip, self.instructions.panel())
+        Product::new(&conv.weights, &conv.bias, conv.clip, self.instructions.panels())
     }
 
     fn rows(&self, conv: &Convolution) -> Rows {
@@ -372,7 +413,6 @@ fn convolution(model: &TypedModel, node: &TypedNode, op: &Conv) -> TractResult<O
     let fits = match (depthwise, op.group, side) {
         (true, _, 3 | 5) => matches!(stride, 1 | 2),
         (false, 1, 1) => stride == 1 && padding == Padding { top: 0, left: 0, bottom: 0, right: 0 },
-        // A product over patches is good for few channels only.
         (false, 1, 3 | 5) => inputs <= 4,
         _ => false,
     };

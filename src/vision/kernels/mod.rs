@@ -16,7 +16,7 @@ mod graph;
 mod lanes;
 mod product;
 
-pub(super) use graph::replace;
+pub(super) use graph::{Taken, Whole, replace};
 
 use std::sync::OnceLock;
 
@@ -57,13 +57,15 @@ impl Instructions {
         }
     }
 
-    /// Outputs in a panel of a [`product::Product`].
-    fn panel(self) -> usize {
-        match self {
-            Instructions::Avx512 => 32,
-            Instructions::Avx2 | Instructions::Neon => 16,
-            Instructions::Plain => 8,
-        }
+    /// The panels that a [`product::Product`] is packed in.
+    fn panels(self) -> product::Panels {
+        let (lanes, vectors) = match self {
+            Instructions::Avx512 => (16, 2),
+            Instructions::Avx2 => (8, 2),
+            Instructions::Neon => (4, 4),
+            Instructions::Plain => (4, 2),
+        };
+        product::Panels { lanes, vectors }
     }
 
     fn product(self, job: &mut product::Job<'_>) {
@@ -103,7 +105,7 @@ impl Instructions {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 unsafe fn product_avx512(job: &mut product::Job<'_>) {
-    unsafe { product::run::<std::arch::x86_64::__m512, 12, 2>(job) }
+    unsafe { product::run::<std::arch::x86_64::__m512, 14, 2>(job) }
 }
 
 // SAFETY: the same.

@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Times ONNX Runtime, LiteRT and bloomcast on the same network, one after the other, round after round. `make peers` runs it.
+
+The backbone alone (a picture's numbers in, features out), and a whole frame (a JPEG of 640×480 in memory in, probabilities out; for the
+others with OpenCV's decoding and resizing, as their users do it). Prints each one's median and spread, and our time as a share of the
+better of the two, of each round.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnxruntime
+from ai_edge_litert.interpreter import Interpreter
+
+import tflite_model
+
+HOUSE = Path(__file__).resolve().parents[2]
+NETWORK = HOUSE / "models" / "mobilenet_v2_1.0_224.onnx"
+PROGRAM = HOUSE / "target" / "release" / "bloomcast"
+
+
+def onnx_runtime(threads):
+    """Give a function from an input `[1, 3, 224, 224]` to features."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(str(NETWORK), options, providers=["CPUExecutionProvider"])
+    return lambda image: session.run(["features"], {"image": image})[0]
+
+
+def lite_rt(threads, model):
+    """Give the same for LiteRT; it looks at `[1, 224, 224, 3]`."""
+    interpreter = Interpreter(model_content=model, num_threads=threads)
+    interpreter.allocate_tensors()
+    source, features = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+
+    def run(image):
+        interpreter.set_tensor(source, image)
+        interpreter.invoke()
+        return interpreter.get_tensor(features)
+
+    return run
+
+
+def timed(work, runs):
+    """Give the median time of a call, in milliseconds."""
+    for _ in range(5):
+        work()
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times)
+
+
+def ours(threads, runs, jpeg):
+    """Give bloomcast's own medians: the backbone, the whole frame."""
+    command = [PROGRAM, "bench", "--json", "--threads", str(threads), "--runs", str(runs), "--image", jpeg]
+    report = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    stages = report["stages"]
+    return stages["backbone"]["median_ms"], stages["frame"]["median_ms"], report["kernels"]
+
+
+def spread(values):
+    """Write a median with its smallest and largest."""
+    return f"{statistics.median(values):6.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+def main():
+    """Time all, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    arguments = parser.parse_args()
+
+    model = tflite_model.build(NETWORK, "features")
+    rng = np.random.default_rng(7)
+    picture = cv2.GaussianBlur(rng.integers(0, 256, (480, 640, 3), np.uint8), (0, 0), 4)
+    jpeg = HOUSE / "target" / "peers.jpg"
+    cv2.imwrite(str(jpeg), picture, [cv2.IMWRITE_JPEG_QUALITY, 90])
+    encoded = np.fromfile(jpeg, np.uint8)
+    weight = rng.standard_normal((5, 1280), np.float32)
+
+    def frame(run, planes):
+        image = cv2.cvtColor(cv2.imdecode(encoded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        image = cv2.resize(image, (224, 224), interpolation=cv2.INTER_LINEAR).astype(np.float32) / 127.5 - 1
+        image = np.ascontiguousarray(image.transpose(2, 0, 1)) if planes else image
+        logits = weight @ run(image[None])[0]
+        exponents = np.exp(logits - logits.max())
+        return exponents / exponents.sum()
+
+    image = rng.uniform(-1, 1, (1, 3, 224, 224)).astype(np.float32)
+    last = np.ascontiguousarray(image.transpose(0, 2, 3, 1))
+    apart = np.abs(onnx_runtime(1)(image) - lite_rt(1, model)(last)).max()
+    if apart > 1e-3:
+        sys.exit(f"the two models differ by {apart}")
+
+    for threads in arguments.threads:
+        ort, lite = onnx_runtime(threads), lite_rt(threads, model)
+        backbone, whole = {"ort": [], "litert": [], "ours": []}, {"ort": [], "litert": [], "ours": []}
+        for _ in range(arguments.rounds):
+            backbone["ort"].append(timed(lambda: ort(image), arguments.runs))
+            backbone["litert"].append(timed(lambda: lite(last), arguments.runs))
+            features, all_of_it, kernels = ours(threads, arguments.runs, jpeg)
+            backbone["ours"].append(features)
+            whole["ours"].append(all_of_it)
+            whole["ort"].append(timed(lambda: frame(ort, True), arguments.runs))
+            whole["litert"].append(timed(lambda: frame(lite, False), arguments.runs))
+        for title, times in (("backbone", backbone), ("frame", whole)):
+            rows = zip(times["ours"], times["ort"], times["litert"])
+            ratios = [mine / min(a, b) for mine, a, b in rows]
+            print(
+                f"{threads} thread{'s' if threads > 1 else ' '} {title:8}  ONNX Runtime {spread(times['ort'])}  LiteRT {spread(times['litert'])}"
+                f"  bloomcast {spread(times['ours'])} ms ({kernels})  ours/better {spread(ratios)}"
+            )
+
+
+main()
