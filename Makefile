@@ -14,7 +14,7 @@ install = missing=; for package in $(1); do \
 	[ -z "$$missing" ] || { echo "installing$$missing"; $(SUDO) apt-get update -qq && \
 	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; }
 
-.PHONY: all setup build demo test lint licences doc fuzz deb deb-arm64 deb-armhf deb-check arm64 armhf arm64-smoke vm-test bench model \
+.PHONY: all setup build demo test lint licences doc fuzz deb deb-arm64 deb-armhf deb-check arm64 armhf arm64-smoke vm-test bench peers model \
   backbones backbones-keras clean
 
 all: build
@@ -114,6 +114,12 @@ vm-test: build deb-arm64
 
 bench: setup
 	$(CARGO) bench --locked
+
+# Times ONNX Runtime, LiteRT and bloomcast on the same network, in turns; they are installed into target/peers.
+peers: build
+	@[ -x target/peers/bin/python ] || { $(PYTHON) -m venv target/peers && \
+	  target/peers/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements.txt; }
+	target/peers/bin/python benches/peers/run.py
 
 # Trains the model inside the program anew: the best recipe.
 model: build

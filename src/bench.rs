@@ -30,6 +30,8 @@ pub struct Report {
     /// What runs the backbone's layers.
     pub kernels: &'static str,
     pub stages: StageReport,
+    /// The backbone again and again, with nothing in between.
+    pub backbone_alone: Figures,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -93,7 +95,9 @@ impl fmt::Display for StageReport {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} frames, threads: {}, kernels: {}\n", self.stages.frame.runs, self.threads, self.kernels)?;
-        self.stages.fmt(f)
+        self.stages.fmt(f)?;
+        let Figures { median_ms, p99_ms, .. } = self.backbone_alone;
+        writeln!(f, "\nthe backbone alone, again and again: {median_ms:.3} ms, p99 {p99_ms:.3} ms")
     }
 }
 
@@ -132,7 +136,9 @@ impl Bench {
                 frames.push(Stages { decode, ..stages });
             }
         }
-        Ok(Report { threads: self.threads, kernels: self.kernels, stages: StageReport::of(&frames) })
+        let alone = (0..runs.max(1)).map(|_| self.classifier.backbone_alone()).collect::<Result<_, _>>()?;
+        let (stages, backbone_alone) = (StageReport::of(&frames), Figures::of(alone));
+        Ok(Report { threads: self.threads, kernels: self.kernels, stages, backbone_alone })
     }
 }
 

@@ -120,6 +120,15 @@ impl Classifier {
     }
 }
 
+impl Classifier {
+    /// How long the backbone takes for the last picture once more, with nothing between two runs of it.
+    pub fn backbone_alone(&mut self) -> Result<Duration, BackboneError> {
+        let began = Instant::now();
+        self.session.features(&self.input)?;
+        Ok(began.elapsed())
+    }
+}
+
 impl Skill {
     /// in: `[width]`, one picture's features.
     pub fn judge(&self, features: &[f32]) -> Prediction {

@@ -7,6 +7,8 @@
 /// for them. Pointers must be good for [`Lanes::N`] numbers.
 pub(super) unsafe trait Lanes: Copy {
     const N: usize;
+    /// Half as many numbers; the same where there is no such type.
+    type Half: Lanes;
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
@@ -26,6 +28,7 @@ mod x86 {
     // SAFETY: each call is one instruction of AVX-512F, which the caller vouches for.
     unsafe impl Lanes for __m512 {
         const N: usize = 16;
+        type Half = __m256;
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             unsafe { _mm512_set1_ps(value) }
@@ -55,6 +58,7 @@ mod x86 {
     // SAFETY: each call is one instruction of AVX or FMA, which the caller vouches for.
     unsafe impl Lanes for __m256 {
         const N: usize = 8;
+        type Half = Self;
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             unsafe { _mm256_set1_ps(value) }
@@ -91,6 +95,7 @@ mod arm {
     // SAFETY: each call is one instruction of NEON, which every aarch64 has.
     unsafe impl Lanes for float32x4_t {
         const N: usize = 4;
+        type Half = Self;
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             unsafe { vdupq_n_f32(value) }
@@ -125,6 +130,7 @@ pub(super) struct Plain([f32; 4]);
 // SAFETY: plain arithmetic; the pointers are good for four numbers by the trait's contract.
 unsafe impl Lanes for Plain {
     const N: usize = 4;
+    type Half = Self;
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         Plain([value; 4])
@@ -154,6 +160,7 @@ unsafe impl Lanes for Plain {
 // SAFETY: plain arithmetic on one number.
 unsafe impl Lanes for f32 {
     const N: usize = 1;
+    type Half = Self;
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         value

@@ -47,7 +47,11 @@ impl Instructions {
     pub fn are_there(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512 => is_x86_feature_detected!("avx512f"),
+            Instructions::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("fma")
+            }
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
             Instructions::Neon => cfg!(target_arch = "aarch64"),
@@ -59,13 +63,13 @@ impl Instructions {
 
     /// The panels that a [`product::Product`] is packed in.
     fn panels(self) -> product::Panels {
-        let (lanes, vectors) = match self {
-            Instructions::Avx512 => (16, 2),
-            Instructions::Avx2 => (8, 2),
-            Instructions::Neon => (4, 4),
-            Instructions::Plain => (4, 2),
+        let (lanes, vectors, halves) = match self {
+            Instructions::Avx512 => (16, 2, true),
+            Instructions::Avx2 => (8, 2, false),
+            Instructions::Neon => (4, 4, false),
+            Instructions::Plain => (4, 2, false),
         };
-        product::Panels { lanes, vectors }
+        product::Panels { lanes, vectors, halves }
     }
 
     fn product(self, job: &mut product::Job<'_>) {
@@ -103,7 +107,7 @@ impl Instructions {
 
 // SAFETY: only called where the processor has the instructions.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
 unsafe fn product_avx512(job: &mut product::Job<'_>) {
     unsafe { product::run::<std::arch::x86_64::__m512, 14, 2>(job) }
 }
@@ -117,7 +121,7 @@ unsafe fn product_avx2(job: &mut product::Job<'_>) {
 
 // SAFETY: the same.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
 unsafe fn depthwise_avx512(job: &mut depthwise::Job<'_>) {
     unsafe { depthwise::run::<std::arch::x86_64::__m512>(job) }
 }

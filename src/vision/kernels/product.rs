@@ -35,6 +35,17 @@ pub(super) struct Panels {
     /// Numbers in a vector, and vectors in a panel: 2 or 4.
     pub lanes: usize,
     pub vectors: usize,
+    /// There are vectors half as long, and a panel may be three of them.
+    pub halves: bool,
+}
+
+/// How a panel is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    One,
+    Two,
+    ThreeHalves,
+    All,
 }
 
 impl Panels {
@@ -42,9 +53,24 @@ impl Panels {
         self.lanes * self.vectors
     }
 
-    /// Vectors of a panel that has so many outputs: 1, 2 or 4.
-    fn vectors_for(self, outputs: usize) -> usize {
-        outputs.div_ceil(self.lanes).next_power_of_two().min(self.vectors)
+    /// The narrowest panel for so many outputs.
+    fn shape(self, outputs: usize) -> Shape {
+        let halves = (2 * outputs).div_ceil(self.lanes);
+        match halves {
+            0..=2 => Shape::One,
+            3 if self.halves => Shape::ThreeHalves,
+            3 | 4 => Shape::Two,
+            _ => Shape::All,
+        }
+    }
+
+    fn wide_for(self, outputs: usize) -> usize {
+        match self.shape(outputs) {
+            Shape::One => self.lanes,
+            Shape::Two => 2 * self.lanes,
+            Shape::ThreeHalves => 3 * self.lanes / 2,
+            Shape::All => self.wide(),
+        }
     }
 }
 
@@ -72,7 +98,7 @@ impl Product {
         let wide = panels.wide();
         let (mut packed, mut padded) = (Vec::new(), Vec::new());
         for (rows, bias) in weights.chunks(wide * inputs).zip(bias.chunks(wide)) {
-            let wide = panels.lanes * panels.vectors_for(bias.len());
+            let wide = panels.wide_for(bias.len());
             let begin = packed.len();
             packed.resize(begin + inputs * wide, 0.0);
             for (output, row) in rows.chunks_exact(inputs).enumerate() {
@@ -115,7 +141,7 @@ impl Job<'_> {
         assert!(self.place.row >= self.place.width * outputs, "rows do not overlap");
         assert!(self.residual.is_none_or(|residual| residual.len() >= self.pixels * outputs), "so does the residual");
         let behind = outputs % panels.wide();
-        let padded = outputs - behind + if behind > 0 { panels.lanes * panels.vectors_for(behind) } else { 0 };
+        let padded = outputs - behind + if behind > 0 { panels.wide_for(behind) } else { 0 };
         assert!(self.product.weights.len() == padded * inputs && self.product.bias.len() == padded, "all is packed");
     }
 }
@@ -138,16 +164,17 @@ const LANES_MAX: usize = 16;
 #[inline(always)]
 pub(super) unsafe fn run<V: Lanes, const ROWS: usize, const VECTORS: usize>(job: &mut Job<'_>) {
     job.check();
-    let panels = Panels { lanes: V::N, vectors: VECTORS };
+    let panels = Panels { lanes: V::N, vectors: VECTORS, halves: V::Half::N < V::N };
     assert_eq!(job.product.panels, panels, "packed for these instructions");
     for first in (0..job.product.outputs).step_by(panels.wide()) {
         let valid = (job.product.outputs - first).min(panels.wide());
         // SAFETY: `check` has held; the instructions are the caller's promise.
         unsafe {
-            match panels.vectors_for(valid) {
-                1 => panel::<V, ROWS, 1>(job, first),
-                2 => panel::<V, ROWS, 2>(job, first),
-                _ => panel::<V, ROWS, VECTORS>(job, first),
+            match panels.shape(valid) {
+                Shape::One => panel::<V, ROWS, 1>(job, first),
+                Shape::Two => panel::<V, ROWS, 2>(job, first),
+                Shape::ThreeHalves => panel::<V::Half, 7, 3>(job, first),
+                Shape::All => panel::<V, ROWS, VECTORS>(job, first),
             }
         }
     }
@@ -175,13 +202,13 @@ unsafe fn panel<V: Lanes, const ROWS: usize, const VECTORS: usize>(job: &mut Job
                 5 => one::<V, 5, VECTORS>(job, first, pixel),
                 6 => one::<V, 6, VECTORS>(job, first, pixel),
                 7 if ROWS > 6 => one::<V, 7, VECTORS>(job, first, pixel),
-                8 if ROWS > 6 => one::<V, 8, VECTORS>(job, first, pixel),
-                9 if ROWS > 6 => one::<V, 9, VECTORS>(job, first, pixel),
-                10 if ROWS > 6 => one::<V, 10, VECTORS>(job, first, pixel),
-                11 if ROWS > 6 => one::<V, 11, VECTORS>(job, first, pixel),
-                12 if ROWS > 6 => one::<V, 12, VECTORS>(job, first, pixel),
-                13 if ROWS > 6 => one::<V, 13, VECTORS>(job, first, pixel),
-                14 if ROWS > 6 => one::<V, 14, VECTORS>(job, first, pixel),
+                8 if ROWS > 7 => one::<V, 8, VECTORS>(job, first, pixel),
+                9 if ROWS > 7 => one::<V, 9, VECTORS>(job, first, pixel),
+                10 if ROWS > 7 => one::<V, 10, VECTORS>(job, first, pixel),
+                11 if ROWS > 7 => one::<V, 11, VECTORS>(job, first, pixel),
+                12 if ROWS > 7 => one::<V, 12, VECTORS>(job, first, pixel),
+                13 if ROWS > 7 => one::<V, 13, VECTORS>(job, first, pixel),
+                14 if ROWS > 7 => one::<V, 14, VECTORS>(job, first, pixel),
                 _ => unreachable!("a tile has 1 to {ROWS} pixels"),
             }
         }
