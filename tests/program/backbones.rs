@@ -8,7 +8,7 @@ use super::tools::{bloomcast, failure, json, of_class, output, photographs};
 use super::workstation::dataset;
 
 /// A network that `make backbones` made; says that the test is skipped where it is not there.
-fn network(test: &str, file: &str) -> Option<PathBuf> {
+pub fn network(test: &str, file: &str) -> Option<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/backbones").join(file);
     if path.is_file() {
         return Some(path);

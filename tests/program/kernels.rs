@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use bloomcast::bundle::Bundle;
 use bloomcast::vision::kernels::Instructions;
-use bloomcast::vision::{Classifier, decode};
+use bloomcast::vision::preprocess::TensorLayout;
+use bloomcast::vision::{Classifier, Network, Preprocess, decode};
 use serde_json::Value;
 
+use super::backbones::network;
 use super::tools::{bloomcast, json, photographs};
 
 /// How far a probability may lie from tract's.
@@ -48,6 +50,35 @@ fn on_every_photograph_the_kernels_say_what_tract_says() {
     }
     println!("{} photographs: the same class, at most {worst:.1e} apart", images.len());
     assert!(worst <= TOLERANCE, "{worst}");
+}
+
+#[test]
+fn other_networks_profit_where_they_have_the_pattern_and_run_as_before_where_not() {
+    let test = "other_networks_profit_where_they_have_the_pattern_and_run_as_before_where_not";
+    let cases = [
+        ("efficientnet_lite0.onnx", TensorLayout::Nchw, true),
+        ("efficientnet_lite0_channels_last.onnx", TensorLayout::Nhwc, true),
+        ("light_resnet50.onnx", TensorLayout::Nchw, false),
+    ];
+    for (file, layout, has_it) in cases {
+        let Some(path) = network(&format!("{test} ({file})"), file) else { continue };
+        let preprocess = Preprocess { layout, ..Preprocess::mobilenet_v2() };
+        let network = Network::from_file(&path, &preprocess, None).unwrap();
+        let input: Vec<f32> = (0..preprocess.input_len()).map(|at| (at as f32 * 0.37).sin()).collect();
+        let features = |kernels: Option<Instructions>| {
+            let backbone = network.with_kernels(kernels).features(None).unwrap();
+            let ours = backbone.kernels() != "tract";
+            (backbone.session().unwrap().features(&input).unwrap().to_vec(), ours)
+        };
+        let (expected, _) = features(None);
+        let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, value| largest.max(value.abs()));
+        for instructions in Instructions::ALL.into_iter().filter(|instructions| instructions.are_there()) {
+            let (found, ours) = features(Some(instructions));
+            assert_eq!(ours, has_it, "{file}: {instructions:?}");
+            let apart = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
+            assert!(apart <= TOLERANCE, "{file}: {instructions:?}: {apart}");
+        }
+    }
 }
 
 #[test]
