@@ -1,4 +1,4 @@
-//! USB and other V4L2 cameras, through nokhwa; the only file that names it. Those that it cannot open are in [`super::unlisted`].
+//! USB and other V4L2 cameras, through nokhwa; the only file that names it. Those that it cannot open are in `unlisted`.
 //!
 //! Capture runs on a thread of its own, since a read of a camera that has stalled never comes back by
 //! itself: nokhwa sets no time limit. A signal to that thread breaks the read off, and the device is let

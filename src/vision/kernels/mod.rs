@@ -1,8 +1,8 @@
 //! MobileNet's pieces, faster than tract has them: what a frame spends its time in.
 //!
 //! tract loads the network and runs all else. Where its graph holds a run of 1×1, depthwise and first convolutions, clips, residuals
-//! and a mean over all places, one operator of ours takes their place ([`graph`]): channels last, weights packed once, a block of
-//! expansion, depthwise and projection computed on strips of rows that stay in the second-level cache ([`chain`]).
+//! and a mean over all places, one operator of ours takes their place (`graph`): channels last, weights packed once, a block of
+//! expansion, depthwise and projection computed on strips of rows that stay in the second-level cache (`chain`).
 //! `BLOOMCAST_KERNELS=tract` leaves all to tract, `=plain`, `avx2`, `avx512`, `neon` asks for one set of instructions.
 
 #![expect(
