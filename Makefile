@@ -73,9 +73,9 @@ deb: build
 	systemd/check-package target/debian/bloomcast_*_$$(dpkg --print-architecture).deb
 
 # The same, with Debian's own checks besides.
-deb-check: deb
+deb-check:
 	@$(call install,lintian)
-	systemd/check-package target/debian/bloomcast_*_$$(dpkg --print-architecture).deb
+	$(MAKE) deb
 
 deb-arm64 deb-armhf: deb-%: build %
 	@$(CARGO_DEB)
