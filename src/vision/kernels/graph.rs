@@ -28,12 +28,16 @@ pub(in super::super) enum Taken {
     Whole(Whole),
 }
 
-/// Puts our operator in the place of the longest run of layers that it can compute.
+/// Puts our operator in the place of the longest run of layers that it can compute; in none's where the processor lacks the
+/// instructions.
 pub(in super::super) fn replace(
     model: &mut TypedModel,
     instructions: Instructions,
     pool: Option<Arc<ThreadPool>>,
 ) -> TractResult<Taken> {
+    if !instructions.are_there() {
+        return Ok(Taken::Nothing);
+    }
     let Some(found) = Search::new(model, instructions).run()? else { return Ok(Taken::Nothing) };
     let shape = model.outlet_fact(found.to)?.shape.as_concrete().context("a shape that is known")?.into();
     let chain = Arc::new(found.chain);
@@ -445,8 +449,13 @@ fn convolution(model: &TypedModel, node: &TypedNode, op: &Conv) -> TractResult<O
     Ok(Some(Convolution { weights, bias, depthwise, side, stride, padding, clip: Clip::NONE }))
 }
 
-/// A wire's numbers, where they are known before anything runs.
+/// A wire's numbers, where they are f32 and known before anything runs.
 fn constant(model: &TypedModel, wire: OutletId) -> TractResult<Option<Arc<Tensor>>> {
+    Ok(known(model, wire)?.filter(|tensor| tensor.datum_type() == f32::datum_type()))
+}
+
+/// What a wire is, where that is known before anything runs.
+fn known(model: &TypedModel, wire: OutletId) -> TractResult<Option<Arc<Tensor>>> {
     if let Some(known) = &model.outlet_fact(wire)?.konst {
         return Ok(Some(known.clone()));
     }
@@ -455,7 +464,7 @@ fn constant(model: &TypedModel, wire: OutletId) -> TractResult<Option<Arc<Tensor
         return Ok(Some(constant.val().clone()));
     }
     match node.op_as::<Cast>() {
-        Some(cast) => constant(model, node.inputs[0])?
+        Some(cast) => known(model, node.inputs[0])?
             .map(|tensor| Ok(tensor.cast_to_dt(cast.to)?.into_owned().into_arc_tensor()))
             .transpose(),
         None => Ok(None),

@@ -74,7 +74,7 @@ impl Instructions {
 
     fn product(self, job: &mut product::Job<'_>) {
         debug_assert!(self.are_there());
-        // SAFETY: a set of instructions is only made where the processor has it (`chosen`, and `are_there` in the tests).
+        // SAFETY: a chain is only made where the processor has its instructions (`graph::replace`).
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]

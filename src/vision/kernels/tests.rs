@@ -243,3 +243,13 @@ fn what_has_no_depthwise_convolution_is_left_to_tract() {
     dilated.model.select_output_outlets(&[dilated.at]).unwrap();
     assert!(matches!(replace(&mut dilated.model, Instructions::Plain, None).unwrap(), Taken::Nothing));
 }
+
+#[test]
+fn numbers_that_are_no_f32_are_left_to_tract() {
+    let mut built = Built::new(DataFormat::NCHW, 8, 8, 16).deep(3, 1, AROUND).relu6();
+    let whole = built.model.add_const("whole", Tensor::from_shape(&[1], &[2_i64]).unwrap()).unwrap();
+    let counted = built.model.add_source("count", i64::fact([1])).unwrap();
+    let sum = built.model.wire_node("sum", math::max(), &[counted, whole]).unwrap()[0];
+    built.model.select_output_outlets(&[built.at, sum]).unwrap();
+    assert!(matches!(replace(&mut built.model, Instructions::Plain, None).unwrap(), Taken::Whole(_) | Taken::Part));
+}
