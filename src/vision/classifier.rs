@@ -118,9 +118,7 @@ impl Classifier {
         };
         Ok((prediction, stages))
     }
-}
 
-impl Classifier {
     /// How long the backbone takes for the last picture once more, with nothing between two runs of it.
     pub fn backbone_alone(&mut self) -> Result<Duration, BackboneError> {
         let began = Instant::now();

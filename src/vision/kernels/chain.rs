@@ -121,6 +121,30 @@ pub(super) struct Workspace {
 /// Numbers that a strip's rows may take: they stay in a second-level cache of half a megabyte.
 const STRIP: usize = 96 << 10;
 
+impl Block {
+    /// Pixels in a row of the padded map that the depthwise convolution looks at, and numbers.
+    fn across(&self) -> usize {
+        self.inner.width + self.padding.left + self.padding.right
+    }
+
+    fn line(&self) -> usize {
+        self.across() * self.inner.channels
+    }
+
+    /// Its rows.
+    fn down(&self) -> usize {
+        self.inner.height + self.padding.top + self.padding.bottom
+    }
+}
+
+/// So many numbers of a buffer, which grows where it is too small; what stands in them is of no account.
+fn room(buffer: &mut Vec<f32>, numbers: usize) -> &mut [f32] {
+    if buffer.len() < numbers {
+        buffer.resize(numbers, 0.0);
+    }
+    &mut buffer[..numbers]
+}
+
 impl Chain {
     pub fn from(&self) -> Size {
         self.stages[0].from
@@ -151,8 +175,8 @@ impl Chain {
         enter(self.from(), input, self.planes, self.border(), picture);
         let mut go = || {
             for (nth, stage) in self.stages.iter().enumerate() {
-                to.resize(stage.to.numbers(), 0.0);
-                self.stage(stage, if nth == 0 { picture } else { from }, to, scratch);
+                let input = if nth == 0 { &picture[..] } else { &from[..stage.from.numbers()] };
+                self.stage(stage, input, room(to, stage.to.numbers()), scratch);
                 std::mem::swap(from, to);
             }
         };
@@ -173,7 +197,7 @@ impl Chain {
                 });
             }
             Layer::Block(block) => {
-                if padded(block) + block.after.numbers() <= STRIP {
+                if block.down() * block.line() + block.after.numbers() <= STRIP {
                     self.whole(block, stage, from, to, scratch);
                 } else {
                     spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, scratch| {
@@ -245,10 +269,9 @@ impl Chain {
         scratch: &mut Scratch,
     ) {
         let Depthwise { side, stride, .. } = block.depthwise;
-        let across = block.inner.width + block.padding.left + block.padding.right;
-        let line = across * block.inner.channels;
+        let line = block.line();
         let rows = (STRIP / (stride * line + block.after.row())).max(1);
-        scratch.inner.resize(((rows - 1) * stride + side) * line, 0.0);
+        let inner = room(&mut scratch.inner, ((rows - 1) * stride + side) * line);
         let mut have = 0..0_usize;
         for first in range.clone().step_by(rows) {
             let strip = first..(first + rows).min(range.end);
@@ -257,23 +280,21 @@ impl Chain {
             let kept = have.end.saturating_sub(need.start).min(have.len());
             if kept > 0 {
                 let begin = (need.start - have.start) * line;
-                scratch.inner.copy_within(begin..begin + kept * line, 0);
+                inner.copy_within(begin..begin + kept * line, 0);
             }
-            self.inner(block, stage.from, from, need.start + kept..need.end, &mut scratch.inner[kept * line..]);
+            self.inner(block, stage.from, from, need.start + kept..need.end, &mut inner[kept * line..]);
             have = need;
             let to = &mut to[(first - range.start) * stage.to.row()..];
-            self.behind(block, from, strip, &scratch.inner, &mut scratch.after, to);
+            self.behind(block, from, strip, inner, &mut scratch.after, to);
         }
     }
 
     /// A block whose maps all stay in the cache, layer after layer: no thread computes a row twice.
     fn whole(&self, block: &Block, stage: &Stage, from: &[f32], to: &mut [f32], scratch: &mut [Scratch]) {
-        let across = block.inner.width + block.padding.left + block.padding.right;
-        let line = across * block.inner.channels;
-        let rows = block.inner.height + block.padding.top + block.padding.bottom;
-        let mut inner = std::mem::take(&mut scratch[0].inner);
-        inner.resize(rows * line, 0.0);
-        spread(0..rows, line, &mut inner[..rows * line], scratch, &|range, inner, _| {
+        let (line, rows) = (block.line(), block.down());
+        let mut buffer = std::mem::take(&mut scratch[0].inner);
+        let inner = room(&mut buffer, rows * line);
+        spread(0..rows, line, inner, scratch, &|range, inner, _| {
             self.inner(block, stage.from, from, range, inner);
         });
         let Depthwise { stride, .. } = block.depthwise;
@@ -281,14 +302,14 @@ impl Chain {
             let inner = &inner[range.start * stride * line..];
             self.behind(block, from, range, inner, &mut scratch.after, to);
         });
-        scratch[0].inner = inner;
+        scratch[0].inner = buffer;
     }
 
     /// Rows `range` of the padded map that the depthwise convolution looks at.
     fn inner(&self, block: &Block, size: Size, from: &[f32], range: Range<usize>, inner: &mut [f32]) {
         let Padding { top, left, right, .. } = block.padding;
         let channels = block.inner.channels;
-        let line = (block.inner.width + left + right) * channels;
+        let line = block.line();
         let real = range.start.max(top)..range.end.min(top + block.inner.height);
         for (row, line) in range.clone().zip(inner.chunks_exact_mut(line)) {
             if real.contains(&row) {
@@ -326,26 +347,19 @@ impl Chain {
         after: &mut Vec<f32>,
         to: &mut [f32],
     ) {
-        let across = block.inner.width + block.padding.left + block.padding.right;
-        let (rows, width) = (range.len(), block.after.width);
+        let (across, rows, width) = (block.across(), range.len(), block.after.width);
         let depthwise = |out: &mut [f32]| {
             let depthwise = &block.depthwise;
             self.instructions.depthwise(&mut depthwise::Job { depthwise, input: inner, across, rows, width, out });
         };
         let Some(product) = &block.project else { return depthwise(to) };
-        after.resize(rows * block.after.row(), 0.0);
+        let after = room(after, rows * block.after.row());
         depthwise(after);
         let row = width * product.outputs;
         let residual = block.residual.then(|| &from[range.start * row..range.end * row]);
         let (pixels, reach, place) = (rows * width, product.close(), Place { width, row });
         self.instructions.product(&mut product::Job { product, input: after, reach, pixels, residual, out: to, place });
     }
-}
-
-/// Numbers of a block's padded map.
-fn padded(block: &Block) -> usize {
-    let Padding { top, left, bottom, right } = block.padding;
-    (block.inner.height + top + bottom) * (block.inner.width + left + right) * block.inner.channels
 }
 
 /// Cuts rows among the threads, one scratch each.
