@@ -62,6 +62,7 @@ pub(super) struct Block {
     pub expand: Option<Rows>,
     pub depthwise: Depthwise,
     pub padding: Padding,
+    /// Its inputs are whole planes, zeros behind the last channel; those of the expansion's outputs too.
     pub project: Option<Product>,
     /// The input is added to the projection.
     pub residual: bool,
@@ -121,14 +122,21 @@ pub(super) struct Workspace {
 /// Numbers that a strip's rows may take: they stay in a second-level cache of half a megabyte.
 const STRIP: usize = 96 << 10;
 
+/// Between a block's expansion and its projection a map lies in planes of as many channels as a vector holds, `lanes`; before the
+/// depthwise convolution with its padding, `[rows, planes, across, lanes]`, behind it `[planes, rows, width, lanes]`.
 impl Block {
     /// Pixels in a row of the padded map that the depthwise convolution looks at, and numbers.
     fn across(&self) -> usize {
         self.inner.width + self.padding.left + self.padding.right
     }
 
-    fn line(&self) -> usize {
-        self.across() * self.inner.channels
+    fn line(&self, lanes: usize) -> usize {
+        self.across() * self.depthwise.planes * lanes
+    }
+
+    /// Numbers in a row behind the depthwise convolution.
+    fn row(&self, lanes: usize) -> usize {
+        self.after.width * self.depthwise.planes * lanes
     }
 
     /// Its rows.
@@ -152,6 +160,14 @@ impl Chain {
 
     pub fn to(&self) -> Size {
         self.stages[self.stages.len() - 1].to
+    }
+
+    fn lanes(&self) -> usize {
+        self.instructions.panels().lanes
+    }
+
+    fn place(&self, size: Size) -> Place {
+        Place { width: size.width, step: size.channels, row: size.row(), apart: self.lanes() }
     }
 
     /// The zeros around the input that the first convolution looks at.
@@ -192,12 +208,13 @@ impl Chain {
             Layer::Rows { rows, residual } => {
                 let residual = residual.then_some(from);
                 spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, _| {
-                    let place = Place { width: stage.to.width, row: stage.to.row() };
+                    let place = self.place(stage.to);
                     self.rows(rows, stage.from, from, range, residual, to, place);
                 });
             }
             Layer::Block(block) => {
-                if block.down() * block.line() + block.after.numbers() <= STRIP {
+                let (lanes, height) = (self.lanes(), stage.to.height);
+                if block.down() * block.line(lanes) + height * block.row(lanes) <= STRIP {
                     self.whole(block, stage, from, to, scratch);
                 } else {
                     spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, scratch| {
@@ -225,7 +242,7 @@ impl Chain {
             Rows::Product(product) => {
                 let input = &input[range.start * from.row()..range.end * from.row()];
                 let residual = residual.map(|map| &map[range.start * place.width * product.outputs..]);
-                let (pixels, reach) = (range.len() * from.width, product.close());
+                let (pixels, reach) = (range.len() * from.width, Reach { step: product.inputs, pieces: 1, apart: 0 });
                 self.instructions.product(&mut product::Job {
                     product,
                     input,
@@ -269,8 +286,8 @@ impl Chain {
         scratch: &mut Scratch,
     ) {
         let Depthwise { side, stride, .. } = block.depthwise;
-        let line = block.line();
-        let rows = (STRIP / (stride * line + block.after.row())).max(1);
+        let line = block.line(self.lanes());
+        let rows = (STRIP / (stride * line + block.row(self.lanes()))).max(1);
         let inner = room(&mut scratch.inner, ((rows - 1) * stride + side) * line);
         let mut have = 0..0_usize;
         for first in range.clone().step_by(rows) {
@@ -291,7 +308,7 @@ impl Chain {
 
     /// A block whose maps all stay in the cache, layer after layer: no thread computes a row twice.
     fn whole(&self, block: &Block, stage: &Stage, from: &[f32], to: &mut [f32], scratch: &mut [Scratch]) {
-        let (line, rows) = (block.line(), block.down());
+        let (line, rows) = (block.line(self.lanes()), block.down());
         let mut buffer = std::mem::take(&mut scratch[0].inner);
         let inner = room(&mut buffer, rows * line);
         spread(0..rows, line, inner, scratch, &|range, inner, _| {
@@ -308,30 +325,35 @@ impl Chain {
     /// Rows `range` of the padded map that the depthwise convolution looks at.
     fn inner(&self, block: &Block, size: Size, from: &[f32], range: Range<usize>, inner: &mut [f32]) {
         let Padding { top, left, right, .. } = block.padding;
-        let channels = block.inner.channels;
-        let line = block.line();
+        let (lanes, across) = (self.lanes(), block.across());
+        let line = block.line(lanes);
         let real = range.start.max(top)..range.end.min(top + block.inner.height);
         for (row, line) in range.clone().zip(inner.chunks_exact_mut(line)) {
-            if real.contains(&row) {
-                line[..left * channels].fill(0.0);
-                let end = line.len();
-                line[end - right * channels..].fill(0.0);
-            } else {
+            if !real.contains(&row) || block.expand.is_none() {
                 line.fill(0.0);
+                continue;
+            }
+            for plane in line.chunks_exact_mut(across * lanes) {
+                plane[..left * lanes].fill(0.0);
+                plane[(across - right) * lanes..].fill(0.0);
             }
         }
         if real.is_empty() {
             return;
         }
-        let to = &mut inner[(real.start - range.start) * line + left * channels..];
-        let place = Place { width: block.inner.width, row: line };
+        let to = &mut inner[(real.start - range.start) * line + left * lanes..];
+        let place = Place { width: block.inner.width, step: lanes, row: line, apart: across * lanes };
         let rows = real.start - top..real.end - top;
         match &block.expand {
             Some(expand) => self.rows(expand, size, from, rows, None, to, place),
             None => {
-                for (nth, row) in rows.enumerate() {
-                    let row = &from[row * size.row()..(row + 1) * size.row()];
-                    to[nth * line..nth * line + row.len()].copy_from_slice(row);
+                for (row, to) in rows.zip(to.chunks_mut(line)) {
+                    let pixels = from[row * size.row()..].chunks_exact(size.channels).take(size.width);
+                    for (x, pixel) in pixels.enumerate() {
+                        for (channels, to) in pixel.chunks(lanes).zip(to.chunks_mut(place.apart)) {
+                            to[x * lanes..][..channels.len()].copy_from_slice(channels);
+                        }
+                    }
                 }
             }
         }
@@ -347,17 +369,23 @@ impl Chain {
         after: &mut Vec<f32>,
         to: &mut [f32],
     ) {
-        let (across, rows, width) = (block.across(), range.len(), block.after.width);
-        let depthwise = |out: &mut [f32]| {
-            let depthwise = &block.depthwise;
-            self.instructions.depthwise(&mut depthwise::Job { depthwise, input: inner, across, rows, width, out });
+        let (lanes, across, rows, width) = (self.lanes(), block.across(), range.len(), block.after.width);
+        let (pixels, depthwise) = (rows * width, &block.depthwise);
+        let after = room(after, rows * block.row(lanes));
+        self.instructions.depthwise(&mut depthwise::Job { depthwise, input: inner, across, rows, width, out: after });
+        let Some(product) = &block.project else {
+            for (plane, values) in after.chunks_exact(pixels * lanes).enumerate() {
+                for (pixel, values) in to.chunks_exact_mut(block.after.channels).zip(values.chunks_exact(lanes)) {
+                    let channels = pixel[plane * lanes..].iter_mut();
+                    channels.zip(values).for_each(|(to, value)| *to = *value);
+                }
+            }
+            return;
         };
-        let Some(product) = &block.project else { return depthwise(to) };
-        let after = room(after, rows * block.after.row());
-        depthwise(after);
-        let row = width * product.outputs;
-        let residual = block.residual.then(|| &from[range.start * row..range.end * row]);
-        let (pixels, reach, place) = (rows * width, product.close(), Place { width, row });
+        let step = product.outputs;
+        let place = Place { width, step, row: width * step, apart: lanes };
+        let residual = block.residual.then(|| &from[range.start * place.row..range.end * place.row]);
+        let reach = Reach { step: lanes, pieces: depthwise.planes, apart: pixels * lanes };
         self.instructions.product(&mut product::Job { product, input: after, reach, pixels, residual, out: to, place });
     }
 }

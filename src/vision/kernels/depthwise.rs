@@ -1,4 +1,4 @@
-//! Depthwise convolutions: each channel for itself, with bias and clip, vectors across the channels.
+//! Depthwise convolutions: each channel for itself, with bias and clip, on planes of as many channels as a vector holds.
 
 use super::lanes::Lanes;
 use super::product::Clip;
@@ -6,17 +6,34 @@ use super::product::Clip;
 /// A depthwise convolution of `side`×`side` taps.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Depthwise {
-    pub channels: usize,
+    pub planes: usize,
     pub side: usize,
     pub stride: usize,
     pub clip: Clip,
-    /// `[side × side, channels]`
-    pub taps: Vec<f32>,
-    /// `[channels]`
-    pub bias: Vec<f32>,
+    /// `[planes, side × side, lanes]`, zeros behind the last channel.
+    taps: Vec<f32>,
+    /// `[planes, lanes]`
+    bias: Vec<f32>,
 }
 
-/// One call: `rows` rows of output, `[rows, width, channels]`, from an input that has its padding around it, rows of `across` pixels.
+impl Depthwise {
+    /// in: taps `[channels, side, side]`, bias `[channels]`.
+    pub fn new(taps: &[f32], bias: &[f32], side: usize, stride: usize, clip: Clip, lanes: usize) -> Self {
+        let planes = bias.len().div_ceil(lanes);
+        let mut packed = vec![0.0; planes * side * side * lanes];
+        for (channel, taps) in taps.chunks_exact(side * side).enumerate() {
+            for (tap, value) in taps.iter().enumerate() {
+                packed[(channel / lanes * side * side + tap) * lanes + channel % lanes] = *value;
+            }
+        }
+        let mut bias = bias.to_vec();
+        bias.resize(planes * lanes, 0.0);
+        Depthwise { planes, side, stride, clip, taps: packed, bias }
+    }
+}
+
+/// One call: `rows` rows of output, `[planes, rows, width, lanes]`, from an input that has its padding around it,
+/// `[rows, planes, across, lanes]`.
 pub(super) struct Job<'a> {
     pub depthwise: &'a Depthwise,
     pub input: &'a [f32],
@@ -27,27 +44,28 @@ pub(super) struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn check(&self) {
-        let Depthwise { channels, side, stride, .. } = *self.depthwise;
+    fn check(&self, lanes: usize) {
+        let Depthwise { planes, side, stride, .. } = *self.depthwise;
         assert!(self.rows > 0 && self.width > 0 && side > 0, "there is something to do");
         let down = (self.rows - 1) * stride + side;
         assert!(self.across >= (self.width - 1) * stride + side, "a row of the input is wide enough");
-        assert!(self.input.len() >= down * self.across * channels, "the input has rows enough");
-        assert!(self.out.len() >= self.rows * self.width * channels, "the output has room");
-        assert!(self.depthwise.taps.len() == side * side * channels && self.depthwise.bias.len() == channels);
+        assert!(self.input.len() >= down * planes * self.across * lanes, "the input has rows enough");
+        assert!(self.out.len() >= planes * self.rows * self.width * lanes, "the output has room");
+        let (taps, bias) = (self.depthwise.taps.len(), self.depthwise.bias.len());
+        assert!(taps == planes * side * side * lanes && bias == planes * lanes, "packed for these instructions");
     }
 }
 
 /// Pixels that are computed side by side, each in a register. Maps of MobileNet at 224 pixels are multiples of it.
 const BESIDE: usize = 7;
 
-/// Runs a job, vectors of `V` as far as the channels go, the rest one by one.
+/// Runs a job.
 ///
 /// # Safety
 /// The processor has the instructions of `V`, and the caller is compiled for them.
 #[inline(always)]
 pub(super) unsafe fn run<V: Lanes>(job: &mut Job<'_>) {
-    job.check();
+    job.check(V::N);
     // SAFETY: `check` has held; the instructions are the caller's promise.
     unsafe {
         match (job.depthwise.side, job.depthwise.stride) {
@@ -60,71 +78,63 @@ pub(super) unsafe fn run<V: Lanes>(job: &mut Job<'_>) {
     }
 }
 
+/// Plane after plane: the rows of one that are looked at stay in the first-level cache.
+///
 /// # Safety
 /// As [`run`], `job.check()` has held, and the job is of this side and stride.
 #[inline(always)]
 unsafe fn sided<V: Lanes, const SIDE: usize, const STRIDE: usize>(job: &mut Job<'_>) {
-    let channels = job.depthwise.channels;
-    let whole = channels / V::N * V::N;
-    for row in 0..job.rows {
-        for channel in (0..whole).step_by(V::N) {
-            let mut x = 0;
-            // SAFETY: the channels and the pixels are within the job's.
-            unsafe {
-                while x + BESIDE <= job.width {
-                    some::<V, SIDE, STRIDE, BESIDE>(job, row, x, channel);
-                    x += BESIDE;
+    for plane in 0..job.depthwise.planes {
+        for row in 0..job.rows {
+            for x in (0..job.width).step_by(BESIDE) {
+                // SAFETY: the planes and the pixels are the job's.
+                unsafe {
+                    match job.width - x {
+                        1 => some::<V, SIDE, STRIDE, 1>(job, plane, row, x),
+                        2 => some::<V, SIDE, STRIDE, 2>(job, plane, row, x),
+                        3 => some::<V, SIDE, STRIDE, 3>(job, plane, row, x),
+                        4 => some::<V, SIDE, STRIDE, 4>(job, plane, row, x),
+                        5 => some::<V, SIDE, STRIDE, 5>(job, plane, row, x),
+                        6 => some::<V, SIDE, STRIDE, 6>(job, plane, row, x),
+                        _ => some::<V, SIDE, STRIDE, BESIDE>(job, plane, row, x),
+                    }
                 }
-                match job.width - x {
-                    0 => {}
-                    1 => some::<V, SIDE, STRIDE, 1>(job, row, x, channel),
-                    2 => some::<V, SIDE, STRIDE, 2>(job, row, x, channel),
-                    3 => some::<V, SIDE, STRIDE, 3>(job, row, x, channel),
-                    4 => some::<V, SIDE, STRIDE, 4>(job, row, x, channel),
-                    5 => some::<V, SIDE, STRIDE, 5>(job, row, x, channel),
-                    _ => some::<V, SIDE, STRIDE, 6>(job, row, x, channel),
-                }
-            }
-        }
-        for channel in whole..channels {
-            for x in 0..job.width {
-                // SAFETY: the same.
-                unsafe { some::<f32, SIDE, STRIDE, 1>(job, row, x, channel) }
             }
         }
     }
 }
 
-/// `PIXELS` pixels from `x` on, the channels of one vector.
+/// `PIXELS` pixels of a plane, from `x` on.
 ///
 /// # Safety
-/// As [`sided`]; `x + PIXELS ≤ width`, `channel + V::N ≤ channels`.
+/// As [`sided`]; `x + PIXELS ≤ width`, `plane < planes`.
 #[inline(always)]
 unsafe fn some<V: Lanes, const SIDE: usize, const STRIDE: usize, const PIXELS: usize>(
     job: &mut Job<'_>,
+    plane: usize,
     row: usize,
     x: usize,
-    channel: usize,
 ) {
-    let Depthwise { channels, clip, ref taps, ref bias, .. } = *job.depthwise;
+    let Depthwise { planes, clip, ref taps, ref bias, .. } = *job.depthwise;
+    let line = job.across * V::N;
     // SAFETY: by `check` every place below lies within its slice.
     unsafe {
-        let taps = taps.as_ptr().add(channel);
-        let input = job.input.as_ptr().add((row * STRIDE * job.across + x * STRIDE) * channels + channel);
-        let mut sums = [V::load(bias.as_ptr().add(channel)); PIXELS];
+        let taps = taps.as_ptr().add(plane * SIDE * SIDE * V::N);
+        let input = job.input.as_ptr().add((row * STRIDE * planes + plane) * line + x * STRIDE * V::N);
+        let mut sums = [V::load(bias.as_ptr().add(plane * V::N)); PIXELS];
         for down in 0..SIDE {
-            let line = input.add(down * job.across * channels);
+            let input = input.add(down * planes * line);
             for right in 0..SIDE {
-                let tap = V::load(taps.add((down * SIDE + right) * channels));
+                let tap = V::load(taps.add((down * SIDE + right) * V::N));
                 for (pixel, sum) in sums.iter_mut().enumerate() {
-                    *sum = sum.plus(V::load(line.add((pixel * STRIDE + right) * channels)), tap);
+                    *sum = sum.plus(V::load(input.add((pixel * STRIDE + right) * V::N)), tap);
                 }
             }
         }
         let (low, high) = (V::splat(clip.low), V::splat(clip.high));
-        let out = job.out.as_mut_ptr().add((row * job.width + x) * channels + channel);
+        let out = job.out.as_mut_ptr().add(((plane * job.rows + row) * job.width + x) * V::N);
         for (pixel, sum) in sums.into_iter().enumerate() {
-            sum.clip(low, high).store(out.add(pixel * channels));
+            sum.clip(low, high).store(out.add(pixel * V::N));
         }
     }
 }

@@ -100,7 +100,7 @@ enum Kind {
     Mean { factor: f32 },
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Convolution {
     /// `[outputs, side, side, inputs / group]`
     weights: Vec<f32>,
@@ -110,6 +110,26 @@ struct Convolution {
     stride: usize,
     padding: Padding,
     clip: Clip,
+}
+
+impl Convolution {
+    /// As many outputs, those behind the last one zero.
+    fn with_outputs(&self, outputs: usize) -> Self {
+        let mut wide = self.clone();
+        wide.weights.resize(self.weights.len() / self.bias.len() * outputs, 0.0);
+        wide.bias.resize(outputs, 0.0);
+        wide
+    }
+
+    /// As many inputs, those behind the last one without weight.
+    fn with_inputs(&self, inputs: usize) -> Self {
+        let mut weights = vec![0.0; self.bias.len() * inputs];
+        let own = self.weights.len() / self.bias.len();
+        for (wide, row) in weights.chunks_exact_mut(inputs).zip(self.weights.chunks_exact(own)) {
+            wide[..own].copy_from_slice(row);
+        }
+        Convolution { weights, ..self.clone() }
+    }
 }
 
 impl Piece {
@@ -329,7 +349,7 @@ impl<'a> Search<'a> {
                         stages.push(Stage { layer, from, to });
                         continue;
                     };
-                    (Some(self.rows(conv)), middle)
+                    (Some(conv), middle)
                 }
             };
             let Kind::Conv(taps) = &middle.kind else { return Ok(None) };
@@ -338,19 +358,15 @@ impl<'a> Search<'a> {
             let end = project.unwrap_or(middle);
             let sizes = (self.size(middle.from)?, self.size(middle.gives())?, self.size(end.gives())?);
             let (Some(inner), Some(after), Some(to)) = sizes else { return Ok(None) };
+            let lanes = self.instructions.panels().lanes;
+            let depthwise = Depthwise::new(&taps.weights, &taps.bias, taps.side, taps.stride, taps.clip, lanes);
+            let wide = depthwise.planes * lanes;
             let block = Block {
-                expand,
-                depthwise: Depthwise {
-                    channels: inner.channels,
-                    side: taps.side,
-                    stride: taps.stride,
-                    clip: taps.clip,
-                    taps: transposed(&taps.weights, inner.channels),
-                    bias: taps.bias.clone(),
-                },
+                expand: expand.map(|conv| self.rows(&conv.with_outputs(wide))),
+                depthwise,
                 padding: taps.padding,
                 project: project.map(|piece| match &piece.kind {
-                    Kind::Conv(conv) => self.product(conv),
+                    Kind::Conv(conv) => self.product(&conv.with_inputs(wide)),
                     Kind::Mean { .. } => unreachable!("a projection is a convolution"),
                 }),
                 residual: project.is_some_and(|piece| piece.residual.is_some()),
@@ -378,12 +394,6 @@ impl<'a> Search<'a> {
 /// A 1×1 convolution whose residual, where it has one, is the block's own input.
 fn flat_or_residual<'a>(flat: impl Fn(&&&'a Piece) -> bool, input: OutletId) -> impl FnOnce(&&'a Piece) -> bool {
     move |piece| flat(&piece) && piece.residual.is_none_or(|residual| residual == input)
-}
-
-/// `[outputs, taps]` → `[taps, outputs]`
-fn transposed(weights: &[f32], outputs: usize) -> Vec<f32> {
-    let taps = weights.len() / outputs;
-    (0..weights.len()).map(|at| weights[at % outputs * taps + at / outputs]).collect()
 }
 
 /// The convolutions that our operators compute; none for any other.

@@ -78,9 +78,9 @@ impl Instructions {
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]
-                Instructions::Avx512 => product_avx512(job),
+                Instructions::Avx512 => product::run::<std::arch::x86_64::__m512, 14, 2>(job),
                 #[cfg(target_arch = "x86_64")]
-                Instructions::Avx2 => product_avx2(job),
+                Instructions::Avx2 => product::run::<std::arch::x86_64::__m256, 6, 2>(job),
                 #[cfg(target_arch = "aarch64")]
                 Instructions::Neon => product::run::<std::arch::aarch64::float32x4_t, 6, 4>(job),
                 _ => product::run::<lanes::Plain, 6, 2>(job),
@@ -106,20 +106,6 @@ impl Instructions {
 }
 
 // SAFETY: only called where the processor has the instructions.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
-unsafe fn product_avx512(job: &mut product::Job<'_>) {
-    unsafe { product::run::<std::arch::x86_64::__m512, 14, 2>(job) }
-}
-
-// SAFETY: the same.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn product_avx2(job: &mut product::Job<'_>) {
-    unsafe { product::run::<std::arch::x86_64::__m256, 6, 2>(job) }
-}
-
-// SAFETY: the same.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
 unsafe fn depthwise_avx512(job: &mut depthwise::Job<'_>) {

@@ -83,11 +83,14 @@ pub(super) struct Reach {
     pub apart: usize,
 }
 
-/// Where pixels go: rows of `width` pixels, the beginnings of two rows `row` numbers apart.
+/// Where pixels go: rows of `width` pixels, the beginnings of two pixels `step` numbers from each other, those of two rows `row`; a
+/// pixel's vectors lie `apart` numbers from each other.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Place {
     pub width: usize,
+    pub step: usize,
     pub row: usize,
+    pub apart: usize,
 }
 
 impl Product {
@@ -111,11 +114,6 @@ impl Product {
         }
         Product { inputs, outputs, clip, panels, weights: packed, bias: padded }
     }
-
-    /// Pixels one after the other.
-    pub fn close(&self) -> Reach {
-        Reach { step: self.inputs, pieces: 1, apart: 0 }
-    }
 }
 
 /// One call: `pixels` of `input`; the residual, where there is one, lies as `[pixels, outputs]`.
@@ -137,8 +135,14 @@ impl Job<'_> {
         assert!(self.pixels > 0 && pieces > 0 && inputs % pieces == 0, "there is something to do");
         let last = (self.pixels - 1) * step + (pieces - 1) * apart + inputs / pieces;
         assert!(self.input.len() >= last, "the input holds the pixels");
-        assert!(self.out.len() >= self.place.at(self.pixels - 1, outputs) + outputs, "the output has room for them");
-        assert!(self.place.row >= self.place.width * outputs, "rows do not overlap");
+        let vectors = outputs.div_ceil(panels.lanes);
+        let (begin, place) = (self.place.at(self.pixels - 1), self.place);
+        assert!(
+            self.out.len() >= begin + (vectors - 1) * place.apart + (outputs - (vectors - 1) * panels.lanes),
+            "the output has room"
+        );
+        assert!(place.apart == panels.lanes || outputs % panels.lanes == 0, "vectors that lie apart are whole");
+        assert!(place.row >= (place.width - 1) * place.step, "rows come one after the other");
         assert!(self.residual.is_none_or(|residual| residual.len() >= self.pixels * outputs), "so does the residual");
         let behind = outputs % panels.wide();
         let padded = outputs - behind + if behind > 0 { panels.wide_for(behind) } else { 0 };
@@ -148,20 +152,37 @@ impl Job<'_> {
 
 impl Place {
     /// Where a pixel begins.
-    fn at(self, pixel: usize, outputs: usize) -> usize {
-        pixel / self.width * self.row + pixel % self.width * outputs
+    fn at(self, pixel: usize) -> usize {
+        pixel / self.width * self.row + pixel % self.width * self.step
+    }
+
+    /// Where pixels begin, from one on.
+    fn onward(self, mut row: usize, mut x: usize) -> impl Iterator<Item = usize> {
+        std::iter::repeat_with(move || {
+            let at = row * self.row + x * self.step;
+            x += 1;
+            if x == self.width {
+                (row, x) = (row + 1, 0);
+            }
+            at
+        })
+    }
+
+    /// Rows that lie close together are one.
+    fn long(self) -> Self {
+        if self.row == self.width * self.step { Place { width: usize::MAX, ..self } } else { self }
     }
 }
 
-/// The most vectors in a panel.
+/// The most vectors in a panel, and pixels in a tile.
 const VECTORS_MAX: usize = 4;
 const LANES_MAX: usize = 16;
+const ROWS_MAX: usize = 14;
 
 /// Runs a job with tiles of at most `ROWS` pixels and panels of at most `VECTORS` vectors.
 ///
 /// # Safety
-/// The processor has the instructions of `V`, and the caller is compiled for them.
-#[inline(always)]
+/// The processor has the instructions of `V`.
 pub(super) unsafe fn run<V: Lanes, const ROWS: usize, const VECTORS: usize>(job: &mut Job<'_>) {
     job.check();
     let panels = Panels { lanes: V::N, vectors: VECTORS, halves: V::Half::N < V::N };
@@ -171,69 +192,131 @@ pub(super) unsafe fn run<V: Lanes, const ROWS: usize, const VECTORS: usize>(job:
         // SAFETY: `check` has held; the instructions are the caller's promise.
         unsafe {
             match panels.shape(valid) {
-                Shape::One => panel::<V, ROWS, 1>(job, first),
-                Shape::Two => panel::<V, ROWS, 2>(job, first),
-                Shape::ThreeHalves => panel::<V::Half, 7, 3>(job, first),
-                Shape::All => panel::<V, ROWS, VECTORS>(job, first),
+                Shape::One => panel::<V, ROWS, 1>(job, first, valid),
+                Shape::Two => panel::<V, ROWS, 2>(job, first, valid),
+                Shape::ThreeHalves => panel::<V::Half, 7, 3>(job, first, valid),
+                Shape::All => panel::<V, ROWS, VECTORS>(job, first, valid),
             }
         }
     }
+}
+
+/// Some pixels × one panel.
+pub(super) struct Tile {
+    weights: *const f32,
+    bias: *const f32,
+    input: *const f32,
+    reach: Reach,
+    /// Inputs in a piece.
+    deep: usize,
+    /// Where there is one, with the numbers in a pixel of it.
+    residual: Option<(*const f32, usize)>,
+    clip: Clip,
+    /// Outputs that are there.
+    valid: usize,
+    out: *mut f32,
+    /// From pixel to pixel there, and from vector to vector.
+    next: usize,
+    apart: usize,
 }
 
 /// The panel whose first output is `first`, for all pixels.
 ///
 /// # Safety
 /// As [`run`]; `job.check()` has held, and the panel is packed for `VECTORS` vectors.
-#[inline(always)]
-unsafe fn panel<V: Lanes, const ROWS: usize, const VECTORS: usize>(job: &mut Job<'_>, first: usize) {
+unsafe fn panel<V: Lanes, const ROWS: usize, const VECTORS: usize>(job: &mut Job<'_>, first: usize, valid: usize) {
+    let Product { inputs, outputs, clip, panels, .. } = *job.product;
+    // SAFETY: the panel lies within weights and bias, the pixels within input and output, all by `check`.
+    let (weights, bias, out) = unsafe {
+        let (weights, bias) = (job.product.weights.as_ptr(), job.product.bias.as_ptr());
+        let out = job.out.as_mut_ptr().add(first / panels.lanes * job.place.apart);
+        (weights.add(first * inputs), bias.add(first), out)
+    };
     // Tiles of the same height but for one pixel: a last one of a single pixel would cost as much as a whole one.
     let tiles = job.pixels.div_ceil(ROWS);
     let (height, higher) = (job.pixels / tiles, job.pixels % tiles);
-    let mut pixel = 0;
+    let place = job.place.long();
+    let apart = if V::N == panels.lanes { place.apart } else { V::N };
+    let mut aside = [0.0; ROWS_MAX * VECTORS_MAX * LANES_MAX];
+    let (mut pixel, mut row, mut x) = (0, 0, 0);
     for tile in 0..tiles {
         let rows = height + usize::from(tile < higher);
-        // SAFETY: tiles of at most ROWS pixels cover the pixels once.
+        // SAFETY: tiles of at most ROWS pixels cover the pixels once; `aside` has room for the largest.
         unsafe {
+            let input = job.input.as_ptr().add(pixel * job.reach.step);
+            let residual = job.residual.map(|map| (map.as_ptr().add(pixel * outputs + first), outputs));
+            let (reach, deep) = (job.reach, inputs / job.reach.pieces);
+            let within = x + rows <= place.width;
+            let tile = Tile { weights, bias, input, reach, deep, residual, clip, valid, out, next: place.step, apart };
+            let tile = match within {
+                true => Tile { out: out.add(row * place.row + x * place.step), ..tile },
+                false => Tile { out: aside.as_mut_ptr(), next: VECTORS * V::N, apart: V::N, ..tile },
+            };
             match rows {
-                1 => one::<V, 1, VECTORS>(job, first, pixel),
-                2 => one::<V, 2, VECTORS>(job, first, pixel),
-                3 => one::<V, 3, VECTORS>(job, first, pixel),
-                4 => one::<V, 4, VECTORS>(job, first, pixel),
-                5 => one::<V, 5, VECTORS>(job, first, pixel),
-                6 => one::<V, 6, VECTORS>(job, first, pixel),
-                7 if ROWS > 6 => one::<V, 7, VECTORS>(job, first, pixel),
-                8 if ROWS > 7 => one::<V, 8, VECTORS>(job, first, pixel),
-                9 if ROWS > 7 => one::<V, 9, VECTORS>(job, first, pixel),
-                10 if ROWS > 7 => one::<V, 10, VECTORS>(job, first, pixel),
-                11 if ROWS > 7 => one::<V, 11, VECTORS>(job, first, pixel),
-                12 if ROWS > 7 => one::<V, 12, VECTORS>(job, first, pixel),
-                13 if ROWS > 7 => one::<V, 13, VECTORS>(job, first, pixel),
-                14 if ROWS > 7 => one::<V, 14, VECTORS>(job, first, pixel),
+                1 => V::tile::<1, VECTORS>(&tile),
+                2 => V::tile::<2, VECTORS>(&tile),
+                3 => V::tile::<3, VECTORS>(&tile),
+                4 => V::tile::<4, VECTORS>(&tile),
+                5 => V::tile::<5, VECTORS>(&tile),
+                6 => V::tile::<6, VECTORS>(&tile),
+                7 if ROWS > 6 => V::tile::<7, VECTORS>(&tile),
+                8 if ROWS > 7 => V::tile::<8, VECTORS>(&tile),
+                9 if ROWS > 7 => V::tile::<9, VECTORS>(&tile),
+                10 if ROWS > 7 => V::tile::<10, VECTORS>(&tile),
+                11 if ROWS > 7 => V::tile::<11, VECTORS>(&tile),
+                12 if ROWS > 7 => V::tile::<12, VECTORS>(&tile),
+                13 if ROWS > 7 => V::tile::<13, VECTORS>(&tile),
+                14 if ROWS > 7 => V::tile::<14, VECTORS>(&tile),
                 _ => unreachable!("a tile has 1 to {ROWS} pixels"),
             }
+            if !within {
+                bring(&tile, apart, out, place.onward(row, x).take(rows));
+            }
         }
-        pixel += rows;
+        (pixel, x) = (pixel + rows, x + rows);
+        (row, x) = (row + x / place.width, x % place.width);
     }
 }
 
-/// One panel for `ROWS` pixels from `pixel` on.
+/// Brings a tile that lies in several rows to its places, pixel by pixel and vector by vector.
 ///
 /// # Safety
-/// As [`panel`], and `pixel + ROWS ≤ job.pixels`.
+/// The tile lies aside, `wide` numbers a pixel; `out` is good for the places.
+unsafe fn bring(tile: &Tile, apart: usize, out: *mut f32, places: impl Iterator<Item = usize>) {
+    for (nth, at) in places.enumerate() {
+        for (vector, lane) in (0..tile.valid).step_by(tile.apart).enumerate() {
+            let numbers = tile.apart.min(tile.valid - lane);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let from = tile.out.add(nth * tile.next + lane);
+                std::ptr::copy_nonoverlapping(from, out.add(at + vector * apart), numbers);
+            }
+        }
+    }
+}
+
+/// Inputs that weights are asked for before they are needed: they come from the third-level cache once a frame, which takes a tile of
+/// a dozen pixels as long as some ten inputs.
+const AHEAD: usize = 32;
+
+/// Computes a tile, whose sums stay in registers.
+///
+/// # Safety
+/// The caller is compiled for the instructions of `V`; the tile's pointers are good for `ROWS` pixels and `VECTORS` vectors.
 #[inline(always)]
-unsafe fn one<V: Lanes, const ROWS: usize, const VECTORS: usize>(job: &mut Job<'_>, first: usize, pixel: usize) {
-    let Product { inputs, outputs, clip, .. } = *job.product;
-    let Reach { step, pieces, apart } = job.reach;
-    let wide = VECTORS * V::N;
-    let valid = (outputs - first).min(wide);
-    // SAFETY: the panel lies within weights and bias, the pixels within the input, both by `check`.
+pub(super) unsafe fn tile<V: Lanes, const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
+    let Reach { step, pieces, apart } = tile.reach;
+    // SAFETY: the caller's promise.
     unsafe {
-        let bias = job.product.bias.as_ptr().add(first);
-        let mut weights = job.product.weights.as_ptr().add(first * inputs);
-        let mut sums: [[V; VECTORS]; ROWS] = [std::array::from_fn(|vector| V::load(bias.add(vector * V::N))); ROWS];
+        let mut weights = tile.weights;
+        let mut sums: [[V; VECTORS]; ROWS] =
+            [std::array::from_fn(|vector| V::load(tile.bias.add(vector * V::N))); ROWS];
         for piece in 0..pieces {
-            let mut input = job.input.as_ptr().add(pixel * step + piece * apart);
-            for _ in 0..inputs / pieces {
+            let mut input = tile.input.add(piece * apart);
+            for _ in 0..tile.deep {
+                for line in (0..VECTORS * V::N).step_by(16) {
+                    V::prefetch(weights.wrapping_add(AHEAD * VECTORS * V::N + line));
+                }
                 let row: [V; VECTORS] = std::array::from_fn(|vector| V::load(weights.add(vector * V::N)));
                 for (pixel, sums) in sums.iter_mut().enumerate() {
                     let value = V::splat(*input.add(pixel * step));
@@ -242,32 +325,44 @@ unsafe fn one<V: Lanes, const ROWS: usize, const VECTORS: usize>(job: &mut Job<'
                     }
                 }
                 input = input.add(1);
-                weights = weights.add(wide);
+                weights = weights.add(VECTORS * V::N);
             }
         }
-        let (low, high) = (V::splat(clip.low), V::splat(clip.high));
-        let (begin, left) = (job.place.at(pixel, outputs), job.place.width - pixel % job.place.width);
-        for (nth, sums) in sums.into_iter().enumerate() {
-            // A division for the tile, and one for each pixel in another row than its first.
-            let at = if nth < left { begin + nth * outputs } else { job.place.at(pixel + nth, outputs) };
-            let residual = job.residual.map(|residual| residual.as_ptr().add((pixel + nth) * outputs + first));
-            let out = job.out.as_mut_ptr().add(at + first);
-            if valid == wide {
-                for (vector, mut sum) in sums.into_iter().enumerate() {
-                    if let Some(residual) = residual {
-                        sum = sum.add(V::load(residual.add(vector * V::N)));
-                    }
-                    sum.clip(low, high).store(out.add(vector * V::N));
+        if tile.valid < VECTORS * V::N {
+            return some(sums, tile);
+        }
+        if let Some((residual, outputs)) = tile.residual {
+            for (nth, sums) in sums.iter_mut().enumerate() {
+                for (vector, sum) in sums.iter_mut().enumerate() {
+                    *sum = sum.add(V::load(residual.add(nth * outputs + vector * V::N)));
                 }
-            } else {
-                let mut some = [0.0_f32; VECTORS_MAX * LANES_MAX];
-                for (vector, sum) in sums.into_iter().enumerate() {
-                    sum.store(some.as_mut_ptr().add(vector * V::N));
-                }
-                for (lane, value) in some[..valid].iter().enumerate() {
-                    let residual = residual.map_or(0.0, |residual| *residual.add(lane));
-                    *out.add(lane) = (value + residual).max(clip.low).min(clip.high);
-                }
+            }
+        }
+        let (low, high) = (V::splat(tile.clip.low), V::splat(tile.clip.high));
+        for (nth, sums) in sums.iter().enumerate() {
+            for (vector, sum) in sums.iter().enumerate() {
+                sum.clip(low, high).store(tile.out.add(nth * tile.next + vector * tile.apart));
+            }
+        }
+    }
+}
+
+/// What follows the sums of a panel that is not full, number by number.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn some<V: Lanes, const ROWS: usize, const VECTORS: usize>(sums: [[V; VECTORS]; ROWS], tile: &Tile) {
+    let mut some = [0.0_f32; VECTORS_MAX * LANES_MAX];
+    for (nth, sums) in sums.into_iter().enumerate() {
+        // SAFETY: `some` holds the widest panel; the rest by the caller's promise.
+        unsafe {
+            for (vector, sum) in sums.into_iter().enumerate() {
+                sum.store(some.as_mut_ptr().add(vector * V::N));
+            }
+            for (lane, value) in some[..tile.valid].iter().enumerate() {
+                let residual = tile.residual.map_or(0.0, |(residual, outputs)| *residual.add(nth * outputs + lane));
+                *tile.out.add(nth * tile.next + lane) = (value + residual).max(tile.clip.low).min(tile.clip.high);
             }
         }
     }
