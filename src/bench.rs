@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::bundle::{Bundle, BundleError};
 use crate::vision::decode::{self, DecodeError};
+use crate::vision::kernels::{self, Instructions, Part};
 use crate::vision::{BackboneError, Classifier, Stages, drawn};
 
 /// Frames before the first that counts: caches and clocks are warm then.
@@ -32,6 +33,20 @@ pub struct Report {
     pub stages: StageReport,
     /// The backbone again and again, with nothing in between.
     pub backbone_alone: Figures,
+    /// Its stages, where kernels of ours compute all of it.
+    pub parts: Vec<PartReport>,
+    /// Multiply-adds a second that the kernels reach on one core with all in its registers and first-level cache, 1e9.
+    pub peak_gmacs: Option<f64>,
+}
+
+/// A stage of the backbone.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PartReport {
+    pub what: String,
+    pub multiply_adds: u64,
+    pub median_ms: f64,
+    /// Of the peak of so many cores as there are threads.
+    pub share_of_peak: f64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -97,7 +112,26 @@ impl fmt::Display for Report {
         writeln!(f, "{} frames, threads: {}, kernels: {}\n", self.stages.frame.runs, self.threads, self.kernels)?;
         self.stages.fmt(f)?;
         let Figures { median_ms, p99_ms, .. } = self.backbone_alone;
-        writeln!(f, "\nthe backbone alone, again and again: {median_ms:.3} ms, p99 {p99_ms:.3} ms")
+        writeln!(f, "\nthe backbone alone, again and again: {median_ms:.3} ms, p99 {p99_ms:.3} ms")?;
+        let Some(peak) = self.peak_gmacs else { return Ok(()) };
+        writeln!(f, "\n{:58} {:>9} {:>10} {:>9}", "its parts", "million ×+", "median ms", "of peak")?;
+        for PartReport { what, multiply_adds, median_ms, share_of_peak } in &self.parts {
+            let (millions, share) = (*multiply_adds as f64 / 1e6, share_of_peak * 100.0);
+            writeln!(f, "{what:58} {millions:9.2} {median_ms:10.3} {share:7.0} %")?;
+        }
+        writeln!(f, "peak: {peak:.1} thousand million multiply-adds a second and core, in the first-level cache")
+    }
+}
+
+impl PartReport {
+    /// Of at least one run; `peak` in multiply-adds a second.
+    fn all(runs: &[Vec<Part>], peak: f64) -> Vec<Self> {
+        let part = |(nth, part): (usize, &Part)| {
+            let Figures { median_ms, .. } = Figures::of(runs.iter().map(|run| run[nth].took).collect());
+            let share_of_peak = part.multiply_adds as f64 / (median_ms / 1e3) / peak;
+            PartReport { what: part.what.clone(), multiply_adds: part.multiply_adds, median_ms, share_of_peak }
+        };
+        runs[0].iter().enumerate().map(part).collect()
     }
 }
 
@@ -105,7 +139,7 @@ impl fmt::Display for Report {
 pub struct Bench {
     classifier: Classifier,
     threads: usize,
-    kernels: &'static str,
+    kernels: Option<Instructions>,
 }
 
 impl Bench {
@@ -136,9 +170,20 @@ impl Bench {
                 frames.push(Stages { decode, ..stages });
             }
         }
-        let alone = (0..runs.max(1)).map(|_| self.classifier.backbone_alone()).collect::<Result<_, _>>()?;
-        let (stages, backbone_alone) = (StageReport::of(&frames), Figures::of(alone));
-        Ok(Report { threads: self.threads, kernels: self.kernels, stages, backbone_alone })
+        let (mut alone, mut parts) = (Vec::new(), Vec::new());
+        for _ in 0..runs.max(1) {
+            alone.push(self.classifier.backbone_alone()?);
+            parts.push(self.classifier.parts());
+        }
+        let peak = self.kernels.map(kernels::peak);
+        Ok(Report {
+            threads: self.threads,
+            kernels: kernels::named(self.kernels),
+            stages: StageReport::of(&frames),
+            backbone_alone: Figures::of(alone),
+            parts: PartReport::all(&parts, peak.unwrap_or(f64::INFINITY) * self.threads as f64),
+            peak_gmacs: peak.map(|peak| peak / 1e9),
+        })
     }
 }
 

@@ -8,7 +8,7 @@ use bloomcast::bench::Bench;
 use bloomcast::config::{Config, LogLevel};
 use bloomcast::daemon::{self, Daemon, End};
 use bloomcast::health;
-use bloomcast::vision::kernels::{self, Instructions};
+use bloomcast::vision::kernels;
 use bloomcast::vision::{Prediction, decode};
 use clap::{Args, value_parser};
 use serde_json::json;
@@ -102,7 +102,7 @@ pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
     // Before the model is loaded: from now on no signal is missed.
     let mut signals = runtime.block_on(async { Signals::new() }).context("cannot wait for signals")?;
     let mut daemon = Daemon::prepare(config).map_err(Failure::config)?;
-    tracing::info!("kernels: {}", kernels::chosen().map_or("tract", Instructions::name));
+    tracing::info!("kernels: {}", kernels::named(kernels::chosen()));
     let remains = loop {
         tracing::info!("ready: the model {} knows {}", daemon.model(), daemon.labels().names().join(", "));
         let remains = daemon.run_on(&runtime, signals.next(args), Box::new(|_| {}))?;

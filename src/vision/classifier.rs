@@ -6,6 +6,7 @@ use image::{RgbImage, imageops};
 
 use super::backbone::Session;
 use super::clock;
+use super::kernels::Part;
 use super::head::argmax;
 use super::{Backbone, BackboneError, Head, Labels, Preprocess, Preprocessor, Subspace};
 
@@ -124,6 +125,11 @@ impl Classifier {
         let began = Instant::now();
         self.session.features(&self.input)?;
         Ok(began.elapsed())
+    }
+
+    /// The stages of the backbone's last run, where kernels of ours compute all of it.
+    pub fn parts(&self) -> Vec<Part> {
+        self.session.parts()
     }
 }
 

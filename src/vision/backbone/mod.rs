@@ -22,7 +22,7 @@ use tract_cuda as _;
 
 pub use anatomy::{Anatomy, LastConv};
 
-use super::kernels::{self, Instructions, Taken, Whole};
+use super::kernels::{self, Instructions, Part, Taken, Whole};
 use super::preprocess::{Preprocess, TensorLayout};
 use super::tail::Tail;
 
@@ -313,9 +313,9 @@ impl Backbone {
         self.shape.iter().product()
     }
 
-    /// What computes its layers: kernels of ours, or tract's.
-    pub fn kernels(&self) -> &'static str {
-        self.kernels.map_or("tract", Instructions::name)
+    /// What computes its layers: kernels of ours, or, where there are none, tract's.
+    pub fn kernels(&self) -> Option<Instructions> {
+        self.kernels
     }
 
     pub fn session(&self) -> Result<Session, BackboneError> {
@@ -371,6 +371,14 @@ impl Session {
             }
         }
         Ok(&self.features)
+    }
+
+    /// The network's stages with the times of the last picture, where our kernels compute all of it.
+    pub fn parts(&self) -> Vec<Part> {
+        match &self.runner {
+            Runner::Kernels(whole) => whole.parts(),
+            Runner::Tract(_) => Vec::new(),
+        }
     }
 }
 

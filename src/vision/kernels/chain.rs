@@ -1,6 +1,7 @@
 //! A run of MobileNet's layers as one piece: maps with their channels last, blocks on strips of rows, threads across them.
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use rayon::ThreadPool;
 
@@ -117,6 +118,8 @@ pub(super) struct Workspace {
     from: Vec<f32>,
     to: Vec<f32>,
     scratch: Vec<Scratch>,
+    /// What each stage of the last run took.
+    pub times: Vec<Duration>,
 }
 
 /// Numbers that a strip's rows may take: they stay in a second-level cache of half a megabyte.
@@ -187,13 +190,16 @@ impl Chain {
     pub fn run(&self, input: &[f32], out: &mut [f32], work: &mut Workspace, pool: Option<&ThreadPool>) {
         let threads = pool.map_or(1, ThreadPool::current_num_threads);
         work.scratch.resize_with(threads, Scratch::default);
-        let Workspace { picture, from, to, scratch } = work;
+        let Workspace { picture, from, to, scratch, times } = work;
+        times.clear();
         enter(self.from(), input, self.planes, self.border(), picture);
         let mut go = || {
             for (nth, stage) in self.stages.iter().enumerate() {
+                let began = Instant::now();
                 let input = if nth == 0 { &picture[..] } else { &from[..stage.from.numbers()] };
                 self.stage(stage, input, room(to, stage.to.numbers()), scratch);
                 std::mem::swap(from, to);
+                times.push(began.elapsed());
             }
         };
         match pool {

@@ -13,6 +13,7 @@ use tract_onnx::tract_core::ops::konst::Const;
 use tract_onnx::tract_core::ops::math::{Add, Div, Max, Min, Mul};
 use tract_onnx::tract_core::ops::nn::{DataFormat, Reduce, Reducer};
 
+use super::account::{self, Part};
 use super::Instructions;
 use super::chain::{Block, Chain, First, Layer, Padding, Rows, Size, Stage, Workspace};
 use super::depthwise::Depthwise;
@@ -73,6 +74,11 @@ impl Whole {
     /// in and out: as the network has it, without the batch. Nothing is allocated from the second call on.
     pub fn run(&mut self, input: &[f32], out: &mut [f32]) {
         self.chain.run(input, out, &mut self.work, self.pool.as_deref());
+    }
+
+    /// Its stages with the times of the last run.
+    pub fn parts(&self) -> Vec<Part> {
+        account::parts(&self.chain, &self.work.times)
     }
 }
 

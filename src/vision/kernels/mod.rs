@@ -10,12 +10,14 @@
     reason = "the instructions of a processor; each block has its argument, each kernel is checked against tract"
 )]
 
+mod account;
 mod chain;
 mod depthwise;
 mod graph;
 mod lanes;
 mod product;
 
+pub use account::{Part, peak};
 pub(super) use graph::{Taken, Whole, replace};
 
 use std::sync::OnceLock;
@@ -117,6 +119,11 @@ unsafe fn depthwise_avx512(job: &mut depthwise::Job<'_>) {
 #[target_feature(enable = "avx2,fma")]
 unsafe fn depthwise_avx2(job: &mut depthwise::Job<'_>) {
     unsafe { depthwise::run::<std::arch::x86_64::__m256>(job) }
+}
+
+/// The name of a set of kernels; without one, tract's own operators.
+pub fn named(kernels: Option<Instructions>) -> &'static str {
+    kernels.map_or("tract", Instructions::name)
 }
 
 /// The set of instructions that this process uses, chosen once; none: tract's own operators.
