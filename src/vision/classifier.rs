@@ -6,8 +6,8 @@ use image::{RgbImage, imageops};
 
 use super::backbone::Session;
 use super::clock;
-use super::kernels::Part;
 use super::head::argmax;
+use super::kernels::Part;
 use super::{Backbone, BackboneError, Head, Labels, Preprocess, Preprocessor, Subspace};
 
 /// What one picture was taken for.

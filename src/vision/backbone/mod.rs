@@ -9,7 +9,6 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tract_onnx::pb::ModelProto;
@@ -22,7 +21,7 @@ use tract_cuda as _;
 
 pub use anatomy::{Anatomy, LastConv};
 
-use super::kernels::{self, Instructions, Part, Taken, Whole};
+use super::kernels::{self, Instructions, Part, Taken, Team, Whole};
 use super::preprocess::{Preprocess, TensorLayout};
 use super::tail::Tail;
 
@@ -66,7 +65,7 @@ pub struct Network {
     input: [usize; 4],
     device: Device,
     kernels: Option<Instructions>,
-    pool: Option<Arc<ThreadPool>>,
+    team: Option<Arc<Team>>,
 }
 
 /// A [`Network`] up to one of its tensors, optimised once; any number of [`Session`]s may run it.
@@ -156,8 +155,8 @@ impl Network {
             TensorLayout::Nhwc => [1, size, size, 3],
         };
         let (onnx, model) = (Arc::new(onnx), Arc::new(model));
-        let (device, kernels, pool) = (Device::Cpu, kernels::chosen(), None);
-        Ok(Network { name: name.into(), sha256, onnx, model, anatomy, input, device, kernels, pool })
+        let (device, kernels, team) = (Device::Cpu, kernels::chosen(), None);
+        Ok(Network { name: name.into(), sha256, onnx, model, anatomy, input, device, kernels, team })
     }
 
     pub fn name(&self) -> &str {
@@ -199,17 +198,11 @@ impl Network {
 
     /// The same network, whose sessions compute a picture with so many threads, where our kernels compute it.
     pub fn with_threads(&self, threads: usize) -> Result<Self, BackboneError> {
-        let pool = match threads {
+        let team = match threads {
             0 | 1 => None,
-            _ => Some(Arc::new(
-                ThreadPoolBuilder::new()
-                    .num_threads(threads)
-                    .thread_name(|nth| format!("kernels-{nth}"))
-                    .build()
-                    .map_err(|e| self.failed(e.to_string()))?,
-            )),
+            _ => Some(Arc::new(Team::new(threads).map_err(|e| self.failed(format!("cannot start threads: {e}")))?)),
         };
-        Ok(Network { pool, ..self.clone() })
+        Ok(Network { team, ..self.clone() })
     }
 
     /// Pictures in, features out; with `tail` in place of the network's own last convolution, where there is one.
@@ -276,7 +269,7 @@ impl Network {
         let mut kernels = self.kernels.filter(|_| self.device == Device::Cpu);
         let mut whole = None;
         if let Some(instructions) = kernels {
-            match kernels::replace(&mut model, instructions, self.pool.clone())? {
+            match kernels::replace(&mut model, instructions, self.team.clone())? {
                 Taken::Nothing => kernels = None,
                 Taken::Part => {}
                 Taken::Whole(network) => whole = Some(network),

@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::Instructions;
-use super::chain::{Block, Chain, Layer, Rows, Size, Stage};
+use super::block::Block;
+use super::chain::{Chain, Layer, Rows, Size, Stage};
 use super::product::{Clip, Job, Panels, Place, Product, Reach};
 
 /// A stage of a network, as `bench` tells it.
@@ -81,6 +82,7 @@ pub fn peak(instructions: Instructions) -> f64 {
         let began = Instant::now();
         instructions.product(&mut Job {
             product: &product,
+            outputs: 0..outputs,
             input: &input,
             reach: Reach { step: 0, pieces: 1, apart: 0 },
             pixels: PIXELS,

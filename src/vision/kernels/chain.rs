@@ -1,13 +1,13 @@
-//! A run of MobileNet's layers as one piece: maps with their channels last, blocks on strips of rows, threads across them.
+//! A run of MobileNet's layers as one piece: maps with their channels last, stage after stage.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rayon::ThreadPool;
-
 use super::Instructions;
-use super::depthwise::{self, Depthwise};
+use super::block::Block;
 use super::product::{self, Place, Product, Reach};
+use super::team::{THREADS_MAX, Team};
 
 /// A map's sides; its numbers lie as `[height, width, channels]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +22,7 @@ impl Size {
         self.height * self.row()
     }
 
-    fn row(self) -> usize {
+    pub fn row(self) -> usize {
         self.width * self.channels
     }
 }
@@ -58,21 +58,6 @@ pub(super) enum Rows {
 }
 
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Block {
-    /// Expands the input; without it the depthwise convolution looks at the input itself.
-    pub expand: Option<Rows>,
-    pub depthwise: Depthwise,
-    pub padding: Padding,
-    /// Its inputs are whole planes, zeros behind the last channel; those of the expansion's outputs too.
-    pub project: Option<Product>,
-    /// The input is added to the projection.
-    pub residual: bool,
-    /// Between expansion and depthwise convolution, without padding; and behind that.
-    pub inner: Size,
-    pub after: Size,
-}
-
-#[derive(Debug, Clone, PartialEq)]
 pub(super) enum Layer {
     Rows {
         rows: Rows,
@@ -104,10 +89,62 @@ pub(super) struct Chain {
 
 /// One thread's buffers.
 #[derive(Debug, Clone, Default)]
-struct Scratch {
+pub(super) struct Scratch {
     /// Rows before the depthwise convolution, with padding.
-    inner: Vec<f32>,
-    after: Vec<f32>,
+    pub inner: Vec<f32>,
+    pub after: Vec<f32>,
+}
+
+/// The threads of a run, each with its buffers.
+pub(super) struct Threads<'a> {
+    team: Option<&'a Team>,
+    scratch: &'a mut [Scratch],
+}
+
+/// What a thread does: a range of units, where they go, and its buffers.
+type Share<'a> = (Range<usize>, &'a mut [f32], &'a mut Scratch);
+
+impl Threads<'_> {
+    /// This thread, where no buffers are needed.
+    pub fn alone() -> Self {
+        Threads { team: None, scratch: &mut [] }
+    }
+
+    pub fn count(&self) -> usize {
+        self.scratch.len().max(1)
+    }
+
+    /// Cuts units among the threads, `size` numbers of `to` each, the last perhaps fewer.
+    pub fn spread(
+        &mut self,
+        units: usize,
+        size: usize,
+        to: &mut [f32],
+        work: &(impl Fn(Range<usize>, &mut [f32], &mut Scratch) + Sync),
+    ) {
+        let Some(team) = self.team else {
+            return match self.scratch.first_mut() {
+                Some(scratch) => work(0..units, to, scratch),
+                None => work(0..units, to, &mut Scratch::default()),
+            };
+        };
+        let shares: [Mutex<Option<Share<'_>>>; THREADS_MAX] = [const { Mutex::new(None) }; THREADS_MAX];
+        let (threads, mut rest) = (self.scratch.len(), to);
+        for (nth, (scratch, share)) in self.scratch.iter_mut().zip(&shares).enumerate() {
+            let range = units * nth / threads..units * (nth + 1) / threads;
+            let (own, others) = rest.split_at_mut((range.len() * size).min(rest.len()));
+            rest = others;
+            if !range.is_empty() {
+                *share.lock().unwrap_or_else(PoisonError::into_inner) = Some((range, own, scratch));
+            }
+        }
+        team.run(&|nth| {
+            let share = shares[nth].lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some((range, to, scratch)) = share {
+                work(range, to, scratch);
+            }
+        });
+    }
 }
 
 /// What a run works in; it grows to its size in the first one.
@@ -117,39 +154,15 @@ pub(super) struct Workspace {
     picture: Vec<f32>,
     from: Vec<f32>,
     to: Vec<f32>,
+    /// A block's map between depthwise convolution and projection, where the threads share it.
+    between: Vec<f32>,
     scratch: Vec<Scratch>,
     /// What each stage of the last run took.
     pub times: Vec<Duration>,
 }
 
-/// Numbers that a strip's rows may take: they stay in a second-level cache of half a megabyte.
-const STRIP: usize = 96 << 10;
-
-/// Between a block's expansion and its projection a map lies in planes of as many channels as a vector holds, `lanes`; before the
-/// depthwise convolution with its padding, `[rows, planes, across, lanes]`, behind it `[planes, rows, width, lanes]`.
-impl Block {
-    /// Pixels in a row of the padded map that the depthwise convolution looks at, and numbers.
-    fn across(&self) -> usize {
-        self.inner.width + self.padding.left + self.padding.right
-    }
-
-    fn line(&self, lanes: usize) -> usize {
-        self.across() * self.depthwise.planes * lanes
-    }
-
-    /// Numbers in a row behind the depthwise convolution.
-    fn row(&self, lanes: usize) -> usize {
-        self.after.width * self.depthwise.planes * lanes
-    }
-
-    /// Its rows.
-    fn down(&self) -> usize {
-        self.inner.height + self.padding.top + self.padding.bottom
-    }
-}
-
 /// So many numbers of a buffer, which grows where it is too small; what stands in them is of no account.
-fn room(buffer: &mut Vec<f32>, numbers: usize) -> &mut [f32] {
+pub(super) fn room(buffer: &mut Vec<f32>, numbers: usize) -> &mut [f32] {
     if buffer.len() < numbers {
         buffer.resize(numbers, 0.0);
     }
@@ -165,12 +178,8 @@ impl Chain {
         self.stages[self.stages.len() - 1].to
     }
 
-    fn lanes(&self) -> usize {
+    pub fn lanes(&self) -> usize {
         self.instructions.panels().lanes
-    }
-
-    fn place(&self, size: Size) -> Place {
-        Place { width: size.width, step: size.channels, row: size.row(), apart: self.lanes() }
     }
 
     /// The zeros around the input that the first convolution looks at.
@@ -187,238 +196,101 @@ impl Chain {
     }
 
     /// in: one picture as [`Chain::from`] says, or in planes; out: as [`Chain::to`] says, or in planes.
-    pub fn run(&self, input: &[f32], out: &mut [f32], work: &mut Workspace, pool: Option<&ThreadPool>) {
-        let threads = pool.map_or(1, ThreadPool::current_num_threads);
-        work.scratch.resize_with(threads, Scratch::default);
-        let Workspace { picture, from, to, scratch, times } = work;
+    pub fn run(&self, input: &[f32], out: &mut [f32], work: &mut Workspace, team: Option<&Team>) {
+        team.inspect(|team| team.wake());
+        let Workspace { picture, from, to, between, scratch, times } = work;
+        scratch.resize_with(team.map_or(1, Team::threads), Scratch::default);
+        let mut threads = Threads { team, scratch };
         times.clear();
         enter(self.from(), input, self.planes, self.border(), picture);
-        let mut go = || {
-            for (nth, stage) in self.stages.iter().enumerate() {
-                let began = Instant::now();
-                let input = if nth == 0 { &picture[..] } else { &from[..stage.from.numbers()] };
-                self.stage(stage, input, room(to, stage.to.numbers()), scratch);
-                std::mem::swap(from, to);
-                times.push(began.elapsed());
-            }
-        };
-        match pool {
-            Some(pool) => pool.install(go),
-            None => go(),
+        for (nth, stage) in self.stages.iter().enumerate() {
+            let began = Instant::now();
+            let input = if nth == 0 { &picture[..] } else { &from[..stage.from.numbers()] };
+            self.stage(stage, input, room(to, stage.to.numbers()), between, &mut threads);
+            std::mem::swap(from, to);
+            times.push(began.elapsed());
         }
         leave(self.to(), from, self.planes, out);
     }
 
-    fn stage(&self, stage: &Stage, from: &[f32], to: &mut [f32], scratch: &mut [Scratch]) {
+    fn stage(&self, stage: &Stage, from: &[f32], to: &mut [f32], between: &mut Vec<f32>, threads: &mut Threads<'_>) {
+        let Stage { to: size, .. } = *stage;
         match &stage.layer {
-            Layer::Rows { rows, residual } => {
+            Layer::Rows { rows: Rows::Product(product), residual } => {
+                let reach = Reach { step: product.inputs, pieces: 1, apart: 0 };
                 let residual = residual.then_some(from);
-                spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, _| {
-                    let place = self.place(stage.to);
-                    self.rows(rows, stage.from, from, range, residual, to, place);
-                });
+                self.pixels(product, from, reach, size.height * size.width, residual, to, threads);
             }
-            Layer::Block(block) => {
-                let (lanes, height) = (self.lanes(), stage.to.height);
-                if block.down() * block.line(lanes) + height * block.row(lanes) <= STRIP {
-                    self.whole(block, stage, from, to, scratch);
-                } else {
-                    spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, scratch| {
-                        self.strips(block, stage, from, range, to, scratch);
-                    });
-                }
-            }
+            Layer::Rows { rows, .. } => threads.spread(size.height, size.row(), to, &|range, to, _| {
+                let place = Place { width: size.width, step: size.channels, row: size.row(), apart: self.lanes() };
+                self.rows(rows, stage.from, from, range, 0..size.channels, to, place);
+            }),
+            Layer::Block(block) => self.block(block, stage, from, to, between, threads),
             Layer::Mean { factor } => mean(from, stage.from.channels, *factor, to),
         }
     }
 
-    /// Rows `range` of what `rows` makes of the map `input`; `to` begins with the first of them.
-    #[expect(clippy::too_many_arguments, reason = "a map, its place, and what is asked of it")]
-    fn rows(
+    /// A product over pixels that give pixels one after the other.
+    #[expect(clippy::too_many_arguments, reason = "a map, where it lies, and what is asked of it")]
+    pub fn pixels(
+        &self,
+        product: &Product,
+        input: &[f32],
+        reach: Reach,
+        pixels: usize,
+        residual: Option<&[f32]>,
+        to: &mut [f32],
+        threads: &mut Threads<'_>,
+    ) {
+        let step = product.outputs;
+        threads.spread(pixels, step, to, &|range, out, _| {
+            let (pixels, outputs, input) = (range.len(), 0..step, &input[range.start * reach.step..]);
+            let residual = residual.map(|map| &map[range.start * step..]);
+            let place = Place { width: pixels, step, row: pixels * step, apart: self.lanes() };
+            self.instructions.product(&mut product::Job {
+                product,
+                outputs,
+                input,
+                reach,
+                pixels,
+                residual,
+                out,
+                place,
+            });
+        });
+    }
+
+    /// Rows `range` and channels `outputs` of what `rows` makes of the map `input`; `to` begins with the first of them.
+    #[expect(clippy::too_many_arguments, reason = "the same")]
+    pub fn rows(
         &self,
         rows: &Rows,
         from: Size,
         input: &[f32],
         range: Range<usize>,
-        residual: Option<&[f32]>,
+        outputs: Range<usize>,
         to: &mut [f32],
         place: Place,
     ) {
+        let run = |product, input, reach, pixels, out: &mut [f32]| {
+            let (outputs, residual) = (outputs.clone(), None);
+            let mut job = product::Job { product, outputs, input, reach, pixels, residual, out, place };
+            self.instructions.product(&mut job);
+        };
         match rows {
             Rows::Product(product) => {
-                let input = &input[range.start * from.row()..range.end * from.row()];
-                let residual = residual.map(|map| &map[range.start * place.width * product.outputs..]);
-                let (pixels, reach) = (range.len() * from.width, Reach { step: product.inputs, pieces: 1, apart: 0 });
-                self.instructions.product(&mut product::Job {
-                    product,
-                    input,
-                    reach,
-                    pixels,
-                    residual,
-                    out: to,
-                    place,
-                });
+                let reach = Reach { step: product.inputs, pieces: 1, apart: 0 };
+                run(product, &input[range.start * from.row()..], reach, range.len() * from.width, to);
             }
-            Rows::First(first) => {
-                let Padding { left, right, .. } = first.padding;
-                let line = (from.width + left + right) * from.channels;
-                let (product, pixels) = (&first.product, place.width);
-                let reach = Reach { step: first.stride * from.channels, pieces: first.side, apart: line };
+            Rows::First(First { product, side, stride, padding }) => {
+                let line = (from.width + padding.left + padding.right) * from.channels;
+                let reach = Reach { step: stride * from.channels, pieces: *side, apart: line };
                 for (nth, row) in range.enumerate() {
-                    let (input, out) = (&input[row * first.stride * line..], &mut to[nth * place.row..]);
-                    let residual = None;
-                    self.instructions.product(&mut product::Job {
-                        product,
-                        input,
-                        reach,
-                        pixels,
-                        residual,
-                        out,
-                        place,
-                    });
+                    run(product, &input[row * stride * line..], reach, place.width, &mut to[nth * place.row..]);
                 }
             }
         }
     }
-
-    /// Rows `range` of a block, strip after strip; rows of the expansion that two strips need are kept.
-    fn strips(
-        &self,
-        block: &Block,
-        stage: &Stage,
-        from: &[f32],
-        range: Range<usize>,
-        to: &mut [f32],
-        scratch: &mut Scratch,
-    ) {
-        let Depthwise { side, stride, .. } = block.depthwise;
-        let line = block.line(self.lanes());
-        let rows = (STRIP / (stride * line + block.row(self.lanes()))).max(1);
-        let inner = room(&mut scratch.inner, ((rows - 1) * stride + side) * line);
-        let mut have = 0..0_usize;
-        for first in range.clone().step_by(rows) {
-            let strip = first..(first + rows).min(range.end);
-            // In rows of the padded map.
-            let need = first * stride..(strip.end - 1) * stride + side;
-            let kept = have.end.saturating_sub(need.start).min(have.len());
-            if kept > 0 {
-                let begin = (need.start - have.start) * line;
-                inner.copy_within(begin..begin + kept * line, 0);
-            }
-            self.inner(block, stage.from, from, need.start + kept..need.end, &mut inner[kept * line..]);
-            have = need;
-            let to = &mut to[(first - range.start) * stage.to.row()..];
-            self.behind(block, from, strip, inner, &mut scratch.after, to);
-        }
-    }
-
-    /// A block whose maps all stay in the cache, layer after layer: no thread computes a row twice.
-    fn whole(&self, block: &Block, stage: &Stage, from: &[f32], to: &mut [f32], scratch: &mut [Scratch]) {
-        let (line, rows) = (block.line(self.lanes()), block.down());
-        let mut buffer = std::mem::take(&mut scratch[0].inner);
-        let inner = room(&mut buffer, rows * line);
-        spread(0..rows, line, inner, scratch, &|range, inner, _| {
-            self.inner(block, stage.from, from, range, inner);
-        });
-        let Depthwise { stride, .. } = block.depthwise;
-        spread(0..stage.to.height, stage.to.row(), to, scratch, &|range, to, scratch| {
-            let inner = &inner[range.start * stride * line..];
-            self.behind(block, from, range, inner, &mut scratch.after, to);
-        });
-        scratch[0].inner = buffer;
-    }
-
-    /// Rows `range` of the padded map that the depthwise convolution looks at.
-    fn inner(&self, block: &Block, size: Size, from: &[f32], range: Range<usize>, inner: &mut [f32]) {
-        let Padding { top, left, right, .. } = block.padding;
-        let (lanes, across) = (self.lanes(), block.across());
-        let line = block.line(lanes);
-        let real = range.start.max(top)..range.end.min(top + block.inner.height);
-        for (row, line) in range.clone().zip(inner.chunks_exact_mut(line)) {
-            if !real.contains(&row) || block.expand.is_none() {
-                line.fill(0.0);
-                continue;
-            }
-            for plane in line.chunks_exact_mut(across * lanes) {
-                plane[..left * lanes].fill(0.0);
-                plane[(across - right) * lanes..].fill(0.0);
-            }
-        }
-        if real.is_empty() {
-            return;
-        }
-        let to = &mut inner[(real.start - range.start) * line + left * lanes..];
-        let place = Place { width: block.inner.width, step: lanes, row: line, apart: across * lanes };
-        let rows = real.start - top..real.end - top;
-        match &block.expand {
-            Some(expand) => self.rows(expand, size, from, rows, None, to, place),
-            None => {
-                for (row, to) in rows.zip(to.chunks_mut(line)) {
-                    let pixels = from[row * size.row()..].chunks_exact(size.channels).take(size.width);
-                    for (x, pixel) in pixels.enumerate() {
-                        for (channels, to) in pixel.chunks(lanes).zip(to.chunks_mut(place.apart)) {
-                            to[x * lanes..][..channels.len()].copy_from_slice(channels);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// Rows `range` of what follows the padded map: depthwise, projection, residual. `inner` begins with the first row needed.
-    fn behind(
-        &self,
-        block: &Block,
-        from: &[f32],
-        range: Range<usize>,
-        inner: &[f32],
-        after: &mut Vec<f32>,
-        to: &mut [f32],
-    ) {
-        let (lanes, across, rows, width) = (self.lanes(), block.across(), range.len(), block.after.width);
-        let (pixels, depthwise) = (rows * width, &block.depthwise);
-        let after = room(after, rows * block.row(lanes));
-        self.instructions.depthwise(&mut depthwise::Job { depthwise, input: inner, across, rows, width, out: after });
-        let Some(product) = &block.project else {
-            for (plane, values) in after.chunks_exact(pixels * lanes).enumerate() {
-                for (pixel, values) in to.chunks_exact_mut(block.after.channels).zip(values.chunks_exact(lanes)) {
-                    let channels = pixel[plane * lanes..].iter_mut();
-                    channels.zip(values).for_each(|(to, value)| *to = *value);
-                }
-            }
-            return;
-        };
-        let step = product.outputs;
-        let place = Place { width, step, row: width * step, apart: lanes };
-        let residual = block.residual.then(|| &from[range.start * place.row..range.end * place.row]);
-        let reach = Reach { step: lanes, pieces: depthwise.planes, apart: pixels * lanes };
-        self.instructions.product(&mut product::Job { product, input: after, reach, pixels, residual, out: to, place });
-    }
-}
-
-/// Cuts rows among the threads, one scratch each.
-fn spread(
-    rows: Range<usize>,
-    row: usize,
-    to: &mut [f32],
-    scratch: &mut [Scratch],
-    work: &(impl Fn(Range<usize>, &mut [f32], &mut Scratch) + Sync),
-) {
-    if rows.is_empty() {
-        return;
-    }
-    let [one] = scratch else {
-        let half = scratch.len() / 2;
-        let middle = rows.start + (rows.len() * half).div_ceil(scratch.len());
-        let (upper, lower) = to.split_at_mut((middle - rows.start) * row);
-        let (left, right) = scratch.split_at_mut(half);
-        rayon::join(
-            || spread(rows.start..middle, row, upper, left, work),
-            || spread(middle..rows.end, row, lower, right, work),
-        );
-        return;
-    };
-    work(rows, to, one);
 }
 
 /// in: `[places, channels]`; out: `[channels]`.

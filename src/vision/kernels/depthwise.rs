@@ -1,5 +1,7 @@
 //! Depthwise convolutions: each channel for itself, with bias and clip, on planes of as many channels as a vector holds.
 
+use std::ops::Range;
+
 use super::lanes::Lanes;
 use super::product::Clip;
 
@@ -32,10 +34,11 @@ impl Depthwise {
     }
 }
 
-/// One call: `rows` rows of output, `[planes, rows, width, lanes]`, from an input that has its padding around it,
+/// One call for some planes: `rows` rows of output, `[planes, rows, width, lanes]`, from an input that has its padding around it,
 /// `[rows, planes, across, lanes]`.
 pub(super) struct Job<'a> {
     pub depthwise: &'a Depthwise,
+    pub planes: Range<usize>,
     pub input: &'a [f32],
     pub across: usize,
     pub rows: usize,
@@ -45,14 +48,16 @@ pub(super) struct Job<'a> {
 
 impl Job<'_> {
     fn check(&self, lanes: usize) {
-        let Depthwise { planes, side, stride, .. } = *self.depthwise;
-        assert!(self.rows > 0 && self.width > 0 && side > 0, "there is something to do");
+        let Depthwise { planes: all, side, stride, .. } = *self.depthwise;
+        let planes = self.planes.len();
+        assert!(planes > 0 && self.rows > 0 && self.width > 0 && side > 0, "there is something to do");
+        assert!(self.planes.end <= all, "the planes are there");
         let down = (self.rows - 1) * stride + side;
         assert!(self.across >= (self.width - 1) * stride + side, "a row of the input is wide enough");
         assert!(self.input.len() >= down * planes * self.across * lanes, "the input has rows enough");
         assert!(self.out.len() >= planes * self.rows * self.width * lanes, "the output has room");
         let (taps, bias) = (self.depthwise.taps.len(), self.depthwise.bias.len());
-        assert!(taps == planes * side * side * lanes && bias == planes * lanes, "packed for these instructions");
+        assert!(taps == all * side * side * lanes && bias == all * lanes, "packed for these instructions");
     }
 }
 
@@ -84,7 +89,7 @@ pub(super) unsafe fn run<V: Lanes>(job: &mut Job<'_>) {
 /// As [`run`], `job.check()` has held, and the job is of this side and stride.
 #[inline(always)]
 unsafe fn sided<V: Lanes, const SIDE: usize, const STRIDE: usize>(job: &mut Job<'_>) {
-    for plane in 0..job.depthwise.planes {
+    for plane in 0..job.planes.len() {
         for row in 0..job.rows {
             for x in (0..job.width).step_by(BESIDE) {
                 // SAFETY: the planes and the pixels are the job's.
@@ -104,10 +109,10 @@ unsafe fn sided<V: Lanes, const SIDE: usize, const STRIDE: usize>(job: &mut Job<
     }
 }
 
-/// `PIXELS` pixels of a plane, from `x` on.
+/// `PIXELS` pixels of one of the job's planes, from `x` on.
 ///
 /// # Safety
-/// As [`sided`]; `x + PIXELS ≤ width`, `plane < planes`.
+/// As [`sided`]; `x + PIXELS ≤ width`, `plane < planes.len()`.
 #[inline(always)]
 unsafe fn some<V: Lanes, const SIDE: usize, const STRIDE: usize, const PIXELS: usize>(
     job: &mut Job<'_>,
@@ -115,13 +120,14 @@ unsafe fn some<V: Lanes, const SIDE: usize, const STRIDE: usize, const PIXELS: u
     row: usize,
     x: usize,
 ) {
-    let Depthwise { planes, clip, ref taps, ref bias, .. } = *job.depthwise;
+    let Depthwise { clip, ref taps, ref bias, .. } = *job.depthwise;
+    let (planes, own) = (job.planes.len(), job.planes.start + plane);
     let line = job.across * V::N;
     // SAFETY: by `check` every place below lies within its slice.
     unsafe {
-        let taps = taps.as_ptr().add(plane * SIDE * SIDE * V::N);
+        let taps = taps.as_ptr().add(own * SIDE * SIDE * V::N);
         let input = job.input.as_ptr().add((row * STRIDE * planes + plane) * line + x * STRIDE * V::N);
-        let mut sums = [V::load(bias.as_ptr().add(plane * V::N)); PIXELS];
+        let mut sums = [V::load(bias.as_ptr().add(own * V::N)); PIXELS];
         for down in 0..SIDE {
             let input = input.add(down * planes * line);
             for right in 0..SIDE {

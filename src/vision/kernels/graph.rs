@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use rayon::ThreadPool;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::internal::*;
 use tract_onnx::tract_core::ops::binary::TypedBinOp;
@@ -13,11 +12,13 @@ use tract_onnx::tract_core::ops::konst::Const;
 use tract_onnx::tract_core::ops::math::{Add, Div, Max, Min, Mul};
 use tract_onnx::tract_core::ops::nn::{DataFormat, Reduce, Reducer};
 
-use super::account::{self, Part};
 use super::Instructions;
-use super::chain::{Block, Chain, First, Layer, Padding, Rows, Size, Stage, Workspace};
+use super::account::{self, Part};
+use super::block::Block;
+use super::chain::{Chain, First, Layer, Padding, Rows, Size, Stage, Workspace};
 use super::depthwise::Depthwise;
 use super::product::{Clip, Product};
+use super::team::Team;
 
 /// What became of a graph.
 pub(in super::super) enum Taken {
@@ -34,7 +35,7 @@ pub(in super::super) enum Taken {
 pub(in super::super) fn replace(
     model: &mut TypedModel,
     instructions: Instructions,
-    pool: Option<Arc<ThreadPool>>,
+    team: Option<Arc<Team>>,
 ) -> TractResult<Taken> {
     if !instructions.are_there() {
         return Ok(Taken::Nothing);
@@ -43,9 +44,9 @@ pub(in super::super) fn replace(
     let shape = model.outlet_fact(found.to)?.shape.as_concrete().context("a shape that is known")?.into();
     let chain = Arc::new(found.chain);
     if found.from == model.inputs[0] && only_axes_lie_between(model, found.to, model.outputs[0]) {
-        return Ok(Taken::Whole(Whole { chain, pool, work: Workspace::default() }));
+        return Ok(Taken::Whole(Whole { chain, team, work: Workspace::default() }));
     }
-    let op = Kernels { chain, shape, pool };
+    let op = Kernels { chain, shape, team };
     let mut patch = TypedModelPatch::default();
     let input = patch.tap_model(model, found.from)?;
     let output = patch.wire_node("kernels", op, &[input])?[0];
@@ -66,14 +67,14 @@ fn only_axes_lie_between(model: &TypedModel, from: OutletId, to: OutletId) -> bo
 #[derive(Debug, Clone)]
 pub(in super::super) struct Whole {
     chain: Arc<Chain>,
-    pool: Option<Arc<ThreadPool>>,
+    team: Option<Arc<Team>>,
     work: Workspace,
 }
 
 impl Whole {
     /// in and out: as the network has it, without the batch. Nothing is allocated from the second call on.
     pub fn run(&mut self, input: &[f32], out: &mut [f32]) {
-        self.chain.run(input, out, &mut self.work, self.pool.as_deref());
+        self.chain.run(input, out, &mut self.work, self.team.as_deref());
     }
 
     /// Its stages with the times of the last run.
@@ -492,7 +493,7 @@ fn known(model: &TypedModel, wire: OutletId) -> TractResult<Option<Arc<Tensor>>>
 struct Kernels {
     chain: Arc<Chain>,
     shape: TVec<usize>,
-    pool: Option<Arc<ThreadPool>>,
+    team: Option<Arc<Team>>,
 }
 
 impl PartialEq for Kernels {
@@ -543,7 +544,7 @@ impl OpState for Working {
         let input = input.as_slice().context("a map that lies in one piece")?;
         let mut view = out.to_plain_array_view_mut::<f32>()?;
         let numbers = view.as_slice_mut().context("a map that lies in one piece")?;
-        op.chain.run(input, numbers, &mut self.0, op.pool.as_deref());
+        op.chain.run(input, numbers, &mut self.0, op.team.as_deref());
         Ok(tvec!(out.into()))
     }
 

@@ -11,14 +11,17 @@
 )]
 
 mod account;
+mod block;
 mod chain;
 mod depthwise;
 mod graph;
 mod lanes;
 mod product;
+mod team;
 
 pub use account::{Part, peak};
 pub(super) use graph::{Taken, Whole, replace};
+pub use team::{THREADS_MAX, Team};
 
 use std::sync::OnceLock;
 

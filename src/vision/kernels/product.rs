@@ -3,6 +3,8 @@
 //! The weights lie in panels of as many outputs as a few vectors hold, packed once; a tile of pixels × one panel stays in registers
 //! while it goes through the inputs. The first convolution is one too: a pixel's patch is a few pieces of the picture's rows.
 
+use std::ops::Range;
+
 use super::lanes::Lanes;
 
 /// What follows the sum, in this order: bias, residual, clip.
@@ -116,9 +118,10 @@ impl Product {
     }
 }
 
-/// One call: `pixels` of `input`; the residual, where there is one, lies as `[pixels, outputs]`.
+/// One call: whole panels, `outputs`, of `pixels` of `input`; the residual, where there is one, lies as `[pixels, outputs]`.
 pub(super) struct Job<'a> {
     pub product: &'a Product,
+    pub outputs: Range<usize>,
     pub input: &'a [f32],
     pub reach: Reach,
     pub pixels: usize,
@@ -135,10 +138,13 @@ impl Job<'_> {
         assert!(self.pixels > 0 && pieces > 0 && inputs % pieces == 0, "there is something to do");
         let last = (self.pixels - 1) * step + (pieces - 1) * apart + inputs / pieces;
         assert!(self.input.len() >= last, "the input holds the pixels");
-        let vectors = outputs.div_ceil(panels.lanes);
+        let (begin, end) = (self.outputs.start, self.outputs.end);
+        let whole = |output: usize| output == outputs || output.is_multiple_of(panels.wide());
+        assert!(begin < end && end <= outputs && whole(begin) && whole(end), "panels that are there");
+        let (wanted, vectors) = (end - begin, (end - begin).div_ceil(panels.lanes));
         let (begin, place) = (self.place.at(self.pixels - 1), self.place);
         assert!(
-            self.out.len() >= begin + (vectors - 1) * place.apart + (outputs - (vectors - 1) * panels.lanes),
+            self.out.len() >= begin + (vectors - 1) * place.apart + (wanted - (vectors - 1) * panels.lanes),
             "the output has room"
         );
         assert!(place.apart == panels.lanes || outputs % panels.lanes == 0, "vectors that lie apart are whole");
@@ -187,8 +193,8 @@ pub(super) unsafe fn run<V: Lanes, const ROWS: usize, const VECTORS: usize>(job:
     job.check();
     let panels = Panels { lanes: V::N, vectors: VECTORS, halves: V::Half::N < V::N };
     assert_eq!(job.product.panels, panels, "packed for these instructions");
-    for first in (0..job.product.outputs).step_by(panels.wide()) {
-        let valid = (job.product.outputs - first).min(panels.wide());
+    for first in job.outputs.clone().step_by(panels.wide()) {
+        let valid = (job.outputs.end - first).min(panels.wide());
         // SAFETY: `check` has held; the instructions are the caller's promise.
         unsafe {
             match panels.shape(valid) {
@@ -229,7 +235,7 @@ unsafe fn panel<V: Lanes, const ROWS: usize, const VECTORS: usize>(job: &mut Job
     // SAFETY: the panel lies within weights and bias, the pixels within input and output, all by `check`.
     let (weights, bias, out) = unsafe {
         let (weights, bias) = (job.product.weights.as_ptr(), job.product.bias.as_ptr());
-        let out = job.out.as_mut_ptr().add(first / panels.lanes * job.place.apart);
+        let out = job.out.as_mut_ptr().add((first - job.outputs.start) / panels.lanes * job.place.apart);
         (weights.add(first * inputs), bias.add(first), out)
     };
     // Tiles of the same height but for one pixel: a last one of a single pixel would cost as much as a whole one.
