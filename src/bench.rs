@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::bundle::{Bundle, BundleError};
 use crate::vision::decode::{self, DecodeError};
-use crate::vision::kernels::{self, Instructions, Part};
+use crate::vision::kernels::{self, Instructions, Part, Team};
 use crate::vision::{BackboneError, Classifier, Stages, drawn};
 
 /// Frames before the first that counts: caches and clocks are warm then.
@@ -20,6 +20,8 @@ pub enum BenchError {
     Bundle(#[from] BundleError),
     #[error(transparent)]
     Backbone(#[from] BackboneError),
+    #[error("cannot start threads: {0}")]
+    Threads(std::io::Error),
     #[error("{file}: {source}")]
     Image { file: String, source: DecodeError },
 }
@@ -145,7 +147,8 @@ pub struct Bench {
 impl Bench {
     /// `backbone`: the ONNX file that the model was made for, where neither the program nor the model has it.
     pub fn new(bundle: &Bundle, backbone: Option<&Path>, threads: usize) -> Result<Self, BenchError> {
-        let backbone = bundle.backbone(&bundle.network(backbone)?.with_threads(threads)?)?;
+        let team = Team::of(threads).map_err(BenchError::Threads)?;
+        let backbone = bundle.backbone(&bundle.network(backbone)?.with_team(team))?;
         let (classifier, kernels) = (Classifier::new(&backbone, bundle.skill())?, backbone.kernels());
         Ok(Bench { classifier, threads, kernels })
     }

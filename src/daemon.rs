@@ -30,9 +30,9 @@ use crate::fleet::receive::{Ends, Receiver, Setup};
 use crate::health::{self, Counters, Pulse};
 use crate::mqtt::outbox::Limits;
 use crate::mqtt::{Link, LinkSettings, Outbox, message, topics::Topics};
-use crate::vision::BackboneError;
-use crate::vision::{Labels, decode};
-use crate::watcher::{Observer, Orders, Voice, Watcher};
+use crate::vision::kernels::Team;
+use crate::vision::{BackboneError, Labels, Still, decode};
+use crate::watcher::{Habits, Observer, Orders, Voice, Watcher};
 
 /// Settings from afar that wait for the vision thread.
 const ORDERS_MAX: usize = 16;
@@ -128,7 +128,8 @@ impl Daemon {
         let pace = Pace::new(config.camera.interval_ms);
         let (topics, link, source) = (config.topics()?, config.link()?, source(&config, &pace)?);
         // Last: a model on trial must not pay for a mistake in the configuration.
-        let shelf = Shelf::of(&config, open);
+        let team = Team::of(config.threads()).map_err(|source| DaemonError::Thread { name: "kernels", source })?;
+        let shelf = Shelf { team, ..Shelf::of(&config, open) };
         let deciding = shelf.deciding()?;
         let labels = deciding.loaded.classifier.labels();
         let rules = match deciding.state == State::default() {
@@ -232,7 +233,9 @@ impl Daemon {
         let (swaps, swapped) = mpsc::sync_channel(1);
         let (frames, mailbox) = latest::mailbox();
         let rules = self.config.supervisor(&self.pace);
-        let patience = Duration::from_millis(self.config.camera.stall_ms);
+        let (pace, stall_ms) = (self.pace, self.config.camera.stall_ms);
+        let still = Still::new(self.config.camera.still_threshold);
+        let habits = Habits { pace, patience: Duration::from_millis(stall_ms), still };
         let (topics, counters) = (self.topics, self.counters);
         let setup =
             Setup { config: self.config, topics: topics.clone(), shelf: self.shelf, answers: answers.clone(), swaps };
@@ -242,7 +245,7 @@ impl Daemon {
         let voice = Voice::new(self.decider, sender, topics.event(), outbox.clone(), counters.clone());
         let said = about.subscribe();
         let ordered = Orders { settings, swaps: swapped, about, witness };
-        let (mut watcher, state) = Watcher::new(mailbox, classifier, voice, ordered, self.pace, patience, observer);
+        let (mut watcher, state) = Watcher::new(mailbox, classifier, voice, ordered, habits, observer);
         let link = Link {
             settings: self.link,
             topics,

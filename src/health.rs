@@ -35,6 +35,8 @@ pub struct Counters {
     pub broken: Counter,
     /// Frames that were classified.
     pub classified: Counter,
+    /// Frames that were like the last one that was classified, and were not classified again.
+    pub still: Counter,
     /// Times the camera failed and was opened again.
     pub camera_failures: Counter,
     /// Events that were decided.
@@ -51,11 +53,12 @@ impl fmt::Display for Counters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "captured={} dropped={} broken={} classified={} camera_failures={} events={} acknowledged={} events_lost={} connections={}",
+            "captured={} dropped={} broken={} classified={} still={} camera_failures={} events={} acknowledged={} events_lost={} connections={}",
             self.captured.get(),
             self.dropped.get(),
             self.broken.get(),
             self.classified.get(),
+            self.still.get(),
             self.camera_failures.get(),
             self.events.get(),
             self.acknowledged.get(),

@@ -16,7 +16,7 @@ use crate::camera::{Frame, Pace};
 use crate::decide::{Decider, Decision, Flicker, Thresholds};
 use crate::health::{Counters, Pulse};
 use crate::mqtt::{About, Outbox, Setting, message};
-use crate::vision::{Classifier, Labels, Prediction, Stages, decode};
+use crate::vision::{Classifier, Labels, Prediction, Stages, Still, decode};
 
 /// How often settings are looked for while no frame comes.
 const IDLE: Duration = Duration::from_millis(100);
@@ -76,11 +76,20 @@ pub struct Watcher {
     voice: Voice,
     state: watch::Sender<Vec<u8>>,
     orders: Orders,
-    pace: Pace,
+    habits: Habits,
     observer: Observer,
-    /// After so long without a frame that could be classified, nothing is seen.
-    patience: Duration,
     last_good: Instant,
+    /// What the last frame that was classified was taken for.
+    last: Option<Prediction>,
+}
+
+/// How it looks.
+pub struct Habits {
+    pub pace: Pace,
+    /// After so long without a frame that could be classified, nothing is seen.
+    pub patience: Duration,
+    /// Which frames need not be classified again.
+    pub still: Still,
 }
 
 impl Watcher {
@@ -90,8 +99,7 @@ impl Watcher {
         classifier: Classifier,
         mut voice: Voice,
         orders: Orders,
-        pace: Pace,
-        patience: Duration,
+        habits: Habits,
         observer: Observer,
     ) -> (Self, watch::Receiver<Vec<u8>>) {
         let sight = match voice.decider.told() {
@@ -100,7 +108,7 @@ impl Watcher {
         };
         let (state, newest) = watch::channel(voice.sender.state(&sight, false));
         let last_good = Instant::now();
-        (Watcher { mailbox, classifier, voice, state, orders, pace, observer, patience, last_good }, newest)
+        (Watcher { mailbox, classifier, voice, state, orders, habits, observer, last_good, last: None }, newest)
     }
 
     /// Works until the camera has ended or `stop` is set.
@@ -127,34 +135,50 @@ impl Watcher {
             // That it gives frames is told all the same.
             return self.see_nothing(frame.captured_at, true);
         }
-        let (captured_at, origin) = (frame.captured_at, frame.origin.clone());
-        let (prediction, stages) = match self.classify(&frame) {
+        let captured_at = frame.captured_at;
+        let classified = match self.classify(&frame) {
             Ok(classified) => classified,
-            Err(reason) => return self.skip(&frame, &reason),
+            Err(reason) => {
+                self.habits.still.forget();
+                return self.skip(&frame, &reason);
+            }
         };
         self.last_good = Instant::now();
+        let Some((prediction, stages)) = classified else {
+            self.voice.counters.still.add(1);
+            let prediction = self.last.as_ref().expect("a frame is like one that was classified");
+            let decision = self.voice.decider.seen(prediction, captured_at);
+            return self.say(&decision);
+        };
         self.voice.counters.classified.add(1);
         let decision = self.voice.decider.seen(&prediction, captured_at);
         self.say(&decision);
-        (self.observer)(Seen { origin, captured_at, prediction, stages });
+        self.last = Some(prediction.clone());
+        (self.observer)(Seen { origin: frame.origin, captured_at, prediction, stages });
     }
 
-    fn classify(&mut self, frame: &Frame) -> Result<(Prediction, Stages), String> {
+    /// None where the frame is like the last one that was classified.
+    fn classify(&mut self, frame: &Frame) -> Result<Option<(Prediction, Stages)>, String> {
         let began = Instant::now();
         let picture = decode::picture(&frame.picture).map_err(|e| e.to_string())?;
         let decode = began.elapsed();
-        let (prediction, stages) = self.judge(&picture)?;
-        Ok((prediction, Stages { decode, ..stages }))
+        let judged = self.judge(&picture)?;
+        Ok(judged.map(|(prediction, stages)| (prediction, Stages { decode, ..stages })))
     }
 
-    /// A model that panics has failed on this picture, as one that gives an error has.
-    fn judge(&mut self, picture: &RgbImage) -> Result<(Prediction, Stages), String> {
-        let classifier = &mut self.classifier;
-        let judged = catch_unwind(AssertUnwindSafe(|| classifier.classify(picture).map_err(|e| e.to_string())))
+    /// A model that panics has failed on this picture, as one that gives an error has. One on trial looks at every picture.
+    fn judge(&mut self, picture: &RgbImage) -> Result<Option<(Prediction, Stages)>, String> {
+        let (classifier, still) = (&mut self.classifier, &mut self.habits.still);
+        if self.orders.witness.is_some() {
+            still.forget();
+        }
+        let classify = || classifier.classify_unless(picture, still).map_err(|e| e.to_string());
+        let judged = catch_unwind(AssertUnwindSafe(classify))
             .unwrap_or_else(|_| Err("the model panicked; its message stands in the log".into()));
         if let Some(witness) = &mut self.orders.witness {
             let report = match &judged {
-                Ok((_, stages)) => Report::Seen(stages.work),
+                Ok(Some((_, stages))) => Report::Seen(stages.work),
+                Ok(None) => unreachable!("nothing is like a picture that was forgotten"),
                 Err(reason) => Report::Failed(reason.clone()),
             };
             if !witness(report) {
@@ -168,7 +192,7 @@ impl Watcher {
         self.voice.counters.broken.add(1);
         let from = frame.origin.as_ref().map_or(String::new(), |path| format!("{}: ", path.display()));
         warn!("{from}a frame is broken and skipped: {reason}");
-        if self.last_good.elapsed() >= self.patience {
+        if self.last_good.elapsed() >= self.habits.patience {
             self.see_nothing(frame.captured_at, false);
         }
     }
@@ -206,6 +230,7 @@ impl Watcher {
             self.see_nothing(SystemTime::now(), camera_ok);
         }
         let replaced = std::mem::replace(&mut self.classifier, swap.classifier);
+        self.habits.still.forget();
         self.voice.sender.labels = self.classifier.labels().clone();
         self.voice.sender.model = swap.version;
         self.orders.about.send_replace(swap.about);
@@ -242,7 +267,7 @@ impl Watcher {
             Setting::SmoothingMs(ms) => rules.smoothing = Duration::from_millis(ms),
             Setting::EnterDwellMs(ms) => rules.enter_dwell = Duration::from_millis(ms),
             Setting::LeaveDwellMs(ms) => rules.leave_dwell = Duration::from_millis(ms),
-            Setting::IntervalMs(ms) => self.pace.set(ms),
+            Setting::IntervalMs(ms) => self.habits.pace.set(ms),
             Setting::Pause(paused) => self.pause(paused),
         }
         Ok(())

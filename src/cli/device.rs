@@ -78,9 +78,9 @@ pub struct BenchArgs {
     /// Frames that are timed
     #[arg(long, default_value_t = 200, value_parser = value_parser!(u64).range(1..=1_000_000))]
     runs: u64,
-    /// Threads that compute one frame
-    #[arg(long, default_value_t = 1, value_parser = value_parser!(u64).range(1..=64))]
-    threads: u64,
+    /// Threads that compute one frame; as many as there are cores, but for one, where none are named
+    #[arg(long, value_parser = value_parser!(u16).range(1..=kernels::THREADS_MAX as i64))]
+    threads: Option<u16>,
     /// A photograph to time instead of the one drawn for it, 640×480
     #[arg(long)]
     image: Option<PathBuf>,
@@ -101,8 +101,9 @@ pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
     let runtime = daemon::runtime()?;
     // Before the model is loaded: from now on no signal is missed.
     let mut signals = runtime.block_on(async { Signals::new() }).context("cannot wait for signals")?;
+    let threads = config.threads();
     let mut daemon = Daemon::prepare(config).map_err(Failure::config)?;
-    tracing::info!("kernels: {}", kernels::named(kernels::chosen()));
+    tracing::info!("kernels: {}, threads: {threads}", kernels::named(kernels::chosen()));
     let remains = loop {
         tracing::info!("ready: the model {} knows {}", daemon.model(), daemon.labels().names().join(", "));
         let remains = daemon.run_on(&runtime, signals.next(args), Box::new(|_| {}))?;
@@ -181,7 +182,8 @@ pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
 }
 
 pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
-    let mut bench = Bench::new(&bundle(args.model.as_deref())?, args.backbone.as_deref(), args.threads as usize)?;
+    let threads = args.threads.map_or_else(kernels::all_but_one, usize::from);
+    let mut bench = Bench::new(&bundle(args.model.as_deref())?, args.backbone.as_deref(), threads)?;
     let report = bench.run(args.image.as_deref(), args.runs as usize)?;
     show(&report, args.json)
 }

@@ -25,6 +25,7 @@ use crate::mqtt::outbox::Limits;
 use crate::mqtt::topics::{DeviceName, Topics, check_prefix};
 use crate::vision::Labels;
 use crate::vision::decode::{FILE_BYTES_MAX, SIDE_MAX};
+use crate::vision::kernels::{THREADS_MAX, all_but_one};
 
 /// Every setting with its default and its reason.
 pub const DEFAULTS: &str = include_str!("../../systemd/bloomcast.toml");
@@ -71,6 +72,7 @@ pub struct Camera {
     pub name: String,
     pub source: Source,
     pub interval_ms: u64,
+    pub still_threshold: f32,
     pub stall_ms: u64,
     pub reopen_ms_min: u64,
     pub reopen_ms_max: u64,
@@ -113,6 +115,7 @@ pub struct Model {
     pub store: PathBuf,
     pub trusted_keys: PathBuf,
     pub offer_bytes_max: u64,
+    pub threads: u16,
     pub slowdown_max: f64,
     pub trial_frames: u32,
     pub trial_s_max: u64,
@@ -243,7 +246,10 @@ impl Config {
                 return invalid("fleet.groups", group, &format!("{device:?} is no device's name"));
             }
         }
-        let ranges: [(&'static str, u64, u64, u64); 18] = [
+        if !(0.0..=255.0).contains(&camera.still_threshold) {
+            return invalid("camera.still_threshold", &camera.still_threshold, "expected 0 to 255 grey levels");
+        }
+        let ranges: [(&'static str, u64, u64, u64); 19] = [
             ("camera.stall_ms", camera.stall_ms, 1, MS_MAX),
             ("camera.interval_ms", camera.interval_ms, 0, MS_MAX),
             ("camera.reopen_ms_min", camera.reopen_ms_min, 1, MS_MAX),
@@ -251,6 +257,7 @@ impl Config {
             ("camera.width", camera.width.into(), 1, SIDE_MAX.into()),
             ("camera.height", camera.height.into(), 1, SIDE_MAX.into()),
             ("camera.fps", camera.fps.into(), 1, 1000),
+            ("model.threads", model.threads.into(), 0, THREADS_MAX as u64),
             ("model.offer_bytes_max", model.offer_bytes_max, 4096, archive::FILE_BYTES_MAX),
             ("model.trial_frames", model.trial_frames.into(), 1, 1_000_000),
             ("model.trial_s_max", model.trial_s_max, 1, 86_400),
@@ -300,6 +307,14 @@ impl Config {
     /// Where the messages of another device go.
     pub fn topics_of(&self, device: DeviceName) -> Topics {
         Topics::new(&self.mqtt.base, &self.mqtt.discovery.prefix, device)
+    }
+
+    /// Threads that compute a frame.
+    pub fn threads(&self) -> usize {
+        match self.model.threads {
+            0 => all_but_one(),
+            threads => threads.into(),
+        }
     }
 
     /// The thresholds of a class.
@@ -476,6 +491,8 @@ mod tests {
             ("[fleet.groups]\ngarden = []\n", "fleet.groups = garden: expected at least one device"),
             ("[fleet.groups]\ngarden = [\"a/b\"]\n", "fleet.groups = garden: \"a/b\" is no device's name"),
             ("[model]\nslowdown_max = 0.5\n", "model.slowdown_max = 0.5: expected 1 to 1000"),
+            ("[camera]\nstill_threshold = -1\n", "camera.still_threshold = -1: expected 0 to 255 grey levels"),
+            ("[model]\nthreads = 65\n", "model.threads = 65: expected 0 to 64"),
             ("[decide]\nleave = 0\n", "decide.leave = 0: expected a number above 0, at most 1"),
             ("[mqtt]\ninflight_max = 65530\n", "mqtt.inflight_max = 65530: expected 1 to 1000"),
             ("[mqtt]\nkeep_alive_s = 65536\n", "mqtt.keep_alive_s = 65536: expected 1 to 65535"),

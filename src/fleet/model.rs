@@ -3,6 +3,7 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tracing::warn;
 
@@ -13,6 +14,7 @@ use crate::bundle::{ArchiveError, BACKBONE, Bundle, BundleError, Identity, Manif
 use crate::config::Config;
 use crate::mqtt::message::SCHEMA;
 use crate::vision::backbone::{self, MOBILENET_V2, MOBILENET_V2_NAME, sha256_hex};
+use crate::vision::kernels::Team;
 use crate::vision::{Backbone, BackboneError, Classifier};
 
 /// A model that was loaded, and what there is to know of it.
@@ -85,7 +87,7 @@ impl Loaded {
         let same = like.filter(|like| like.gives_the_features_of(bundle.manifest()));
         let backbone = match same {
             Some(like) => like.backbone.clone(),
-            None => bundle.backbone(&bundle.network(shelf.backbone.as_deref())?)?,
+            None => bundle.backbone(&bundle.network(shelf.backbone.as_deref())?.with_team(shelf.team.clone()))?,
         };
         let classifier = Classifier::new(&backbone, bundle.skill())?;
         let self_test = bundle.take_self_test();
@@ -109,6 +111,8 @@ pub struct Shelf {
     pub backbone: Option<PathBuf>,
     /// None where the configuration names a bundle, or no store.
     pub store: Option<Store>,
+    /// The threads that compute its networks; none: the caller's alone.
+    pub team: Option<Arc<Team>>,
 }
 
 /// What decides, and what had to be told on the way there.
@@ -130,7 +134,7 @@ impl Shelf {
         let model = &config.model;
         let bundle = named(&model.bundle).map(Path::to_owned);
         let store = named(&model.store).filter(|_| bundle.is_none()).map(open);
-        Shelf { bundle, backbone: named(&model.backbone).map(Path::to_owned), store }
+        Shelf { bundle, backbone: named(&model.backbone).map(Path::to_owned), store, team: None }
     }
 
     /// Finds what decides: a model that waits for its trial, else the current one, else the one before, else that inside the

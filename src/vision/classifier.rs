@@ -5,10 +5,9 @@ use std::time::{Duration, Instant};
 use image::{RgbImage, imageops};
 
 use super::backbone::Session;
-use super::clock;
 use super::head::argmax;
 use super::kernels::Part;
-use super::{Backbone, BackboneError, Head, Labels, Preprocess, Preprocessor, Subspace};
+use super::{Backbone, BackboneError, Head, Labels, Preprocess, Preprocessor, Still, Subspace};
 
 /// What one picture was taken for.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,7 +42,7 @@ pub struct Stages {
     pub preprocess: Duration,
     pub backbone: Duration,
     pub head: Duration,
-    /// The part of the backbone's time that this thread worked rather than waited for another program.
+    /// Processor time of the backbone, of all threads: what it worked rather than waited for another program.
     pub work: Duration,
 }
 
@@ -105,11 +104,30 @@ impl Classifier {
     /// in: H×W×3 u8 RGB, any size. The decoding is not this function's, and its time stays zero.
     pub fn classify(&mut self, image: &RgbImage) -> Result<(Prediction, Stages), BackboneError> {
         let started = Instant::now();
-        self.preprocessor.run(image, &mut self.input);
-        let (preprocessed, idle) = (Instant::now(), clock::worked());
-        let features = self.session.features(&self.input)?;
-        let (extracted, work) = (Instant::now(), clock::worked() - idle);
-        let prediction = self.skill.judge(features);
+        self.preprocessor.resize(image);
+        self.judge_resized(started)
+    }
+
+    /// The same where the picture is not the last one still; none where it is.
+    pub fn classify_unless(
+        &mut self,
+        image: &RgbImage,
+        still: &mut Still,
+    ) -> Result<Option<(Prediction, Stages)>, BackboneError> {
+        let started = Instant::now();
+        if still.holds(self.preprocessor.resize(image)) {
+            return Ok(None);
+        }
+        self.judge_resized(started).map(Some)
+    }
+
+    fn judge_resized(&mut self, started: Instant) -> Result<(Prediction, Stages), BackboneError> {
+        self.preprocessor.normalise(&mut self.input);
+        let preprocessed = Instant::now();
+        self.session.features(&self.input)?;
+        let extracted = Instant::now();
+        let prediction = self.skill.judge(self.session.last());
+        let work = self.session.worked();
         let stages = Stages {
             decode: Duration::ZERO,
             preprocess: preprocessed - started,

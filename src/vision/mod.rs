@@ -10,6 +10,7 @@ pub mod head;
 pub mod kernels;
 pub mod labels;
 pub mod preprocess;
+pub mod still;
 pub mod subspace;
 pub mod tail;
 
@@ -18,5 +19,6 @@ pub use classifier::{Classifier, Prediction, Stages};
 pub use head::Head;
 pub use labels::{Labels, UNKNOWN};
 pub use preprocess::{Preprocess, Preprocessor};
+pub use still::Still;
 pub use subspace::Subspace;
 pub use tail::Tail;

@@ -134,10 +134,16 @@ impl Preprocessor {
     /// # Panics
     /// Where `out` is not [`Preprocess::input_len`] long.
     pub fn run(&mut self, image: &RgbImage, out: &mut [f32]) {
-        assert_eq!(out.len(), self.spec.input_len(), "one input's length");
+        self.resize(image);
+        self.normalise(out);
+    }
+
+    /// The first half of [`Preprocessor::run`]. out: size×size×3 u8 RGB, which stay here.
+    pub fn resize(&mut self, image: &RgbImage) -> &[u8] {
         let size = self.spec.size;
         if image.dimensions() == (size, size) {
-            return normalise(&self.spec, image.as_raw(), out);
+            self.resized.copy_from_slice(image.as_raw());
+            return &self.resized;
         }
         // Typed: the resizer's code for every other kind of pixel stays out of the program, 3 MB.
         let source = TypedImageRef::<U8x3>::from_buffer(image.width(), image.height(), image.as_raw())
@@ -145,6 +151,12 @@ impl Preprocessor {
         let mut resized = TypedImage::<U8x3>::from_buffer(size, size, &mut self.resized).expect("so does this one");
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
         self.resizer.resize_typed(&source, &mut resized, &options).expect("a bilinear filter takes any sizes");
+        &self.resized
+    }
+
+    /// The second half, of what was resized last.
+    pub fn normalise(&self, out: &mut [f32]) {
+        assert_eq!(out.len(), self.spec.input_len(), "one input's length");
         normalise(&self.spec, &self.resized, out);
     }
 }

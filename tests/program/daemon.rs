@@ -323,7 +323,7 @@ fn broken_and_giant_images_are_counted_and_skipped() {
     daemon.line("3-text.png: a frame is broken and skipped");
     daemon.line("4-giant.jpg: 4294967296 bytes, more than the 16777216 allowed; skipped");
     let counts = daemon.line(" captured=");
-    assert!(counts.contains("broken=4 classified=3 camera_failures=0 "), "{counts}");
+    assert!(counts.contains("broken=4 classified=3 still=0 camera_failures=0 "), "{counts}");
     assert!(!daemon.log().contains("panicked"));
 }
 
@@ -569,4 +569,30 @@ fn a_reload_takes_a_good_configuration_without_losing_an_event_and_leaves_a_bad_
     let classes = changes.iter().map(|line| line.split(": ").nth(1).unwrap().split(',').next().unwrap());
     let classes: Vec<(&str, &str)> = classes.map(|change| change.split_once(" → ").unwrap()).collect();
     assert!(classes.windows(2).all(|pair| pair[0].1 == pair[1].0), "{classes:?}");
+}
+
+#[test]
+fn a_still_scene_is_not_classified_again_and_decided_all_the_same() {
+    let Some(folder) = photographs("a_still_scene_is_not_classified_again_and_decided_all_the_same") else { return };
+    let broker = Mosquitto::started(None);
+    let [daisy, sunflower] = ["daisy", "sunflowers"].map(|class| vec![clear(&folder, class, 1).remove(0); 20]);
+    let (_dir, images) = list(&[daisy, sunflower].concat());
+    let told = |threshold: &str| {
+        let listener = Listener::connect(broker.port);
+        let settings = ["camera.replay.looped=false", threshold];
+        let mut daemon = Process::start(&mut daemon(broker.port, &images, &settings));
+        assert!(daemon.ended(PATIENCE).success(), "{}", daemon.log());
+        let counts = daemon.line(" captured=");
+        let seen = ["daisy", "sunflowers"].map(|class| listener.wait("/event", |event| event["class"] == class));
+        let count = |name: &str| -> u64 {
+            let value = counts.split_whitespace().find_map(|count| count.strip_prefix(name)?.strip_prefix('='));
+            value.unwrap().parse().unwrap()
+        };
+        assert_eq!(count("classified") + count("still") + count("dropped"), 40, "{counts}");
+        (count("classified"), count("events"), seen.map(|event| event["previous"].clone()))
+    };
+    let (all, events, previous) = told("camera.still_threshold=0");
+    let (few, the_same, as_before) = told("camera.still_threshold=2");
+    assert!(all > 20, "{all} are classified where it is off");
+    assert_eq!((few, the_same, as_before), (2, events, previous));
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use bloomcast::bundle::Bundle;
-use bloomcast::vision::kernels::Instructions;
+use bloomcast::vision::kernels::{Instructions, Team};
 use bloomcast::vision::preprocess::TensorLayout;
 use bloomcast::vision::{Classifier, Network, Preprocess, decode};
 use serde_json::Value;
@@ -25,7 +25,7 @@ fn on_every_photograph_the_kernels_say_what_tract_says() {
     let bundle = Bundle::built_in().unwrap();
     let network = bundle.network(None).unwrap();
     let classifier = |kernels: Option<Instructions>, threads: usize| {
-        let backbone = bundle.backbone(&network.with_kernels(kernels).with_threads(threads).unwrap()).unwrap();
+        let backbone = bundle.backbone(&network.with_kernels(kernels).with_team(Team::of(threads).unwrap())).unwrap();
         assert_eq!(backbone.kernels(), kernels);
         Classifier::new(&backbone, bundle.skill()).unwrap()
     };

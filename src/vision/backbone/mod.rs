@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -21,6 +22,7 @@ use tract_cuda as _;
 
 pub use anatomy::{Anatomy, LastConv};
 
+use super::clock;
 use super::kernels::{self, Instructions, Part, Taken, Team, Whole};
 use super::preprocess::{Preprocess, TensorLayout};
 use super::tail::Tail;
@@ -100,6 +102,7 @@ pub struct Session {
     input: [usize; 4],
     runner: Runner,
     features: Vec<f32>,
+    worked: Duration,
 }
 
 enum Runner {
@@ -196,13 +199,9 @@ impl Network {
         Network { kernels, ..self.clone() }
     }
 
-    /// The same network, whose sessions compute a picture with so many threads, where our kernels compute it.
-    pub fn with_threads(&self, threads: usize) -> Result<Self, BackboneError> {
-        let team = match threads {
-            0 | 1 => None,
-            _ => Some(Arc::new(Team::new(threads).map_err(|e| self.failed(format!("cannot start threads: {e}")))?)),
-        };
-        Ok(Network { team, ..self.clone() })
+    /// The same network, a picture of which is computed by several threads, where our kernels compute it whole.
+    pub fn with_team(&self, team: Option<Arc<Team>>) -> Self {
+        Network { team, ..self.clone() }
     }
 
     /// Pictures in, features out; with `tail` in place of the network's own last convolution, where there is one.
@@ -317,7 +316,13 @@ impl Backbone {
             Plan::Tract(plan) => Runner::Tract(plan.spawn().map_err(failed)?),
             Plan::Kernels(whole) => Runner::Kernels(whole.clone()),
         };
-        Ok(Session { name: self.name.clone(), input: self.input, runner, features: vec![0.0; self.width()] })
+        Ok(Session {
+            name: self.name.clone(),
+            input: self.input,
+            runner,
+            features: vec![0.0; self.width()],
+            worked: Duration::ZERO,
+        })
     }
 }
 
@@ -356,14 +361,27 @@ impl Session {
     /// Where the input is not as long as [`Network`] has it.
     pub fn features(&mut self, input: &[f32]) -> Result<&[f32], BackboneError> {
         assert_eq!(input.len(), self.input.iter().product::<usize>(), "one picture's numbers");
+        let before = clock::worked();
+        let mut helped = Duration::ZERO;
         match &mut self.runner {
-            Runner::Kernels(whole) => whole.run(input, &mut self.features),
+            Runner::Kernels(whole) => helped = whole.run(input, &mut self.features),
             Runner::Tract(state) => {
                 let ran = run(state.as_mut(), &self.input, input, &mut self.features);
                 ran.map_err(|e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") })?;
             }
         }
+        self.worked = clock::worked() - before + helped;
         Ok(&self.features)
+    }
+
+    /// What [`Session::features`] gave last.
+    pub fn last(&self) -> &[f32] {
+        &self.features
+    }
+
+    /// Processor time that it took then, of all threads that computed it.
+    pub fn worked(&self) -> Duration {
+        self.worked
     }
 
     /// The network's stages with the times of the last picture, where our kernels compute all of it.

@@ -21,7 +21,7 @@ mod team;
 
 pub use account::{Part, peak};
 pub(super) use graph::{Taken, Whole, replace};
-pub use team::{THREADS_MAX, Team};
+pub use team::{THREADS_MAX, Team, all_but_one};
 
 use std::sync::OnceLock;
 

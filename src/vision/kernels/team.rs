@@ -12,6 +12,11 @@ use std::time::{Duration, Instant};
 
 use crate::vision::clock;
 
+/// As many threads as a device has cores, but for one.
+pub fn all_but_one() -> usize {
+    thread::available_parallelism().map_or(1, |cores| cores.get().saturating_sub(1)).clamp(1, THREADS_MAX)
+}
+
 /// The most threads of a team, its caller among them.
 pub const THREADS_MAX: usize = 64;
 /// How long a thread without work stays awake.
@@ -44,8 +49,13 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Team {
-    /// `threads`: with the caller's, 2 to [`THREADS_MAX`].
-    pub fn new(threads: usize) -> io::Result<Self> {
+    /// A team of so many threads, the caller's among them; none where that is one.
+    pub fn of(threads: usize) -> io::Result<Option<Arc<Self>>> {
+        (threads > 1).then(|| Team::new(threads).map(Arc::new)).transpose()
+    }
+
+    /// `threads`: with the caller's, at most [`THREADS_MAX`].
+    fn new(threads: usize) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             piece: AtomicUsize::new(0),
             work: UnsafeCell::new(&|_| {}),
@@ -67,19 +77,14 @@ impl Team {
         self.helpers.len() + 1
     }
 
-    /// Processor time that the helpers have worked.
-    pub fn worked(&self) -> Duration {
-        Duration::from_nanos(self.shared.worked_ns.load(Ordering::Relaxed))
-    }
-
     /// There will be work in a moment.
     pub fn wake(&self) {
         self.helpers.iter().for_each(|helper| helper.thread().unpark());
     }
 
-    /// Calls `work` once with each number below [`Team::threads`], 0 on this thread, and returns when all are done. A panic in one of
-    /// them goes on here.
-    pub fn run(&self, work: Work<'_>) {
+    /// Calls `work` once with each number below [`Team::threads`], 0 on this thread, and returns when all are done: the processor time
+    /// that the others took. A panic in one of them goes on here.
+    pub fn run(&self, work: Work<'_>) -> Duration {
         let _alone = self.calling.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
         // SAFETY: the reference is used by helpers only, and until each has counted itself out of `busy`, which is waited for below,
@@ -95,6 +100,7 @@ impl Team {
             resume_unwind(panic);
         }
         assert!(!panicked, "a thread of the kernels panicked; its message stands above");
+        Duration::from_nanos(shared.worked_ns.swap(0, Ordering::Relaxed))
     }
 }
 

@@ -122,7 +122,7 @@ impl Built {
         let largest = expected.iter().fold(1.0_f32, |largest, value| largest.max(value.abs()));
         for instructions in Instructions::ALL.into_iter().filter(|instructions| instructions.are_there()) {
             for threads in 1..=3 {
-                let team = (threads > 1).then(|| std::sync::Arc::new(Team::new(threads).unwrap()));
+                let team = Team::of(threads).unwrap();
                 let mut model = self.model.clone();
                 let Taken::Whole(mut whole) = replace(&mut model, instructions, team).unwrap() else {
                     panic!("{shape:?}: the pattern is not recognised");
