@@ -26,7 +26,7 @@ fn stages(c: &mut Criterion) {
     group.bench_function("backbone", |b| b.iter(|| session.features(&input).unwrap()[0]));
     group.bench_function("head", |b| b.iter(|| skill.judge(&features)));
     group.bench_function("whole frame", |b| {
-        b.iter(|| classifier.classify(&decode::encoded(&jpeg).unwrap()).unwrap());
+        b.iter(|| classifier.classify(&decode::encoded(&jpeg).unwrap()).unwrap().1);
     });
     group.finish();
 }

@@ -9,6 +9,8 @@
 
 use std::time::{Duration, SystemTime};
 
+use smallvec::SmallVec;
+
 use crate::vision::Prediction;
 
 /// How many classes a [`Sight`] lists.
@@ -73,7 +75,7 @@ pub struct Sight {
     /// The class's value; for `unknown`, what the best class lacks to 1.
     pub confidence: f32,
     /// Classes and values, best first, at most [`TOP_MAX`].
-    pub top: Vec<(usize, f32)>,
+    pub top: SmallVec<[(usize, f32); TOP_MAX]>,
     /// When the frame was caught that made it this class.
     pub since: SystemTime,
     /// When the newest frame was caught.
@@ -203,9 +205,14 @@ impl Decider {
             self.since = at;
             self.pending = None;
         }
-        let mut top: Vec<(usize, f32)> = self.values.iter().copied().enumerate().collect();
-        top.sort_by(|a, b| b.1.total_cmp(&a.1));
-        top.truncate(TOP_MAX);
+        let mut top = SmallVec::new();
+        for (class, value) in self.values.iter().copied().enumerate() {
+            let place = top.partition_point(|(_, better)| *better >= value);
+            top.truncate(TOP_MAX - usize::from(place < TOP_MAX));
+            if place < TOP_MAX {
+                top.insert(place, (class, value));
+            }
+        }
         let best = top.first().map_or(0.0, |(_, value)| *value);
         let confidence = class.map_or(1.0 - best, |class| self.values[class]);
         let sight = Sight { class, confidence, top, since: self.since, captured_at: at, camera_ok };

@@ -27,7 +27,8 @@ pub struct Seen {
     /// The file a replayed frame came from.
     pub origin: Option<PathBuf>,
     pub captured_at: SystemTime,
-    pub prediction: Prediction,
+    /// What it was taken for; none where it is unknown.
+    pub class: Option<usize>,
     pub stages: Stages,
 }
 
@@ -79,8 +80,6 @@ pub struct Watcher {
     habits: Habits,
     observer: Observer,
     last_good: Instant,
-    /// What the last frame that was classified was taken for.
-    last: Option<Prediction>,
 }
 
 /// How it looks.
@@ -108,7 +107,7 @@ impl Watcher {
         };
         let (state, newest) = watch::channel(voice.sender.state(&sight, false));
         let last_good = Instant::now();
-        (Watcher { mailbox, classifier, voice, state, orders, habits, observer, last_good, last: None }, newest)
+        (Watcher { mailbox, classifier, voice, state, orders, habits, observer, last_good }, newest)
     }
 
     /// Works until the camera has ended or `stop` is set.
@@ -136,56 +135,29 @@ impl Watcher {
             return self.see_nothing(frame.captured_at, true);
         }
         let captured_at = frame.captured_at;
-        let classified = match self.classify(&frame) {
-            Ok(classified) => classified,
+        let (decision, class, stages) = match self.decide(&frame) {
+            Ok(decided) => decided,
             Err(reason) => {
                 self.habits.still.forget();
                 return self.skip(&frame, &reason);
             }
         };
         self.last_good = Instant::now();
-        let Some((prediction, stages)) = classified else {
-            self.voice.counters.still.add(1);
-            let prediction = self.last.as_ref().expect("a frame is like one that was classified");
-            let decision = self.voice.decider.seen(prediction, captured_at);
-            return self.say(&decision);
-        };
-        self.voice.counters.classified.add(1);
-        let decision = self.voice.decider.seen(&prediction, captured_at);
         self.say(&decision);
-        self.last = Some(prediction.clone());
-        (self.observer)(Seen { origin: frame.origin, captured_at, prediction, stages });
+        let Some(stages) = stages else { return self.voice.counters.still.add(1) };
+        self.voice.counters.classified.add(1);
+        (self.observer)(Seen { origin: frame.origin, captured_at, class, stages });
     }
 
-    /// None where the frame is like the last one that was classified.
-    fn classify(&mut self, frame: &Frame) -> Result<Option<(Prediction, Stages)>, String> {
+    /// What a frame leads to, what it was taken for, and how long that took; a frame that is like the last one took no time.
+    fn decide(&mut self, frame: &Frame) -> Result<(Decision, Option<usize>, Option<Stages>), String> {
         let began = Instant::now();
         let picture = decode::picture(&frame.picture).map_err(|e| e.to_string())?;
         let decode = began.elapsed();
-        let judged = self.judge(&picture)?;
-        Ok(judged.map(|(prediction, stages)| (prediction, Stages { decode, ..stages })))
-    }
-
-    /// A model that panics has failed on this picture, as one that gives an error has. One on trial looks at every picture.
-    fn judge(&mut self, picture: &RgbImage) -> Result<Option<(Prediction, Stages)>, String> {
-        let (classifier, still) = (&mut self.classifier, &mut self.habits.still);
-        if self.orders.witness.is_some() {
-            still.forget();
-        }
-        let classify = || classifier.classify_unless(picture, still).map_err(|e| e.to_string());
-        let judged = catch_unwind(AssertUnwindSafe(classify))
-            .unwrap_or_else(|_| Err("the model panicked; its message stands in the log".into()));
-        if let Some(witness) = &mut self.orders.witness {
-            let report = match &judged {
-                Ok(Some((_, stages))) => Report::Seen(stages.work),
-                Ok(None) => unreachable!("nothing is like a picture that was forgotten"),
-                Err(reason) => Report::Failed(reason.clone()),
-            };
-            if !witness(report) {
-                self.orders.witness = None;
-            }
-        }
-        judged
+        let Watcher { classifier, orders, habits, voice, .. } = self;
+        let (prediction, stages) = judge(classifier, orders, &mut habits.still, &picture)?;
+        let decision = voice.decider.seen(prediction, frame.captured_at);
+        Ok((decision, prediction.class(), stages.map(|stages| Stages { decode, ..stages })))
     }
 
     fn skip(&mut self, frame: &Frame, reason: &str) {
@@ -272,6 +244,31 @@ impl Watcher {
         }
         Ok(())
     }
+}
+
+/// A model that panics has failed on this picture, as one that gives an error has. One on trial looks at every picture.
+fn judge<'a>(
+    classifier: &'a mut Classifier,
+    orders: &mut Orders,
+    still: &mut Still,
+    picture: &RgbImage,
+) -> Result<(&'a Prediction, Option<Stages>), String> {
+    if orders.witness.is_some() {
+        still.forget();
+    }
+    let classify = || classifier.classify_unless(picture, still).map_err(|e| e.to_string());
+    let judged = catch_unwind(AssertUnwindSafe(classify))
+        .unwrap_or_else(|_| Err("the model panicked; its message stands in the log".into()));
+    if let Some(witness) = &mut orders.witness {
+        let report = match &judged {
+            Ok(stages) => Report::Seen(stages.map_or(Duration::ZERO, |stages| stages.work)),
+            Err(reason) => Report::Failed(reason.clone()),
+        };
+        if !witness(report) {
+            orders.witness = None;
+        }
+    }
+    judged.map(|stages| (classifier.last(), stages))
 }
 
 /// Turns decisions into messages.

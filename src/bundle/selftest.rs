@@ -109,7 +109,7 @@ impl SelfTest {
         for bytes in &self.images {
             let input = self.input(answers.len());
             let image = decode::encoded(bytes).map_err(|e| SelfTestError::Image { input, reason: e.to_string() })?;
-            answers.push(classifier.classify(&image)?.0.into());
+            answers.push(classifier.classify(&image)?.0.clone().into());
         }
         Ok(answers)
     }

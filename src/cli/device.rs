@@ -148,7 +148,11 @@ pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
     let labels = classifier.labels().clone();
     let mut look = |path: &Path| -> anyhow::Result<Prediction> {
         let image = decode::file(path)?;
-        Ok(if args.model.mirror { classifier.classify_with_mirror(&image)? } else { classifier.classify(&image)?.0 })
+        Ok(if args.model.mirror {
+            classifier.classify_with_mirror(&image)?
+        } else {
+            classifier.classify(&image)?.0.clone()
+        })
     };
     let mut out = std::io::stdout().lock();
     let (mut answers, mut failed) = (Vec::new(), 0);

@@ -86,7 +86,7 @@ fn right(photographs: &Photographs, outcome: &Outcome, labels: &[String]) -> (us
     for seen in &outcome.seen {
         let Some(truth) = seen.origin.as_deref().and_then(|image| photographs.truth(image)) else { continue };
         of += 1;
-        right += usize::from(seen.prediction.class().is_some_and(|class| labels[class] == truth));
+        right += usize::from(seen.class.is_some_and(|class| labels[class] == truth));
     }
     (right, of)
 }

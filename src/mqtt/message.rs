@@ -136,7 +136,7 @@ mod tests {
         let sight = Sight {
             class: Some(1),
             confidence: 0.912_345,
-            top: vec![(1, 0.912_345), (0, 0.05)],
+            top: smallvec::smallvec![(1, 0.912_345), (0, 0.05)],
             since: at(1_500),
             captured_at: at(2_000),
             camera_ok: true,

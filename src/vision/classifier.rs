@@ -10,7 +10,7 @@ use super::kernels::Part;
 use super::{Backbone, BackboneError, Head, Labels, Preprocess, Preprocessor, Still, Subspace};
 
 /// What one picture was taken for.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Prediction {
     /// `[classes]`, 0–1, calibrated, summing to 1; in the order of the labels.
     pub probabilities: Vec<f32>,
@@ -67,6 +67,7 @@ pub struct Classifier {
     preprocessor: Preprocessor,
     skill: Skill,
     input: Vec<f32>,
+    prediction: Prediction,
 }
 
 impl Classifier {
@@ -80,6 +81,7 @@ impl Classifier {
             input: vec![0.0; skill.preprocess.input_len()],
             preprocessor: Preprocessor::new(skill.preprocess.clone()),
             skill,
+            prediction: Prediction::default(),
         })
     }
 
@@ -102,31 +104,27 @@ impl Classifier {
     }
 
     /// in: H×W×3 u8 RGB, any size. The decoding is not this function's, and its time stays zero.
-    pub fn classify(&mut self, image: &RgbImage) -> Result<(Prediction, Stages), BackboneError> {
+    pub fn classify(&mut self, image: &RgbImage) -> Result<(&Prediction, Stages), BackboneError> {
         let started = Instant::now();
         self.preprocessor.resize(image);
         self.judge_resized(started)
     }
 
-    /// The same where the picture is not the last one still; none where it is.
-    pub fn classify_unless(
-        &mut self,
-        image: &RgbImage,
-        still: &mut Still,
-    ) -> Result<Option<(Prediction, Stages)>, BackboneError> {
+    /// The same, but that a picture which is the last one still is taken for the same without another look: it has no stages. [`Classifier::last`] tells for what.
+    pub fn classify_unless(&mut self, image: &RgbImage, still: &mut Still) -> Result<Option<Stages>, BackboneError> {
         let started = Instant::now();
         if still.holds(self.preprocessor.resize(image)) {
             return Ok(None);
         }
-        self.judge_resized(started).map(Some)
+        self.judge_resized(started).map(|(_, stages)| Some(stages))
     }
 
-    fn judge_resized(&mut self, started: Instant) -> Result<(Prediction, Stages), BackboneError> {
+    fn judge_resized(&mut self, started: Instant) -> Result<(&Prediction, Stages), BackboneError> {
         self.preprocessor.normalise(&mut self.input);
         let preprocessed = Instant::now();
         self.session.features(&self.input)?;
         let extracted = Instant::now();
-        let prediction = self.skill.judge(self.session.last());
+        self.skill.judge_again(self.session.last(), &mut self.prediction);
         let work = self.session.worked();
         let stages = Stages {
             decode: Duration::ZERO,
@@ -135,7 +133,12 @@ impl Classifier {
             head: extracted.elapsed(),
             work,
         };
-        Ok((prediction, stages))
+        Ok((&self.prediction, stages))
+    }
+
+    /// What the last picture was taken for.
+    pub fn last(&self) -> &Prediction {
+        &self.prediction
     }
 
     /// How long the backbone takes for the last picture once more, with nothing between two runs of it.
@@ -154,7 +157,16 @@ impl Classifier {
 impl Skill {
     /// in: `[width]`, one picture's features.
     pub fn judge(&self, features: &[f32]) -> Prediction {
-        self.judge_views(std::iter::once(features))
+        let mut prediction = Prediction::default();
+        self.judge_again(features, &mut prediction);
+        prediction
+    }
+
+    /// The same, in the place of another prediction.
+    fn judge_again(&self, features: &[f32], prediction: &mut Prediction) {
+        self.head.probabilities(features, &mut prediction.probabilities);
+        prediction.similarity = self.subspace.similarity(features);
+        prediction.known = self.subspace.knows(prediction.similarity);
     }
 
     /// The mean of what several views of one picture are taken for. in: at least one, `[width]`.
@@ -162,10 +174,10 @@ impl Skill {
         let (mut count, mut similarity) = (0.0, 0.0);
         let mut probabilities = vec![0.0; self.labels.names().len()];
         for features in views {
+            let of_view = self.judge(features.as_ref());
             count += 1.0;
-            similarity += self.subspace.similarity(features.as_ref());
-            let of_view = self.head.probabilities(features.as_ref());
-            probabilities.iter_mut().zip(of_view).for_each(|(sum, p)| *sum += p);
+            similarity += of_view.similarity;
+            probabilities.iter_mut().zip(of_view.probabilities).for_each(|(sum, p)| *sum += p);
         }
         probabilities.iter_mut().for_each(|p| *p /= count);
         similarity /= count;

@@ -70,8 +70,13 @@ impl Head {
     }
 
     /// in: `[width]`; out: `[classes]`, 0–1, calibrated, summing to 1.
-    pub fn probabilities(&self, features: &[f32]) -> Vec<f32> {
-        softmax(&self.logits(features), self.temperature)
+    ///
+    /// # Panics
+    /// As [`Head::logits`].
+    pub fn probabilities(&self, features: &[f32], out: &mut Vec<f32>) {
+        out.clear();
+        out.extend(sums(&self.weight, &self.bias, features));
+        soften(out, self.temperature);
     }
 }
 
@@ -81,18 +86,27 @@ impl Head {
 /// # Panics
 /// Where the lengths do not fit.
 pub fn linear(weight: &[f32], bias: &[f32], features: &[f32]) -> Vec<f32> {
+    sums(weight, bias, features).collect()
+}
+
+fn sums(weight: &[f32], bias: &[f32], features: &[f32]) -> impl Iterator<Item = f32> {
     assert_eq!(features.len() * bias.len(), weight.len(), "one feature vector's length");
     let rows = weight.chunks_exact(features.len());
-    rows.zip(bias).map(|(row, bias)| dot(row, features) + bias).collect()
+    rows.zip(bias).map(|(row, bias)| dot(row, features) + bias)
 }
 
 /// `exp(z / T)`, normalised; the largest logit is taken off first, so that nothing overflows.
 pub fn softmax(logits: &[f32], temperature: f32) -> Vec<f32> {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut out: Vec<f32> = logits.iter().map(|z| ((z - largest) / temperature).exp()).collect();
-    let sum: f32 = out.iter().sum();
-    out.iter_mut().for_each(|p| *p /= sum);
+    let mut out = logits.to_vec();
+    soften(&mut out, temperature);
     out
+}
+
+fn soften(logits: &mut [f32], temperature: f32) {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter_mut().for_each(|z| *z = ((*z - largest) / temperature).exp());
+    let sum: f32 = logits.iter().sum();
+    logits.iter_mut().for_each(|p| *p /= sum);
 }
 
 /// Eight sums side by side, which the compiler keeps in vector registers; the order of the additions
@@ -128,7 +142,8 @@ mod tests {
     fn probabilities_follow_the_formula() {
         let head = Head::new(3, vec![1.0, 0.0, 0.0, 0.0, 1.0, 0.0], vec![0.5, -0.5], 2.0).unwrap();
         assert_eq!(head.logits(&[1.0, 2.0, 9.0]), [1.5, 1.5]);
-        let p = head.probabilities(&[3.0, 0.0, 0.0]);
+        let mut p = vec![7.0];
+        head.probabilities(&[3.0, 0.0, 0.0], &mut p);
         // logits 3.5 and −0.5: 1 / (1 + e^(−4 / 2))
         assert!((p[0] - 1.0 / (1.0 + (-2.0f32).exp())).abs() < 1e-6);
         assert!((p.iter().sum::<f32>() - 1.0).abs() < 1e-6);

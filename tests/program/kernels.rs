@@ -38,7 +38,7 @@ fn on_every_photograph_the_kernels_say_what_tract_says() {
     let mut worst = 0.0_f32;
     for image in &images {
         let picture = decode::file(image).unwrap();
-        let expected = tract.classify(&picture).unwrap().0;
+        let expected = tract.classify(&picture).unwrap().0.clone();
         for (name, classifier) in &mut ours {
             let found = classifier.classify(&picture).unwrap().0;
             assert_eq!(found.class(), expected.class(), "{}: {name}", image.display());
