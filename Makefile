@@ -14,7 +14,7 @@ install = missing=; for package in $(1); do \
 	[ -z "$$missing" ] || { echo "installing$$missing"; $(SUDO) apt-get update -qq && \
 	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; }
 
-.PHONY: all setup build demo test lint licences doc fuzz deb deb-arm64 deb-armhf deb-check arm64 armhf arm64-smoke vm-test bench peers model \
+.PHONY: all setup build demo test lint licences doc fuzz deb deb-arm64 deb-armhf deb-check arm64 armhf arm64-smoke vm-test bench peers instructions model \
   backbones backbones-keras clean
 
 all: build
@@ -120,6 +120,12 @@ peers: build
 	@[ -x target/peers/bin/python ] || { $(PYTHON) -m venv target/peers && \
 	  target/peers/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements.txt; }
 	target/peers/bin/python benches/peers/run.py
+
+# Counts the instructions of a frame, tract's operators beside each set of kernels; for ARM too, by an emulator.
+FRAME ?= $(firstword $(wildcard ../shared/flowers/val/roses/*.jpg) docs/report.jpg)
+instructions: build arm64
+	@$(call install,valgrind qemu-user)
+	benches/instructions/run $(BIN) $(FRAME) target/cross/$(TRIPLE_arm64)/release/bloomcast /usr/$(GNU_arm64)
 
 # Trains the model inside the program anew: the best recipe.
 model: build
