@@ -44,7 +44,8 @@ pub(in super::super) fn replace(
     let Some(found) = Search::new(model, instructions).run()? else { return Ok(Taken::Nothing) };
     let shape = model.outlet_fact(found.to)?.shape.as_concrete().context("a shape that is known")?.into();
     let chain = Arc::new(found.chain);
-    if found.from == model.inputs[0] && only_axes_lie_between(model, found.to, model.outputs[0]) {
+    let one = model.input_fact(0)?.shape.as_concrete().is_some_and(|shape| shape.first() == Some(&1));
+    if one && found.from == model.inputs[0] && only_axes_lie_between(model, found.to, model.outputs[0]) {
         return Ok(Taken::Whole(Whole { chain, team, work: Workspace::default() }));
     }
     let op = Kernels { chain, shape, team };
@@ -320,10 +321,10 @@ impl<'a> Search<'a> {
     fn size(&self, wire: OutletId) -> TractResult<Option<Size>> {
         let shape = &self.model.outlet_fact(wire)?.shape;
         Ok(match (shape.as_concrete(), self.format) {
-            (Some([1, height, width, channels]), Some(DataFormat::NHWC)) => {
+            (Some([_, height, width, channels]), Some(DataFormat::NHWC)) => {
                 Some(Size { height: *height, width: *width, channels: *channels })
             }
-            (Some([1, channels, height, width]), Some(DataFormat::NCHW)) => {
+            (Some([_, channels, height, width]), Some(DataFormat::NCHW)) => {
                 Some(Size { height: *height, width: *width, channels: *channels })
             }
             _ => None,
@@ -409,7 +410,7 @@ fn flat_or_residual<'a>(flat: impl Fn(&&&'a Piece) -> bool, input: OutletId) -> 
 fn convolution(model: &TypedModel, node: &TypedNode, op: &Conv) -> TractResult<Option<Convolution>> {
     let spec = &op.pool_spec;
     let fact = model.outlet_fact(node.inputs[0])?;
-    let Some([1, shape @ ..]) = fact.shape.as_concrete() else { return Ok(None) };
+    let Some([_, shape @ ..]) = fact.shape.as_concrete() else { return Ok(None) };
     let sides: &[usize] = match spec.data_format {
         DataFormat::NCHW => &shape[1..],
         DataFormat::NHWC => &shape[..shape.len() - 1],
@@ -546,7 +547,10 @@ impl OpState for Working {
         let input = input.as_slice().context("a map that lies in one piece")?;
         let mut view = out.to_plain_array_view_mut::<f32>()?;
         let numbers = view.as_slice_mut().context("a map that lies in one piece")?;
-        op.chain.run(input, numbers, &mut self.0, op.team.as_deref());
+        let pictures = input.chunks_exact(op.chain.from().numbers());
+        for (picture, out) in pictures.zip(numbers.chunks_exact_mut(op.chain.to().numbers())) {
+            op.chain.run(picture, out, &mut self.0, op.team.as_deref());
+        }
         Ok(tvec!(out.into()))
     }
 

@@ -25,8 +25,12 @@ struct Built {
 
 impl Built {
     fn new(format: DataFormat, height: usize, width: usize, channels: usize) -> Self {
+        Self::of_pictures(1, format, height, width, channels)
+    }
+
+    fn of_pictures(pictures: usize, format: DataFormat, height: usize, width: usize, channels: usize) -> Self {
         let mut model = TypedModel::default();
-        let shape = format.from_n_c_hw(1, channels, [height, width]).unwrap().shape;
+        let shape = format.from_n_c_hw(pictures, channels, [height, width]).unwrap().shape;
         let at = model.add_source("input", f32::fact(&shape)).unwrap();
         Built { model, rng: ChaCha8Rng::seed_from_u64(7), format, at, count: 0 }
     }
@@ -201,6 +205,16 @@ fn a_small_mobilenet() {
             let built = built.flat(84).relu6().deep(5, 1, [2; 4]).relu6().flat(14).plus(entry);
             built.flat(70).relu6().mean().holds();
         }
+    }
+}
+
+#[test]
+fn several_pictures_at_once() {
+    for format in [DataFormat::NCHW, DataFormat::NHWC] {
+        let built = Built::of_pictures(3, format, 17, 12, 3).conv(9, 1, 3, 2, BELOW).relu6().deep(3, 1, AROUND).relu6();
+        let entry = built.flat(20);
+        let from = entry.at;
+        entry.flat(50).relu6().deep(3, 1, AROUND).relu6().flat(20).plus(from).mean().holds_partly();
     }
 }
 
