@@ -2,6 +2,7 @@
 
 CARGO ?= cargo
 BIN := target/release/bloomcast
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
 # A build with more than this machine's Rust is refused by Cargo itself (rust-version in Cargo.toml).
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What a bare Debian or Raspberry Pi OS lacks: a linker, libclang for the bindings of the camera, a broker and
@@ -14,7 +15,7 @@ install = missing=; for package in $(1); do \
 	[ -z "$$missing" ] || { echo "installing$$missing"; $(SUDO) apt-get update -qq && \
 	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; }
 
-.PHONY: all setup build demo test lint licences doc fuzz deb deb-arm64 deb-armhf deb-check arm64 armhf arm64-smoke vm-test bench peers instructions model \
+.PHONY: all setup build demo test sanitize lint licences doc fuzz deb deb-arm64 deb-armhf deb-check arm64 armhf arm64-smoke vm-test bench peers instructions model \
   backbones backbones-keras clean
 
 all: build
@@ -47,6 +48,10 @@ lint: setup
 	$(CARGO) clippy --release --locked --all-targets -- -D warnings
 	$(CARGO) clippy --release --locked --no-default-features -- -D warnings
 	$(CARGO) clippy --release --locked --features cuda -- -D warnings
+
+# The kernels' tests, where every access to memory is checked. Nightly; all is compiled anew for it.
+sanitize: setup
+	RUSTFLAGS=-Zsanitizer=address $(CARGO) +nightly test --locked --lib --no-default-features --target $(HOST) --target-dir target/sanitized vision::kernels
 
 # What may be linked, by deny.toml.
 licences: setup
