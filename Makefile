@@ -95,18 +95,23 @@ GNU_arm64 := aarch64-linux-gnu
 GNU_armhf := arm-linux-gnueabihf
 # As Cargo and bindgen spell a triple in the names of variables.
 upper = $(shell echo $(subst -,_,$(TRIPLE_$(1))) | tr a-z A-Z)
+# $(call for,arm64,build): what Debian's cargo is told for ARM.
+for = RUSTC=/usr/bin/rustc CARGO_TARGET_DIR=target/cross CARGO_TARGET_$(call upper,$(1))_LINKER=$(GNU_$(1))-gcc \
+  CARGO_TARGET_$(call upper,$(1))_RUSTFLAGS="-L $(CURDIR)/target/cross/std-$(1)/lib" \
+  CARGO_TARGET_$(call upper,$(1))_RUNNER="$(EMULATOR)" \
+  BINDGEN_EXTRA_CLANG_ARGS_$(subst -,_,$(TRIPLE_$(1)))=-I/usr/$(GNU_$(1))/include \
+  /usr/bin/cargo $(2) --release --locked --target $(TRIPLE_$(1))
+EMULATOR = qemu-aarch64-static -L /usr/$(GNU_arm64)
 arm64 armhf: setup
 	@$(call install,rustc-web cargo-web libstd-rust-web-dev gcc-$(GNU_$@) binutils-$(GNU_$@) libc6-dev-$@-cross)
 	cross/std $@ target/cross/std-$@
-	RUSTC=/usr/bin/rustc CARGO_TARGET_DIR=target/cross CARGO_TARGET_$(call upper,$@)_LINKER=$(GNU_$@)-gcc \
-	  CARGO_TARGET_$(call upper,$@)_RUSTFLAGS="-L $(CURDIR)/target/cross/std-$@/lib" \
-	  BINDGEN_EXTRA_CLANG_ARGS_$(subst -,_,$(TRIPLE_$@))=-I/usr/$(GNU_$@)/include \
-	  /usr/bin/cargo build --release --locked --target $(TRIPLE_$@)
+	$(call for,$@,build)
 
-# The program for ARM, run by an emulator, gives what this machine's own gives.
+# The program for ARM, run by an emulator, gives what this machine's own gives; and each kernel what tract gives there.
 arm64-smoke: build arm64
 	@$(call install,qemu-user-static)
-	BLOOMCAST_FOREIGN="qemu-aarch64-static -L /usr/$(GNU_arm64) target/cross/$(TRIPLE_arm64)/release/bloomcast" \
+	$(call for,arm64,test --lib) vision::kernels
+	BLOOMCAST_FOREIGN="$(EMULATOR) target/cross/$(TRIPLE_arm64)/release/bloomcast" \
 	  $(CARGO) test --release --locked --test program foreign:: -- --nocapture
 
 # A virtual Raspberry Pi: Debian for arm64 with systemd, mosquitto and a virtual camera, where the package is installed as the README

@@ -103,7 +103,10 @@ pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
     let mut signals = runtime.block_on(async { Signals::new() }).context("cannot wait for signals")?;
     let threads = config.threads();
     let mut daemon = Daemon::prepare(config).map_err(Failure::config)?;
-    tracing::info!("kernels: {}, threads: {threads}", kernels::named(kernels::chosen()));
+    match kernels::chosen() {
+        Some(kernels) => tracing::info!("kernels: {}, threads: {threads}", kernels.name()),
+        None => tracing::info!("kernels: tract"),
+    }
     let remains = loop {
         tracing::info!("ready: the model {} knows {}", daemon.model(), daemon.labels().names().join(", "));
         let remains = daemon.run_on(&runtime, signals.next(args), Box::new(|_| {}))?;

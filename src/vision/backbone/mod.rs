@@ -199,7 +199,7 @@ impl Network {
         Network { kernels, ..self.clone() }
     }
 
-    /// The same network, a picture of which is computed by several threads, where our kernels compute it whole.
+    /// The same network, a picture of which is computed by several threads, as far as our kernels compute it.
     pub fn with_team(&self, team: Option<Arc<Team>>) -> Self {
         Network { team, ..self.clone() }
     }
@@ -362,15 +362,14 @@ impl Session {
     pub fn features(&mut self, input: &[f32]) -> Result<&[f32], BackboneError> {
         assert_eq!(input.len(), self.input.iter().product::<usize>(), "one picture's numbers");
         let before = clock::worked();
-        let mut helped = Duration::ZERO;
         match &mut self.runner {
-            Runner::Kernels(whole) => helped = whole.run(input, &mut self.features),
+            Runner::Kernels(whole) => whole.run(input, &mut self.features),
             Runner::Tract(state) => {
                 let ran = run(state.as_mut(), &self.input, input, &mut self.features);
                 ran.map_err(|e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") })?;
             }
         }
-        self.worked = clock::worked() - before + helped;
+        self.worked = clock::worked() - before;
         Ok(&self.features)
     }
 

@@ -69,10 +69,14 @@ fn taps(rows: &Rows) -> usize {
 
 /// Multiply-adds a second of one core where everything stays in registers and the first-level cache: the best of many measurements of
 /// a small product.
+///
+/// # Panics
+/// Where the processor lacks the instructions.
 pub fn peak(instructions: Instructions) -> f64 {
     const INPUTS: usize = 128;
     const PIXELS: usize = 84;
     const TRIES: usize = 1000;
+    assert!(instructions.are_there(), "this processor has no {}", instructions.name());
     let Panels { lanes, vectors, .. } = instructions.panels();
     let outputs = lanes * vectors;
     let product = Product::new(&vec![1.0; outputs * INPUTS], &vec![0.0; outputs], Clip::NONE, instructions.panels());

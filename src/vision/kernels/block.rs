@@ -1,8 +1,8 @@
 //! A block of MobileNet: expansion, depthwise convolution, projection, residual, as one piece.
 //!
 //! Between expansion and projection a map lies in planes of as many channels as a vector holds, `lanes`; before the depthwise
-//! convolution with its padding, `[rows, planes, across, lanes]`, behind it `[planes, rows, width, lanes]`. It is never there whole:
-//! one strip of rows follows the other, or, where several threads share a small map, each thread has planes of its own.
+//! convolution with its padding, `[rows, planes, across, lanes]`, behind it `[planes, rows, width, lanes]`. One
+//! strip of rows follows the other, so that it stays in the cache; or, where several threads share a small map, each has planes of its own.
 
 use std::ops::Range;
 

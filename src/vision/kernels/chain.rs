@@ -99,8 +99,6 @@ pub(super) struct Scratch {
 pub(super) struct Threads<'a> {
     team: Option<&'a Team>,
     scratch: &'a mut [Scratch],
-    /// Processor time of the others until now.
-    helped: Duration,
 }
 
 /// What a thread does: a range of units, where they go, and its buffers.
@@ -109,7 +107,7 @@ type Share<'a> = (Range<usize>, &'a mut [f32], &'a mut Scratch);
 impl Threads<'_> {
     /// This thread, where no buffers are needed.
     pub fn alone() -> Self {
-        Threads { team: None, scratch: &mut [], helped: Duration::ZERO }
+        Threads { team: None, scratch: &mut [] }
     }
 
     pub fn count(&self) -> usize {
@@ -140,7 +138,7 @@ impl Threads<'_> {
                 *share.lock().unwrap_or_else(PoisonError::into_inner) = Some((range, own, scratch));
             }
         }
-        self.helped += team.run(&|nth| {
+        team.run(&|nth| {
             let share = shares[nth].lock().unwrap_or_else(PoisonError::into_inner).take();
             if let Some((range, to, scratch)) = share {
                 work(range, to, scratch);
@@ -197,13 +195,12 @@ impl Chain {
         }
     }
 
-    /// in: one picture as [`Chain::from`] says, or in planes; out: as [`Chain::to`] says, or in planes. Gives the processor time of
-    /// threads beside this one.
-    pub fn run(&self, input: &[f32], out: &mut [f32], work: &mut Workspace, team: Option<&Team>) -> Duration {
+    /// in: one picture as [`Chain::from`] says, or in planes; out: as [`Chain::to`] says, or in planes.
+    pub fn run(&self, input: &[f32], out: &mut [f32], work: &mut Workspace, team: Option<&Team>) {
         team.inspect(|team| team.wake());
         let Workspace { picture, from, to, between, scratch, times } = work;
         scratch.resize_with(team.map_or(1, Team::threads), Scratch::default);
-        let mut threads = Threads { team, scratch, helped: Duration::ZERO };
+        let mut threads = Threads { team, scratch };
         times.clear();
         enter(self.from(), input, self.planes, self.border(), picture);
         for (nth, stage) in self.stages.iter().enumerate() {
@@ -214,7 +211,6 @@ impl Chain {
             times.push(began.elapsed());
         }
         leave(self.to(), from, self.planes, out);
-        threads.helped
     }
 
     fn stage(&self, stage: &Stage, from: &[f32], to: &mut [f32], between: &mut Vec<f32>, threads: &mut Threads<'_>) {

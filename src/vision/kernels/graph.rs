@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::internal::*;
@@ -74,10 +73,9 @@ pub(in super::super) struct Whole {
 }
 
 impl Whole {
-    /// in and out: as the network has it, without the batch. Nothing is allocated from the second call on. Gives the processor time of
-    /// other threads.
-    pub fn run(&mut self, input: &[f32], out: &mut [f32]) -> Duration {
-        self.chain.run(input, out, &mut self.work, self.team.as_deref())
+    /// in and out: as the network has it, without the batch. Nothing is allocated from the second call on.
+    pub fn run(&mut self, input: &[f32], out: &mut [f32]) {
+        self.chain.run(input, out, &mut self.work, self.team.as_deref());
     }
 
     /// Its stages with the times of the last run.

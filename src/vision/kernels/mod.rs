@@ -2,7 +2,7 @@
 //!
 //! tract loads the network and runs all else. Where its graph holds a run of 1×1, depthwise and first convolutions, clips, residuals
 //! and a mean over all places, one operator of ours takes their place (`graph`): channels last, weights packed once, a block of
-//! expansion, depthwise and projection computed on strips of rows that stay in the second-level cache (`chain`).
+//! expansion, depthwise and projection computed on strips of rows that stay in the second-level cache (`block`).
 //! `BLOOMCAST_KERNELS=tract` leaves all to tract, `=plain`, `avx2`, `avx512`, `neon` asks for one set of instructions.
 
 #![expect(
@@ -79,7 +79,7 @@ impl Instructions {
 
     fn product(self, job: &mut product::Job<'_>) {
         debug_assert!(self.are_there());
-        // SAFETY: a chain is only made where the processor has its instructions (`graph::replace`).
+        // SAFETY: what calls this makes sure that the processor has the instructions (`graph::replace`, `account::peak`).
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]

@@ -368,7 +368,8 @@ unsafe fn some<V: Lanes, const ROWS: usize, const VECTORS: usize>(sums: [[V; VEC
             }
             for (lane, value) in some[..tile.valid].iter().enumerate() {
                 let residual = tile.residual.map_or(0.0, |(residual, outputs)| *residual.add(nth * outputs + lane));
-                *tile.out.add(nth * tile.next + lane) = (value + residual).max(tile.clip.low).min(tile.clip.high);
+                let place = nth * tile.next + lane / V::N * tile.apart + lane % V::N;
+                *tile.out.add(place) = (value + residual).max(tile.clip.low).min(tile.clip.high);
             }
         }
     }

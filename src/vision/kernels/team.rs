@@ -82,9 +82,9 @@ impl Team {
         self.helpers.iter().for_each(|helper| helper.thread().unpark());
     }
 
-    /// Calls `work` once with each number below [`Team::threads`], 0 on this thread, and returns when all are done: the processor time
-    /// that the others took. A panic in one of them goes on here.
-    pub fn run(&self, work: Work<'_>) -> Duration {
+    /// Calls `work` once with each number below [`Team::threads`], 0 on this thread, and returns when all are done. What the others
+    /// worked counts as this thread's work ([`clock::worked`]). A panic in one of them goes on here.
+    pub fn run(&self, work: Work<'_>) {
         let _alone = self.calling.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
         // SAFETY: the reference is used by helpers only, and until each has counted itself out of `busy`, which is waited for below,
@@ -94,13 +94,15 @@ impl Team {
         shared.piece.fetch_add(1, Ordering::Release);
         self.wake();
         let own = catch_unwind(AssertUnwindSafe(|| work(0)));
+        let began = clock::worked();
         wait(|| shared.busy.load(Ordering::Acquire) == 0, thread::yield_now);
+        let waited = clock::worked() - began;
+        clock::lend(Duration::from_nanos(shared.worked_ns.swap(0, Ordering::Relaxed)), waited);
         let panicked = shared.panicked.swap(false, Ordering::Relaxed);
         if let Err(panic) = own {
             resume_unwind(panic);
         }
         assert!(!panicked, "a thread of the kernels panicked; its message stands above");
-        Duration::from_nanos(shared.worked_ns.swap(0, Ordering::Relaxed))
     }
 }
 
