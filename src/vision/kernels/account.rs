@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::Instructions;
-use super::block::Block;
-use super::chain::{Chain, Layer, Rows, Size, Stage};
+use super::chain::Chain;
+use super::layers::{Block, Layer, Rows, Size, Stage};
 use super::product::{Clip, Job, Panels, Place, Product, Reach};
 
 /// A stage of a network, as `bench` tells it.

@@ -6,46 +6,16 @@
 
 use std::ops::Range;
 
-use super::chain::{Chain, Padding, Rows, Scratch, Size, Stage, Threads, room};
+use super::chain::Chain;
 use super::depthwise::{self, Depthwise};
-use super::product::{self, Place, Product, Reach};
-
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Block {
-    /// Expands the input; without it the depthwise convolution looks at the input itself.
-    pub expand: Option<Rows>,
-    pub depthwise: Depthwise,
-    pub padding: Padding,
-    /// Its inputs are whole planes, zeros behind the last channel; those of the expansion's outputs too.
-    pub project: Option<Product>,
-    /// The input is added to the projection.
-    pub residual: bool,
-    /// Between expansion and depthwise convolution, without padding; and behind that.
-    pub inner: Size,
-    pub after: Size,
-}
+use super::layers::{Block, Padding, Size, Stage};
+use super::product::{self, Place, Reach};
+use super::threads::{Scratch, Threads, room};
 
 /// Numbers that a strip's rows may take: they stay in a second-level cache of half a megabyte.
 const STRIP: usize = 128 << 10;
 /// Numbers of a map, and of a thread's share in the one before it, up to which each thread takes planes of it and not rows.
 const SHARED: usize = 192 << 10;
-
-impl Block {
-    /// Pixels in a row of the padded map that the depthwise convolution looks at, and rows.
-    fn across(&self) -> usize {
-        self.inner.width + self.padding.left + self.padding.right
-    }
-
-    fn down(&self) -> usize {
-        self.inner.height + self.padding.top + self.padding.bottom
-    }
-
-    /// Numbers in a row of it, and in a row behind the depthwise convolution.
-    fn lines(&self, lanes: usize) -> (usize, usize) {
-        let numbers = self.depthwise.planes * lanes;
-        (self.across() * numbers, self.after.width * numbers)
-    }
-}
 
 impl Chain {
     /// `between`: a buffer for the map behind the depthwise convolution, where threads share it.

@@ -1,82 +1,13 @@
 //! A run of MobileNet's layers as one piece: maps with their channels last, stage after stage.
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Instructions;
-use super::block::Block;
+use super::layers::{First, Layer, Padding, Rows, Size, Stage};
 use super::product::{self, Place, Product, Reach};
-use super::team::{THREADS_MAX, Team};
-
-/// A map's sides; its numbers lie as `[height, width, channels]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Size {
-    pub height: usize,
-    pub width: usize,
-    pub channels: usize,
-}
-
-impl Size {
-    pub fn numbers(self) -> usize {
-        self.height * self.row()
-    }
-
-    pub fn row(self) -> usize {
-        self.width * self.channels
-    }
-}
-
-/// The zeros around a map.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Padding {
-    pub top: usize,
-    pub left: usize,
-    pub bottom: usize,
-    pub right: usize,
-}
-
-impl Padding {
-    pub const NONE: Padding = Padding { top: 0, left: 0, bottom: 0, right: 0 };
-}
-
-/// A convolution of few channels, looked at as a product over patches; its input has its padding around it.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct First {
-    /// Its inputs are a patch's numbers, `[side, side, channels]`.
-    pub product: Product,
-    pub side: usize,
-    pub stride: usize,
-    pub padding: Padding,
-}
-
-/// What makes rows of one map out of another, each pixel for itself or from a patch.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Rows {
-    Product(Product),
-    First(First),
-}
-
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Layer {
-    Rows {
-        rows: Rows,
-        residual: bool,
-    },
-    Block(Box<Block>),
-    /// The mean over all places, with this factor.
-    Mean {
-        factor: f32,
-    },
-}
-
-/// One layer and its maps.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Stage {
-    pub layer: Layer,
-    pub from: Size,
-    pub to: Size,
-}
+use super::team::Team;
+use super::threads::{Scratch, Threads, room};
 
 /// Stages, each on what the one before gave.
 #[derive(Debug, Clone, PartialEq)]
@@ -85,66 +16,6 @@ pub(super) struct Chain {
     /// Outside, maps lie channel by channel.
     pub planes: bool,
     pub instructions: Instructions,
-}
-
-/// One thread's buffers.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Scratch {
-    /// Rows before the depthwise convolution, with padding.
-    pub inner: Vec<f32>,
-    pub after: Vec<f32>,
-}
-
-/// The threads of a run, each with its buffers.
-pub(super) struct Threads<'a> {
-    team: Option<&'a Team>,
-    scratch: &'a mut [Scratch],
-}
-
-/// What a thread does: a range of units, where they go, and its buffers.
-type Share<'a> = (Range<usize>, &'a mut [f32], &'a mut Scratch);
-
-impl Threads<'_> {
-    /// This thread, where no buffers are needed.
-    pub fn alone() -> Self {
-        Threads { team: None, scratch: &mut [] }
-    }
-
-    pub fn count(&self) -> usize {
-        self.scratch.len().max(1)
-    }
-
-    /// Cuts units among the threads, `size` numbers of `to` each, the last perhaps fewer.
-    pub fn spread(
-        &mut self,
-        units: usize,
-        size: usize,
-        to: &mut [f32],
-        work: &(impl Fn(Range<usize>, &mut [f32], &mut Scratch) + Sync),
-    ) {
-        let Some(team) = self.team else {
-            return match self.scratch.first_mut() {
-                Some(scratch) => work(0..units, to, scratch),
-                None => work(0..units, to, &mut Scratch::default()),
-            };
-        };
-        let shares: [Mutex<Option<Share<'_>>>; THREADS_MAX] = [const { Mutex::new(None) }; THREADS_MAX];
-        let (threads, mut rest) = (self.scratch.len(), to);
-        for (nth, (scratch, share)) in self.scratch.iter_mut().zip(&shares).enumerate() {
-            let range = units * nth / threads..units * (nth + 1) / threads;
-            let (own, others) = rest.split_at_mut((range.len() * size).min(rest.len()));
-            rest = others;
-            if !range.is_empty() {
-                *share.lock().unwrap_or_else(PoisonError::into_inner) = Some((range, own, scratch));
-            }
-        }
-        team.run(&|nth| {
-            let share = shares[nth].lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some((range, to, scratch)) = share {
-                work(range, to, scratch);
-            }
-        });
-    }
 }
 
 /// What a run works in; it grows to its size in the first one.
@@ -159,14 +30,6 @@ pub(super) struct Workspace {
     scratch: Vec<Scratch>,
     /// What each stage of the last run took.
     pub times: Vec<Duration>,
-}
-
-/// So many numbers of a buffer, which grows where it is too small; what stands in them is of no account.
-pub(super) fn room(buffer: &mut Vec<f32>, numbers: usize) -> &mut [f32] {
-    if buffer.len() < numbers {
-        buffer.resize(numbers, 0.0);
-    }
-    &mut buffer[..numbers]
 }
 
 impl Chain {

@@ -14,9 +14,9 @@ use tract_onnx::tract_core::ops::nn::{DataFormat, Reduce, Reducer};
 
 use super::Instructions;
 use super::account::{self, Part};
-use super::block::Block;
-use super::chain::{Chain, First, Layer, Padding, Rows, Size, Stage, Workspace};
+use super::chain::{Chain, Workspace};
 use super::depthwise::Depthwise;
+use super::layers::{Block, First, Layer, Padding, Rows, Size, Stage};
 use super::product::{Clip, Product};
 use super::team::Team;
 

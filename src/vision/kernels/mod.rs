@@ -16,8 +16,10 @@ mod chain;
 mod depthwise;
 mod graph;
 mod lanes;
+mod layers;
 mod product;
 mod team;
+mod threads;
 
 pub use account::{Part, peak};
 pub(super) use graph::{Taken, Whole, replace};
