@@ -150,9 +150,14 @@ fn settings_that_make_no_sense_are_a_mistake_in_usage() {
 
 #[test]
 fn bench_prints_every_stage() {
-    let report = json(bloomcast().args(["bench", "--json", "--runs", "3"]));
-    assert_eq!(report["threads"], 1);
+    let report = json(bloomcast().args(["bench", "--json", "--runs", "3", "--threads", "2"]));
+    assert_eq!(report["threads"], 2);
     assert!(report["kernels"].is_string());
+    let parts = report["parts"].as_array().unwrap();
+    let sum: u64 = parts.iter().map(|part| part["multiply_adds"].as_u64().unwrap()).sum();
+    assert_eq!((parts.len(), sum), (19, 299_494_272 + 1280 * 49), "MobileNetV2 1.0 at 224 pixels, and its mean");
+    assert!(report["peak_gmacs"].as_f64().unwrap() > 0.0);
+    assert!(parts.iter().all(|part| part["share_of_peak"].as_f64().unwrap() > 0.0));
     for stage in ["decode", "preprocess", "backbone", "head", "frame"] {
         let figures = &report["stages"][stage];
         assert_eq!(figures["runs"], 3, "{stage}");
