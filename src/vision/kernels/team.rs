@@ -94,10 +94,16 @@ impl Team {
         shared.piece.fetch_add(1, Ordering::Release);
         self.wake();
         let own = catch_unwind(AssertUnwindSafe(|| work(0)));
-        let began = clock::worked();
-        wait(|| shared.busy.load(Ordering::Acquire) == 0, thread::yield_now);
-        let waited = clock::worked() - began;
-        clock::lend(Duration::from_nanos(shared.worked_ns.swap(0, Ordering::Relaxed)), waited);
+        let done = || shared.busy.load(Ordering::Acquire) == 0;
+        // A wait so short is nothing, and to ask the clock would take as long.
+        if !awake(done) {
+            let began = clock::worked();
+            while !awake(done) {
+                thread::yield_now();
+            }
+            clock::lend(Duration::ZERO, clock::worked() - began);
+        }
+        clock::lend(Duration::from_nanos(shared.worked_ns.swap(0, Ordering::Relaxed)), Duration::ZERO);
         let panicked = shared.panicked.swap(false, Ordering::Relaxed);
         if let Err(panic) = own {
             resume_unwind(panic);
@@ -119,39 +125,42 @@ impl Drop for Team {
 
 impl Shared {
     fn help(&self, nth: usize) {
-        let mut seen = 0;
+        let (mut seen, mut since) = (0, clock::worked());
         loop {
-            wait(|| self.piece.load(Ordering::Acquire) != seen, thread::park);
+            while !awake(|| self.piece.load(Ordering::Acquire) != seen) {
+                thread::park();
+                since = clock::worked();
+            }
             seen += 1;
             if self.ended.load(Ordering::Relaxed) {
                 return;
             }
-            let began = clock::worked();
             // SAFETY: a piece was counted after `work` was written, and this helper is still counted as busy.
             let work = unsafe { *self.work.get() };
             if catch_unwind(AssertUnwindSafe(|| work(nth))).is_err() {
                 self.panicked.store(true, Ordering::Relaxed);
             }
-            let worked = (clock::worked() - began).as_nanos() as u64;
-            self.worked_ns.fetch_add(worked, Ordering::Relaxed);
             self.busy.fetch_sub(1, Ordering::Release);
+            // Nobody waits for this: the time of a frame's last piece is found with the next frame's first.
+            let now = clock::worked();
+            self.worked_ns.fetch_add((now - since).as_nanos() as u64, Ordering::Relaxed);
+            since = now;
         }
     }
 }
 
-/// Waits awake for a while, then calls `rest` between two looks.
-fn wait(done: impl Fn() -> bool, rest: impl Fn()) {
-    let mut began = Instant::now();
+/// Waits awake for a while; false where that was not long enough.
+fn awake(done: impl Fn() -> bool) -> bool {
+    let began = Instant::now();
     loop {
         for _ in 0..64 {
             if done() {
-                return;
+                return true;
             }
             std::hint::spin_loop();
         }
         if began.elapsed() >= AWAKE {
-            rest();
-            began = Instant::now();
+            return false;
         }
     }
 }
