@@ -122,9 +122,9 @@ impl Classifier {
     fn judge_resized(&mut self, started: Instant) -> Result<(&Prediction, Stages), BackboneError> {
         self.preprocessor.normalise(&mut self.input);
         let preprocessed = Instant::now();
-        self.session.features(&self.input)?;
+        let features = self.session.features(&self.input)?;
         let extracted = Instant::now();
-        self.skill.judge_again(self.session.last(), &mut self.prediction);
+        self.skill.judge_again(features, &mut self.prediction);
         let work = self.session.worked();
         let stages = Stages {
             decode: Duration::ZERO,

@@ -373,12 +373,7 @@ impl Session {
         Ok(&self.features)
     }
 
-    /// What [`Session::features`] gave last.
-    pub fn last(&self) -> &[f32] {
-        &self.features
-    }
-
-    /// Processor time that it took then, of all threads that computed it.
+    /// Processor time that [`Session::features`] took last, of all threads that computed them.
     pub fn worked(&self) -> Duration {
         self.worked
     }

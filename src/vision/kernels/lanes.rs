@@ -148,7 +148,7 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn prefetch(address: *const f32) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+            unsafe { __m256::prefetch(address) }
         }
         unsafe fn tile<const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
             #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
