@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use bloomcast::bundle::{Bundle, Manifest, Parts, PrivateKey, SelfTest, sign};
 use bloomcast::config::Config;
 use bloomcast::daemon::{Daemon, End};
-use bloomcast::fleet::delivery::Parcel;
-use bloomcast::fleet::message::identity;
-use bloomcast::fleet::push::{Plan, push};
 use bloomcast::mqtt::access::Access;
 use bloomcast::mqtt::topics::DeviceName;
+use bloomcast::update::protocol::identity;
+use bloomcast::update::workstation::delivery::Parcel;
+use bloomcast::update::workstation::push::{Plan, push};
 use bloomcast::vision::backbone::MOBILENET_V2;
 use bloomcast::vision::{Head, drawn};
 

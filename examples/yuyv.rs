@@ -1,5 +1,5 @@
 //! A photograph as a raw frame for a virtual camera, stretched to its size: `yuyv PHOTO WIDTH HEIGHT >FRAME`.
-//! 4:2:2, BT.601, studio range, as [`bloomcast::camera::Layout::Yuyv`]. For the tests.
+//! 4:2:2, BT.601, studio range, as [`bloomcast::frame::Layout::Yuyv`]. For the tests.
 
 use std::io::{self, Write};
 

@@ -17,22 +17,23 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 
+use crate::bundle::Keyring;
 use crate::bundle::signature::KeyError;
-use crate::bundle::store::State;
-use crate::bundle::{Keyring, Store};
 use crate::camera::latest;
 use crate::camera::rpicam::{self, Rpicam};
 use crate::camera::{self, CameraError, FrameSource, Next, Pace, replay};
 use crate::config::{Config, ConfigError, Source};
 use crate::decide::Decider;
-use crate::fleet::model::{Deciding, ModelError, Shelf};
-use crate::fleet::receive::{Ends, Receiver, Setup};
-use crate::health::{self, Counters, Pulse};
 use crate::mqtt::outbox::Limits;
 use crate::mqtt::{Link, LinkSettings, Outbox, message, topics::Topics};
+use crate::system::{Counters, Heartbeat, systemd};
+use crate::update::device::Store;
+use crate::update::device::agent::{Ends, Receiver, Setup};
+use crate::update::device::model_loader::{Deciding, ModelError, Shelf};
+use crate::update::device::store::State;
 use crate::vision::kernels::Team;
 use crate::vision::{BackboneError, Labels, Still, decode};
-use crate::watcher::{Habits, Observer, Orders, Voice, Watcher};
+use crate::vision_stage::{Habits, Observer, Orders, Voice, Watcher};
 
 /// Settings from afar that wait for the vision thread.
 const ORDERS_MAX: usize = 16;
@@ -208,19 +209,19 @@ impl Daemon {
         let (counters, outbox, answers) = (self.counters.clone(), self.outbox.clone(), self.answers.clone());
         let log_interval = Duration::from_secs(self.config.log.counters_interval_s);
         let model = self.model();
-        let pulses = [Pulse::of("camera"), Pulse::of("vision")];
-        let (stages, link, seen) = self.start(observer, &pulses)?;
-        health::tell_ready(&model);
+        let heartbeats = [Heartbeat::new("camera"), Heartbeat::new("vision")];
+        let (stages, link, seen) = self.start(observer, &heartbeats)?;
+        systemd::notify_ready(&model);
         let watching = async {
-            tokio::join!(log_counters(&counters, log_interval), health::feed_watchdog(&pulses));
+            tokio::join!(log_counters(&counters, log_interval), systemd::feed_watchdog(&heartbeats));
         };
         let ended = runtime.block_on(conduct(stages, link, stop, watching));
         ended.map(|end| Remains { end, counters, outbox, answers, seen: seen.try_recv().ok() })
     }
 
     /// Makes the channels and starts the threads; the link is for the caller to run.
-    fn start(self, observer: Observer, pulses: &[Pulse; 2]) -> Result<(Stages, Link, Seen), DaemonError> {
-        let [camera_pulse, vision_pulse] = pulses.clone();
+    fn start(self, observer: Observer, heartbeats: &[Heartbeat; 2]) -> Result<(Stages, Link, Seen), DaemonError> {
+        let [camera_heartbeat, vision_heartbeat] = heartbeats.clone();
         let labels = self.deciding.loaded.classifier.labels().clone();
         let sender = message::Sender {
             device: self.topics.device().to_string(),
@@ -259,12 +260,12 @@ impl Daemon {
         };
         let mut source = self.source;
         let camera = Stage::spawn("camera", move || {
-            camera::watch(source.as_mut(), &rules, &frames, &counters, &camera_pulse);
+            camera::watch(source.as_mut(), &rules, &frames, &counters, &camera_heartbeat);
         })?;
         let fleet = Stage::spawn("fleet", move || receiver.run())?;
         let (left, seen) = mpsc::sync_channel(1);
         let vision = Stage::spawn("vision", move || {
-            watcher.watch(&stopped, &vision_pulse);
+            watcher.watch(&stopped, &vision_heartbeat);
             // Nobody waits for it where it took too long to end.
             let _ = left.send(watcher.into_seen());
         })?;
@@ -305,7 +306,7 @@ async fn conduct(
     match end {
         End::Stop => {
             info!("stopping");
-            health::tell_stopping();
+            systemd::notify_stopping();
         }
         End::Reload => info!("the configuration has changed: beginning anew"),
     }
@@ -393,6 +394,6 @@ async fn log_counters(counters: &Counters, interval: Duration) {
     loop {
         tokio::time::sleep(interval).await;
         info!("{counters}");
-        health::tell_status(&counters.to_string());
+        systemd::notify_status(&counters.to_string());
     }
 }

@@ -13,8 +13,8 @@
 //! - [`vision`] is the only place that turns pixels into numbers; the trainer calls the same functions.
 //! - [`decide`] is pure: predictions in, events out, no clock, no I/O.
 //! - [`mqtt`] never makes a stage before it wait, and loses no event that was decided.
-//! - [`fleet`] brings new models to devices, and takes them back.
-//! - [`watcher`] is the stage from frames to decisions, a thread of its own.
+//! - [`update`] brings new models to devices, and takes them back.
+//! - [`vision_stage`] is the stage from frames to decisions, a thread of its own.
 //! - [`daemon`] is the only file that starts the stages' threads and joins them.
 
 #![deny(unsafe_code)]
@@ -22,6 +22,7 @@
 pub mod bench;
 pub mod bundle;
 pub mod camera;
+pub mod chart;
 pub mod config;
 pub mod daemon;
 pub mod decide;
@@ -29,29 +30,11 @@ pub mod decide;
 pub mod demo;
 #[cfg(feature = "fetch")]
 pub mod fetch;
-pub mod fleet;
-pub mod health;
+pub mod frame;
 pub mod mqtt;
+pub mod system;
 pub mod train;
+pub mod update;
 pub mod vision;
-pub mod watcher;
+pub mod vision_stage;
 pub mod zoo;
-
-use std::path::PathBuf;
-
-/// Where the user's programs keep what they can make again: `$XDG_CACHE_HOME/bloomcast`, else
-/// `~/.cache/bloomcast`.
-pub fn user_cache() -> Option<PathBuf> {
-    user_folder("XDG_CACHE_HOME", ".cache")
-}
-
-/// Where they keep what they cannot: `$XDG_CONFIG_HOME/bloomcast`, else `~/.config/bloomcast`.
-pub fn user_config() -> Option<PathBuf> {
-    user_folder("XDG_CONFIG_HOME", ".config")
-}
-
-fn user_folder(named_by: &str, in_home: &str) -> Option<PathBuf> {
-    let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let base = folder(named_by).or_else(|| folder("HOME").map(|home| home.join(in_home)));
-    base.map(|base| base.join("bloomcast"))
-}

@@ -32,7 +32,7 @@ struct Zoo {
 
 /// Where fetched networks lie, in the user's cache.
 pub fn folder() -> Option<PathBuf> {
-    crate::user_cache().map(|cache| cache.join("backbones"))
+    crate::system::paths::user_cache().map(|cache| cache.join("backbones"))
 }
 
 pub fn all() -> Vec<Published> {

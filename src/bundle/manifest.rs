@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::vision::backbone::sha256_hex;
+use crate::system::hash::sha256_hex;
 use crate::vision::labels::NAME_BYTES_MAX;
 use crate::vision::{Labels, Preprocess};
 

@@ -11,7 +11,6 @@ pub mod manifest;
 pub mod numbers;
 pub mod selftest;
 pub mod signature;
-pub mod store;
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -20,11 +19,11 @@ pub use archive::ArchiveError;
 pub use manifest::{BackboneRef, DatasetRef, Identity, Manifest, Metrics, Unknown, UnknownRule};
 pub use selftest::SelfTest;
 pub use signature::{Keyring, PrivateKey, PublicKey};
-pub use store::Store;
 
 use signature::Signed;
 
-use crate::vision::backbone::{self, sha256_hex};
+use crate::system::hash::sha256_hex;
+use crate::vision::backbone;
 use crate::vision::classifier::Skill;
 use crate::vision::{Backbone, BackboneError, Classifier, Head, Network, Subspace, Tail};
 

@@ -10,7 +10,7 @@ use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
 use ed25519_dalek::pkcs8::{DecodePrivateKey, DecodePublicKey, EncodePrivateKey, EncodePublicKey, KeypairBytes};
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 
-use crate::vision::backbone::{hex, sha256_hex};
+use crate::system::hash::{hex, sha256_hex};
 
 /// Ending of a public key's file.
 pub const PUBLIC: &str = "pub";

@@ -4,7 +4,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::Frame;
+use crate::frame::Frame;
 
 /// What the camera has to say.
 #[derive(Debug)]
@@ -139,8 +139,8 @@ impl Drop for Receiver {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Picture;
     use super::*;
+    use crate::frame::Picture;
 
     fn frame(mark: u8) -> News {
         News::Frame(Frame { captured_at: SystemTime::UNIX_EPOCH, picture: Picture::Encoded(vec![mark]), origin: None })

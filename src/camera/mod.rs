@@ -1,7 +1,6 @@
 //! Where frames come from: a [`FrameSource`] behind one supervising thread, and the one-slot
 //! [`latest`] mailbox that hands the newest frame to the next stage.
 
-pub mod jpeg;
 pub mod latest;
 pub mod replay;
 pub mod rpicam;
@@ -15,50 +14,11 @@ pub use supervise::{Pace, Supervisor, watch};
 
 use std::fmt;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde::Deserialize;
 
-/// One picture and the moment it was caught.
-#[derive(Debug, Clone)]
-pub struct Frame {
-    /// When the camera caught it, on the wall clock; not when it was read or decoded.
-    pub captured_at: SystemTime,
-    pub picture: Picture,
-    /// The file it was replayed from; a camera's frames have none.
-    pub origin: Option<PathBuf>,
-}
-
-/// Pixels as the source gave them. They are decoded by [`crate::vision::decode`], and only for
-/// the frames that are looked at.
-#[derive(Debug, Clone)]
-pub enum Picture {
-    /// A whole JPEG, PNG or WebP file.
-    Encoded(Vec<u8>),
-    /// Packed pixels, rows one after the other without padding.
-    Raw { width: u32, height: u32, layout: Layout, bytes: Vec<u8> },
-}
-
-/// How the pixels of a [`Picture::Raw`] lie in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Layout {
-    /// 4:2:2, two pixels in four bytes: Y0 U Y1 V; BT.601, studio range.
-    Yuyv,
-    /// Three bytes a pixel.
-    Rgb,
-    /// Three bytes a pixel, blue first.
-    Bgr,
-}
-
-impl Layout {
-    /// Bytes of one pixel.
-    pub const fn bytes_per_pixel(self) -> usize {
-        match self {
-            Layout::Yuyv => 2,
-            Layout::Rgb | Layout::Bgr => 3,
-        }
-    }
-}
+use crate::frame::Frame;
 
 /// What a camera may be asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]

@@ -4,10 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-use super::{CameraError, Frame, FrameSource, Next, Pace, Picture};
-
-/// Files with these endings are taken for images.
-pub const ENDINGS: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
+use super::{CameraError, FrameSource, Next, Pace};
+use crate::frame::files::{EXTENSIONS, is_picture};
+use crate::frame::{Frame, Picture};
 
 /// A list of images and the place in it.
 pub struct Replay {
@@ -73,7 +72,7 @@ pub fn images(path: &Path) -> Result<Vec<PathBuf>, CameraError> {
     let mut found = Vec::new();
     if meta.is_dir() {
         collect(path, &mut found).map_err(|e| failed(path, e.to_string()))?;
-    } else if is_image(path) {
+    } else if is_picture(path) {
         found.push(path.to_owned());
     } else {
         let list = fs::read_to_string(path).map_err(|e| failed(path, e.to_string()))?;
@@ -85,16 +84,9 @@ pub fn images(path: &Path) -> Result<Vec<PathBuf>, CameraError> {
         }
     }
     if found.is_empty() {
-        return Err(failed(path, format!("no images here ({})", ENDINGS.join(", "))));
+        return Err(failed(path, format!("no images here ({})", EXTENSIONS.join(", "))));
     }
     Ok(found)
-}
-
-/// True for a file name that ends like an image's.
-pub fn is_image(path: &Path) -> bool {
-    path.extension()
-        .and_then(|ending| ending.to_str())
-        .is_some_and(|ending| ENDINGS.iter().any(|known| ending.eq_ignore_ascii_case(known)))
 }
 
 fn collect(folder: &Path, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
@@ -105,7 +97,7 @@ fn collect(folder: &Path, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
         // A link to a folder is not followed: it may lead back here.
         if entry.file_type()?.is_dir() {
             collect(&path, found)?;
-        } else if is_image(&path) && path.is_file() {
+        } else if is_picture(&path) && path.is_file() {
             found.push(path);
         }
     }

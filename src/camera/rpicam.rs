@@ -8,8 +8,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use super::jpeg::{Extent, Scanner};
-use super::{CameraError, Frame, FrameSource, Next, Picture};
+use super::{CameraError, FrameSource, Next};
+use crate::frame::jpeg::{Extent, Scanner};
+use crate::frame::{Frame, Picture};
 
 /// The child and what its pictures are to look like.
 #[derive(Debug, Clone)]

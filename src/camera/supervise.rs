@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::latest::{News, Sender};
 use super::{CameraError, FrameSource, Next};
-use crate::health::{Counters, Pulse};
+use crate::system::{Counters, Heartbeat};
 
 /// How long one wait for a frame lasts before the stall timer and the mailbox are looked at.
 const POLL: Duration = Duration::from_millis(100);
@@ -46,13 +46,19 @@ pub struct Supervisor {
     pub reopen_max: Duration,
 }
 
-/// Reads `source` into `mailbox` until it ends or the mailbox is closed from the other side. The `pulse` beats whether the
+/// Reads `source` into `mailbox` until it ends or the mailbox is closed from the other side. The `heartbeat` beats whether the
 /// camera gives frames or is being reopened.
-pub fn watch(source: &mut dyn FrameSource, rules: &Supervisor, mailbox: &Sender, counters: &Counters, pulse: &Pulse) {
+pub fn watch(
+    source: &mut dyn FrameSource,
+    rules: &Supervisor,
+    mailbox: &Sender,
+    counters: &Counters,
+    heartbeat: &Heartbeat,
+) {
     let mut pause = rules.reopen_min;
     loop {
         let frames_before = counters.captured.get();
-        let ended = read(source, rules, mailbox, counters, pulse);
+        let ended = read(source, rules, mailbox, counters, heartbeat);
         source.close();
         let Err(error) = ended else { return };
         if counters.captured.get() > frames_before {
@@ -61,7 +67,7 @@ pub fn watch(source: &mut dyn FrameSource, rules: &Supervisor, mailbox: &Sender,
         counters.camera_failures.add(1);
         warn!("{error}; opening again in {} ms", pause.as_millis());
         let lost = News::Lost { at: SystemTime::now() };
-        if mailbox.publish(lost).is_err() || closed_within(mailbox, pause, pulse) {
+        if mailbox.publish(lost).is_err() || closed_within(mailbox, pause, heartbeat) {
             return;
         }
         pause = (pause * 2).min(rules.reopen_max);
@@ -69,10 +75,10 @@ pub fn watch(source: &mut dyn FrameSource, rules: &Supervisor, mailbox: &Sender,
 }
 
 /// Waits, beating; true as soon as nobody wants frames any more.
-fn closed_within(mailbox: &Sender, wait: Duration, pulse: &Pulse) -> bool {
+fn closed_within(mailbox: &Sender, wait: Duration, heartbeat: &Heartbeat) -> bool {
     let until = Instant::now() + wait;
     loop {
-        pulse.beat();
+        heartbeat.beat();
         let left = until.saturating_duration_since(Instant::now());
         if mailbox.closed_within(left.min(BEAT)) {
             return true;
@@ -89,15 +95,15 @@ fn read(
     rules: &Supervisor,
     mailbox: &Sender,
     counters: &Counters,
-    pulse: &Pulse,
+    heartbeat: &Heartbeat,
 ) -> Result<(), CameraError> {
-    pulse.beat();
+    heartbeat.beat();
     source.open()?;
     let mut gate = Gate::default();
     let mut last_frame = Instant::now();
     let mut first = true;
     loop {
-        pulse.beat();
+        heartbeat.beat();
         match source.next(POLL)? {
             Next::Frame(frame) => {
                 if std::mem::take(&mut first) {
@@ -157,8 +163,8 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::latest::{Taken, mailbox};
-    use super::super::{Frame, Picture};
     use super::*;
+    use crate::frame::{Frame, Picture};
 
     const INTERVAL: Duration = Duration::from_millis(200);
 
@@ -232,7 +238,7 @@ mod tests {
         let counters = Arc::new(Counters::default());
         let (sender, receiver) = mailbox();
         let mut source = Moody { openings: 0, frames_left: 0 };
-        watch(&mut source, &rules, &sender, &counters, &Pulse::of("camera"));
+        watch(&mut source, &rules, &sender, &counters, &Heartbeat::new("camera"));
         assert_eq!(source.openings, 4);
         assert_eq!(counters.captured.get(), 2);
         assert_eq!(counters.camera_failures.get(), 3);

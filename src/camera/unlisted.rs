@@ -14,7 +14,8 @@ use v4l::video::Capture;
 use v4l::{Device, FourCC};
 
 use super::v4l2::picture;
-use super::{CameraError, Frame, Layout, PixelFormat};
+use super::{CameraError, PixelFormat};
+use crate::frame::{Frame, Layout};
 
 /// Frames that lie in the driver at a time.
 const BUFFERS: u32 = 4;

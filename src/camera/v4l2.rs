@@ -20,7 +20,8 @@ use signal_hook::SigId;
 use tracing::{info, warn};
 
 use super::unlisted::Unlisted;
-use super::{CameraError, Frame, FrameSource, Layout, Next, Picture, PixelFormat, jpeg};
+use super::{CameraError, FrameSource, Next, PixelFormat};
+use crate::frame::{Frame, Layout, Picture, RawPicture, jpeg};
 
 /// What is asked of the camera.
 #[derive(Debug, Clone)]
@@ -242,7 +243,7 @@ pub(super) fn picture(layout: Option<Layout>, (width, height): (u32, u32), bytes
     };
     let length = width as usize * height as usize * layout.bytes_per_pixel();
     let bytes = bytes.get(..length)?.to_vec();
-    Some(Picture::Raw { width, height, layout, bytes })
+    Some(Picture::Raw(RawPicture::packed(width, height, layout, bytes)))
 }
 
 #[cfg(test)]
@@ -287,7 +288,7 @@ mod tests {
     fn a_short_raw_buffer_is_no_picture_and_rubbish_behind_a_jpeg_is_dropped() {
         let size = (4, 2);
         assert!(picture(Some(Layout::Yuyv), size, &[0; 15]).is_none());
-        let Some(Picture::Raw { bytes, .. }) = picture(Some(Layout::Yuyv), size, &[7; 20]) else {
+        let Some(Picture::Raw(RawPicture { bytes, .. })) = picture(Some(Layout::Yuyv), size, &[7; 20]) else {
             panic!("a whole buffer is a picture");
         };
         assert_eq!(bytes.len(), 16);

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::Write;
 
-use bloomcast::train::settings::{BackboneFile, Scale};
+use bloomcast::train::run::settings::{BackboneFile, Scale};
 use bloomcast::vision::Network;
 use bloomcast::vision::backbone::Anatomy;
 use bloomcast::zoo;

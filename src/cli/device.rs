@@ -7,7 +7,7 @@ use anyhow::{Context, anyhow};
 use bloomcast::bench::Bench;
 use bloomcast::config::{Config, LogLevel};
 use bloomcast::daemon::{self, Daemon, End};
-use bloomcast::health;
+use bloomcast::system::systemd;
 use bloomcast::vision::kernels;
 use bloomcast::vision::{Prediction, decode};
 use clap::{Args, value_parser};
@@ -230,7 +230,7 @@ impl Signals {
                 _ = self.int.recv() => return End::Stop,
                 _ = self.hup.recv() => {}
             }
-            health::tell_reloading();
+            systemd::notify_reloading();
             let args = args.clone();
             // Loads the model, which the connection to the broker need not wait for.
             let found = tokio::task::spawn_blocking(move || match args.load() {
@@ -241,7 +241,7 @@ impl Signals {
                 Ok(()) => return End::Reload,
                 Err(error) => {
                     tracing::error!("the changed configuration is left out, the old one stays: {error}");
-                    health::tell_ready("the changed configuration is wrong, see the log; the model as before");
+                    systemd::notify_ready("the changed configuration is wrong, see the log; the model as before");
                 }
             }
         }

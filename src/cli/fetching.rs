@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use bloomcast::fetch::{self, FetchError, Wanted, flower_photos};
-use bloomcast::train::dataset::Dataset;
-use bloomcast::vision::backbone::{read_file, sha256_hex};
+use bloomcast::system::hash::sha256_hex;
+use bloomcast::train::data::dataset::Dataset;
+use bloomcast::vision::backbone::read_file;
 use bloomcast::zoo::{self, Published};
 use clap::Args;
 

@@ -5,16 +5,17 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
-use bloomcast::bundle::store::{Phase, Place};
-use bloomcast::bundle::{self, Bundle, Keyring, PrivateKey, Store, archive};
+use bloomcast::bundle::{self, Bundle, Keyring, PrivateKey, archive};
 use bloomcast::config::Config;
-use bloomcast::fleet::delivery::Parcel;
-use bloomcast::fleet::message::{Verdict, identity, objection};
-use bloomcast::fleet::model::Shelf;
-use bloomcast::fleet::proof::{self, Refusal, Trust};
-use bloomcast::fleet::push::{Plan, push};
-use bloomcast::fleet::recall::recall;
 use bloomcast::mqtt::topics::{DeviceName, Topics};
+use bloomcast::update::device::Store;
+use bloomcast::update::device::admission::{self, Refusal, Trust};
+use bloomcast::update::device::model_loader::Shelf;
+use bloomcast::update::device::store::{Phase, Place};
+use bloomcast::update::protocol::{Verdict, identity, objection};
+use bloomcast::update::workstation::delivery::Parcel;
+use bloomcast::update::workstation::push::{Plan, push};
+use bloomcast::update::workstation::rollback::recall;
 use clap::Args;
 
 use super::device::ConfigArgs;
@@ -106,7 +107,9 @@ pub struct RollbackArgs {
 
 /// What stands in the user's folder.
 fn in_config(name: &str) -> anyhow::Result<PathBuf> {
-    Ok(bloomcast::user_config().context("neither HOME nor XDG_CONFIG_HOME is set; name a file")?.join(name))
+    Ok(bloomcast::system::paths::user_config()
+        .context("neither HOME nor XDG_CONFIG_HOME is set; name a file")?
+        .join(name))
 }
 
 impl KeyArg {
@@ -171,7 +174,7 @@ pub fn install(args: &InstallArgs) -> Result<(), Failure> {
         Refusal::Bundle(error) => anyhow!(error),
         error => anyhow!("{file}: {error}"),
     };
-    let vouched = proof::vouched(&file, &bytes, &trust, &config).map_err(refused)?;
+    let vouched = admission::vouched(&file, &bytes, &trust, &config).map_err(refused)?;
     let model = identity(vouched.manifest(), vouched.sha256());
     let before = present.identity();
     if model == before {
@@ -180,7 +183,7 @@ pub fn install(args: &InstallArgs) -> Result<(), Failure> {
     if let Some(objection) = objection(&model, &before, &deciding.state).filter(|_| !args.force) {
         return Err(anyhow!("{objection}; --force installs it nevertheless").into());
     }
-    proof::prove(vouched, &config, &shelf, &present).map_err(refused)?;
+    admission::prove(vouched, &config, &shelf, &present).map_err(refused)?;
     store.try_out(model.clone(), &bytes, Phase::Waiting)?;
     writeln!(
         std::io::stdout(),

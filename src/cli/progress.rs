@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::sync::Mutex;
 
-use bloomcast::train::session::Progress;
+use bloomcast::train::run::Progress;
 use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 
 /// One bar at a time; it changes with what is done.

@@ -6,13 +6,14 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::anyhow;
 use bloomcast::train::compare::Comparison;
-use bloomcast::train::dataset::Dataset;
-use bloomcast::train::device::Choice;
-use bloomcast::train::photographs::Finding;
-use bloomcast::train::run::Surroundings;
-use bloomcast::train::settings::{DEFAULT_VAL_FRACTION, FineTune};
-use bloomcast::train::sgd::{Optimiser, Schedule};
-use bloomcast::train::{self, Recipe, Settings, inspect};
+use bloomcast::train::data::dataset::Dataset;
+use bloomcast::train::data::inspect;
+use bloomcast::train::data::photographs::Finding;
+use bloomcast::train::features::device::Choice;
+use bloomcast::train::optim::sgd::{Optimiser, Schedule};
+use bloomcast::train::run::outcome::Surroundings;
+use bloomcast::train::run::settings::{DEFAULT_VAL_FRACTION, FineTune};
+use bloomcast::train::{self, Recipe, Settings};
 use clap::{Args, Subcommand, value_parser};
 
 use super::backbone::BackboneArgs;
@@ -281,7 +282,7 @@ impl CacheArgs {
         if self.no_cache {
             return None;
         }
-        self.cache.clone().or_else(|| bloomcast::user_cache().map(|cache| cache.join("features")))
+        self.cache.clone().or_else(|| bloomcast::system::paths::user_cache().map(|cache| cache.join("features")))
     }
 }
 

@@ -16,12 +16,12 @@ use serde_json::Value;
 use crate::bundle::Bundle;
 use crate::config::{Config, ConfigError};
 use crate::daemon::{Daemon, DaemonError};
-use crate::health::Counters;
 use crate::mqtt::access::Access;
 use crate::mqtt::client::{Client, ClientError};
 use crate::mqtt::message::OFFLINE;
+use crate::system::Counters;
 use crate::vision::UNKNOWN;
-use crate::watcher::Seen;
+use crate::vision_stage::Seen;
 use photographs::Photographs;
 
 /// How long the subscriber is listened to once the daemon has ended.

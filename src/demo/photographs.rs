@@ -106,7 +106,7 @@ fn held(images: &[PathBuf]) -> Vec<PathBuf> {
 
 /// TensorFlow's flower_photos, fetched once.
 fn fetch(out: &mut dyn Write) -> Result<PathBuf, String> {
-    let cache = crate::user_cache().ok_or("no home directory")?;
+    let cache = crate::system::paths::user_cache().ok_or("no home directory")?;
     let folder = cache.join("flower_photos");
     if !folder.exists() {
         writeln!(out, "fetching flower_photos (218 MiB) to {} …", cache.display()).map_err(|e| e.to_string())?;

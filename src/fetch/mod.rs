@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
-use crate::vision::backbone::hex;
+use crate::system::hash::hex;
 
 /// How long a server may take to answer, and how long it may send nothing.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -23,7 +23,7 @@ use super::message::{OFFLINE, ONLINE};
 use super::outbox::{Entry, Outbox, Sequence};
 use super::setting::Setting;
 use super::topics::{Order, Topics};
-use crate::health::Counters;
+use crate::system::Counters;
 
 /// What the connection goes by.
 #[derive(Debug, Clone)]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::record::{METRICS, MODEL, RunFigures};
+use crate::train::run::write::{METRICS, MODEL, RunFigures};
 
 /// Runs in the order of their loss on the validation photographs.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -4,11 +4,11 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::augment::Views;
-use super::dataset::{Dataset, fingerprint};
-use super::features::{Extractor, Precision};
-use super::photographs::{Finding, Photograph, Photographs};
 use crate::bundle::{Bundle, BundleError};
+use crate::train::data::augment::Views;
+use crate::train::data::dataset::{Dataset, fingerprint};
+use crate::train::data::photographs::{Finding, Photograph, Photographs};
+use crate::train::features::{Extractor, Precision};
 use crate::vision::head::argmax;
 use crate::vision::{Labels, Network, Prediction};
 

@@ -10,7 +10,7 @@ use zune_jpeg::JpegDecoder;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
-use crate::camera::{Layout, Picture, jpeg};
+use crate::frame::{Layout, Picture, RawPicture, jpeg};
 
 /// What a picture may be at most: 64 MiB in the file, 64 megapixels, 16,384 pixels a side.
 pub const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -61,7 +61,7 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>, DecodeError> {
 pub fn picture(picture: &Picture) -> Result<RgbImage, DecodeError> {
     match picture {
         Picture::Encoded(bytes) => encoded(bytes),
-        Picture::Raw { width, height, layout, bytes } => raw(*width, *height, *layout, bytes),
+        Picture::Raw(picture) => raw(picture),
     }
 }
 
@@ -165,25 +165,35 @@ fn upright(image: RgbImage, orientation: Option<Orientation>) -> RgbImage {
     }
 }
 
-fn raw(width: u32, height: u32, layout: Layout, bytes: &[u8]) -> Result<RgbImage, DecodeError> {
+fn raw(picture: &RawPicture) -> Result<RgbImage, DecodeError> {
+    let RawPicture { width, height, stride, layout, ref bytes } = *picture;
     check_size(width, height)?;
-    let expected = width as usize * height as usize * layout.bytes_per_pixel();
-    // Two pixels share their colour: a row of YUYV is even.
-    if bytes.len() != expected || (layout == Layout::Yuyv && !width.is_multiple_of(2)) {
+    let row_bytes = picture.row_bytes();
+    let expected = picture.bytes_min().unwrap_or(usize::MAX);
+    // Rows may be padded, and drivers leave padding behind the last row; two pixels of YUYV share their colour: its rows are even.
+    let padded = stride.saturating_mul(height as usize);
+    let fits = stride >= row_bytes && (expected..=padded).contains(&bytes.len());
+    if !fits || (layout == Layout::Yuyv && !width.is_multiple_of(2)) {
         return Err(DecodeError::Length { width, height, expected, got: bytes.len() });
     }
-    let pixels = match layout {
-        Layout::Rgb => bytes.to_vec(),
-        Layout::Bgr => bytes.chunks_exact(3).flat_map(|p| [p[2], p[1], p[0]]).collect(),
-        Layout::Yuyv => yuyv_to_rgb(bytes),
-    };
+    let mut pixels = vec![0; width as usize * height as usize * 3];
+    for (row, out) in bytes.chunks(stride).zip(pixels.chunks_exact_mut(width as usize * 3)) {
+        let row = &row[..row_bytes];
+        match layout {
+            Layout::Rgb => out.copy_from_slice(row),
+            Layout::Bgr => {
+                let swapped = out.chunks_exact_mut(3).zip(row.chunks_exact(3));
+                swapped.for_each(|(rgb, bgr)| rgb.copy_from_slice(&[bgr[2], bgr[1], bgr[0]]));
+            }
+            Layout::Yuyv => yuyv_to_rgb(row, out),
+        }
+    }
     Ok(RgbImage::from_raw(width, height, pixels).expect("the length was checked"))
 }
 
 /// BT.601, studio range, in 16.16 fixed point: Y 16–235 and U, V 16–240 become 0–255
 /// (ITU-R BT.601-7; V4L2's default for YUYV). Two pixels of 6 bytes a group of 4.
-fn yuyv_to_rgb(bytes: &[u8]) -> Vec<u8> {
-    let mut out = vec![0; bytes.len() / 4 * 6];
+fn yuyv_to_rgb(bytes: &[u8], out: &mut [u8]) {
     for (group, rgb) in bytes.chunks_exact(4).zip(out.chunks_exact_mut(6)) {
         let [y0, u, y1, v] = [group[0], group[1], group[2], group[3]].map(i32::from);
         let (u, v) = (u - 128, v - 128);
@@ -198,7 +208,6 @@ fn yuyv_to_rgb(bytes: &[u8]) -> Vec<u8> {
             pixel[2] = ((luma + blue) >> 16).clamp(0, 255) as u8;
         }
     }
-    out
 }
 
 #[cfg(test)]
@@ -231,6 +240,30 @@ pub(crate) mod tests {
         assert_eq!(a.dimensions(), b.dimensions());
         let sum: u64 = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
         sum as f64 / a.as_raw().len() as f64
+    }
+
+    #[test]
+    fn rows_with_padding_are_read_without_it() {
+        let pixels = [1, 2, 3, 4, 5, 6, 99, 99, 7, 8, 9, 10, 11, 12];
+        let picture = |stride, bytes: &[u8]| RawPicture {
+            width: 2,
+            height: 2,
+            stride,
+            layout: Layout::Rgb,
+            bytes: bytes.to_vec(),
+        };
+        let expected = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12];
+        assert_eq!(raw(&picture(8, &pixels)).unwrap().as_raw(), &expected);
+        let padded = [&pixels[..], &[99, 99]].concat();
+        assert_eq!(raw(&picture(8, &padded)).unwrap().as_raw(), &expected);
+        for wrong in [
+            picture(8, &pixels[..13]),
+            picture(8, &[&padded[..], &[0]].concat()),
+            picture(5, &expected),
+            picture(usize::MAX, &pixels),
+        ] {
+            assert!(matches!(raw(&wrong), Err(DecodeError::Length { .. })));
+        }
     }
 
     #[test]
@@ -300,14 +333,16 @@ pub(crate) mod tests {
     fn raw_layouts_give_the_same_colours() {
         let (white, red) = ([235, 128, 235, 128], [81, 90, 81, 240]);
         let yuyv: Vec<u8> = [white, red].concat();
-        let image = raw(4, 1, Layout::Yuyv, &yuyv).unwrap();
+        let image = raw(&RawPicture::packed(4, 1, Layout::Yuyv, yuyv.to_vec())).unwrap();
         assert_eq!(image.get_pixel(1, 0), &Rgb([255, 255, 255]));
         let Rgb([r, g, b]) = *image.get_pixel(3, 0);
         assert!(r >= 253 && g <= 2 && b <= 2, "{r} {g} {b}");
-        let bgr = raw(2, 1, Layout::Bgr, &[1, 2, 3, 4, 5, 6]).unwrap();
+        let packed =
+            |width, height, layout, bytes: &[u8]| raw(&RawPicture::packed(width, height, layout, bytes.to_vec()));
+        let bgr = packed(2, 1, Layout::Bgr, &[1, 2, 3, 4, 5, 6]).unwrap();
         assert_eq!(bgr.as_raw(), &[3, 2, 1, 6, 5, 4]);
-        assert!(matches!(raw(2, 2, Layout::Rgb, &[0; 11]), Err(DecodeError::Length { expected: 12, got: 11, .. })));
-        assert!(raw(0, 2, Layout::Rgb, &[]).is_err());
-        assert!(raw(1, 1, Layout::Yuyv, &[0; 2]).is_err() && raw(3, 2, Layout::Yuyv, &[0; 12]).is_err());
+        assert!(matches!(packed(2, 2, Layout::Rgb, &[0; 11]), Err(DecodeError::Length { expected: 12, got: 11, .. })));
+        assert!(packed(0, 2, Layout::Rgb, &[]).is_err());
+        assert!(packed(1, 1, Layout::Yuyv, &[0; 2]).is_err() && packed(3, 2, Layout::Yuyv, &[0; 12]).is_err());
     }
 }

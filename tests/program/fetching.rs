@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use bloomcast::vision::backbone::sha256_hex;
+use bloomcast::system::hash::sha256_hex;
 
 use super::http::Server;
 use super::tools::{bloomcast, failure, output};

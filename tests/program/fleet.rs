@@ -7,15 +7,16 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bloomcast::bundle::signature::PrivateKey;
-use bloomcast::bundle::store::Place;
-use bloomcast::bundle::{Bundle, Identity, Manifest, Parts, Store, archive, assemble, numbers, sign};
-use bloomcast::fleet::delivery::{Ending, Parcel};
-use bloomcast::fleet::message::{Offer, identity};
-use bloomcast::fleet::push::{self, Plan, Report};
+use bloomcast::bundle::{Bundle, Identity, Manifest, Parts, archive, assemble, numbers, sign};
 use bloomcast::mqtt::access::{Access, Credentials};
 use bloomcast::mqtt::client::Client;
 use bloomcast::mqtt::topics::{DeviceName, Topics};
-use bloomcast::vision::backbone::sha256_hex;
+use bloomcast::system::hash::sha256_hex;
+use bloomcast::update::device::Store;
+use bloomcast::update::device::store::Place;
+use bloomcast::update::protocol::{Offer, identity};
+use bloomcast::update::workstation::delivery::{Ending, Parcel};
+use bloomcast::update::workstation::push::{self, Plan, Report};
 use bloomcast::vision::{Head, Labels};
 use serde_json::{Value, json};
 

@@ -1,7 +1,8 @@
 //! `report.html`: one file, no network, that shows what was learned.
 
-mod chart;
-mod shown;
+mod gallery;
+pub mod tensorboard;
+pub mod tensorboard_images;
 
 use std::fmt::Write;
 use std::io::Cursor;
@@ -11,12 +12,13 @@ use base64::engine::general_purpose::STANDARD;
 use image::RgbImage;
 use image::codecs::jpeg::JpegEncoder;
 
-use shown::Looker;
-pub use shown::Shown;
+use gallery::Looker;
+pub use gallery::Shown;
 
-use super::evaluate::{Evaluation, Measured, reliability};
-use super::run::{Trained, grouped};
-use super::settings::Settings;
+use crate::chart;
+use crate::train::evaluate::{Evaluation, Measured, reliability};
+use crate::train::run::outcome::{Trained, grouped};
+use crate::train::run::settings::Settings;
 use crate::vision::head::softmax;
 use crate::vision::{BackboneError, Network, Prediction};
 
@@ -48,13 +50,13 @@ impl Gallery {
         threads: usize,
     ) -> Result<Self, BackboneError> {
         let (labels, val, preprocess) = (&trained.labels, &trained.val, settings.preprocess());
-        let sheet = shown::by_chance(val, SHEET, settings.sgd.seed);
-        let mut best = shown::best_of_each(val, labels.names().len(), SEEN_OF_EACH);
+        let sheet = gallery::by_chance(val, SHEET, settings.sgd.seed);
+        let mut best = gallery::best_of_each(val, labels.names().len(), SEEN_OF_EACH);
         best.truncate(SEEN_MAX);
         let looker = Looker::new(network, trained, &preprocess);
         Ok(Gallery {
-            sheet: shown::load(labels, val, &sheet, threads),
-            worst: shown::load(labels, val, &shown::worst(val, WORST), threads),
+            sheet: gallery::load(labels, val, &sheet, threads),
+            worst: gallery::load(labels, val, &gallery::worst(val, WORST), threads),
             seen: looker.map(|looker| looker.paint(labels, val, &best, threads)).transpose()?,
         })
     }
@@ -119,7 +121,9 @@ fn header(settings: &Settings, network: &Network, trained: &Trained) -> String {
 }
 
 fn curves(trained: &Trained) -> String {
-    let points = |of: fn(&super::sgd::Epoch) -> f64| trained.history.iter().map(|e| (e.epoch as f64, of(e))).collect();
+    let points = |of: fn(&crate::train::optim::sgd::Epoch) -> f64| {
+        trained.history.iter().map(|e| (e.epoch as f64, of(e))).collect()
+    };
     let best = trained.best_epoch();
     let loss = chart::lines(
         "loss over epochs",

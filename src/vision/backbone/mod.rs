@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tract_onnx::pb::ModelProto;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::runtime::{DefaultRuntime, Runnable, Runtime, State, runtime_for_name};
@@ -26,6 +25,7 @@ use super::clock;
 use super::kernels::{self, Instructions, Part, Taken, Team, Whole};
 use super::preprocess::{Preprocess, TensorLayout};
 use super::tail::Tail;
+use crate::system::hash::sha256_hex;
 
 /// MobileNetV2 1.0/224, made by `models/build_backbone.py`; `models/README.md` tells where its
 /// weights come from.
@@ -393,16 +393,6 @@ fn run(state: &mut dyn State, shape: &[usize; 4], input: &[f32], features: &mut 
     features.clear();
     features.extend(outputs[0].to_plain_array_view::<f32>()?.iter());
     Ok(())
-}
-
-/// SHA-256 in hexadecimal, as it stands in manifests.
-pub fn sha256_hex(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-/// Two digits a byte.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// CHW → HWC: a map's channels side by side at each place. in: `[channels, places]`; out: `[places, channels]`.

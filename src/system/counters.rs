@@ -1,0 +1,64 @@
+//! The daemon's counters since its start.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A counter that several threads may increment.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Returns the present value.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Counts of frames, events and connections since the start of the daemon; a reload keeps them.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Frames read from the camera.
+    pub captured: Counter,
+    /// Frames that a newer one replaced in the mailbox before they were classified.
+    pub dropped: Counter,
+    /// Frames that could not be read or decoded.
+    pub broken: Counter,
+    /// Frames that were classified.
+    pub classified: Counter,
+    /// Frames that were not classified because they equal the previous one within `camera.still_threshold`.
+    pub still: Counter,
+    /// Times that the camera failed and was reopened.
+    pub camera_failures: Counter,
+    /// Events.
+    pub events: Counter,
+    /// Events that the broker acknowledged.
+    pub acknowledged: Counter,
+    /// Events that were lost: dropped from a full outbox, or too large for the broker.
+    pub events_lost: Counter,
+    /// Connections to the broker that were accepted.
+    pub connections: Counter,
+}
+
+impl fmt::Display for Counters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "captured={} dropped={} broken={} classified={} still={} camera_failures={} events={} acknowledged={} events_lost={} connections={}",
+            self.captured.get(),
+            self.dropped.get(),
+            self.broken.get(),
+            self.classified.get(),
+            self.still.get(),
+            self.camera_failures.get(),
+            self.events.get(),
+            self.acknowledged.get(),
+            self.events_lost.get(),
+            self.connections.get(),
+        )
+    }
+}

@@ -1,0 +1,157 @@
+//! Photographs on the disk: one folder a class.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use crate::frame::files::is_picture;
+use crate::system::hash::hex;
+use crate::vision::Labels;
+use crate::vision::labels::LabelsError;
+
+/// Photographs and what each of them shows.
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    pub classes: Labels,
+    /// Sorted by class, then by name.
+    pub images: Vec<Labelled>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Labelled {
+    pub path: PathBuf,
+    /// The place of its class among the labels.
+    pub class: usize,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DatasetError {
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{path}: {source}")]
+    Classes { path: PathBuf, source: LabelsError },
+    #[error("{0}: no images of this class")]
+    EmptyClass(PathBuf),
+    #[error("{path}: the classes are {found:?}, expected {expected:?}")]
+    OtherClasses { path: PathBuf, found: Vec<String>, expected: Vec<String> },
+}
+
+impl Dataset {
+    /// Reads the folders below `path`; each is a class, by its name. Hidden folders are none.
+    pub fn read(path: &Path) -> Result<Self, DatasetError> {
+        let failed = |source| DatasetError::Io { path: path.into(), source };
+        let mut names = Vec::new();
+        for entry in fs::read_dir(path).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if entry.path().is_dir() && !name.starts_with('.') {
+                names.push(name);
+            }
+        }
+        names.sort();
+        let classes = Labels::new(names).map_err(|source| DatasetError::Classes { path: path.into(), source })?;
+        let mut images = Vec::new();
+        for (class, name) in classes.names().iter().enumerate() {
+            images.extend(class_images(&path.join(name))?.into_iter().map(|path| Labelled { path, class }));
+        }
+        Ok(Dataset { classes, images })
+    }
+
+    /// Refuses a set whose classes are not those of `labels`.
+    pub fn expect_classes(&self, labels: &Labels, path: &Path) -> Result<(), DatasetError> {
+        if self.classes == *labels {
+            return Ok(());
+        }
+        Err(DatasetError::OtherClasses {
+            path: path.into(),
+            found: self.classes.names().to_vec(),
+            expected: labels.names().to_vec(),
+        })
+    }
+}
+
+fn class_images(folder: &Path) -> Result<Vec<PathBuf>, DatasetError> {
+    let failed = |source| DatasetError::Io { path: folder.into(), source };
+    let mut images = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if is_picture(&path) && path.is_file() {
+            images.push(path);
+        }
+    }
+    if images.is_empty() {
+        return Err(DatasetError::EmptyClass(folder.into()));
+    }
+    images.sort();
+    Ok(images)
+}
+
+/// SHA-256 over the classes' names and, for each photograph, its class and the SHA-256 of its content, sorted; in
+/// hexadecimal. File names do not count.
+pub fn fingerprint<'a>(classes: &Labels, images: impl Iterator<Item = (usize, &'a [u8; 32])>) -> String {
+    let mut hash = Sha256::new();
+    for name in classes.names() {
+        hash.update((name.len() as u64).to_le_bytes());
+        hash.update(name);
+    }
+    let mut images: Vec<_> = images.collect();
+    images.sort_unstable();
+    for (class, content) in images {
+        hash.update((class as u64).to_le_bytes());
+        hash.update(content);
+    }
+    hex(&hash.finalize())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(files: &[&str]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for file in files {
+            let path = dir.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, file).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn folders_are_classes_in_order_of_their_names() {
+        let dir =
+            folder(&["tulips/b.jpg", "tulips/a.PNG", "tulips/LICENSE.txt", "daisy/c.webp", ".cache/x.jpg", "top.jpg"]);
+        let dataset = Dataset::read(dir.path()).unwrap();
+        assert_eq!(dataset.classes.names(), ["daisy", "tulips"]);
+        let found: Vec<_> =
+            dataset.images.iter().map(|i| (i.path.file_name().unwrap().to_str().unwrap(), i.class)).collect();
+        assert_eq!(found, [("c.webp", 0), ("a.PNG", 1), ("b.jpg", 1)]);
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let dir = folder(&["daisy/c.jpg", "empty/readme.txt"]);
+        let error = Dataset::read(dir.path()).unwrap_err().to_string();
+        assert!(error.ends_with("empty: no images of this class"), "{error}");
+        let dir = folder(&["daisy/c.jpg"]);
+        let error = Dataset::read(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("1 classes, expected 2 to 1000"), "{error}");
+        assert!(Dataset::read(&dir.path().join("none")).unwrap_err().to_string().contains("none: "));
+        let dir = folder(&["daisy/c.jpg", "roses/d.jpg"]);
+        let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
+        assert!(Dataset::read(dir.path()).unwrap().expect_classes(&labels, dir.path()).is_err());
+    }
+
+    #[test]
+    fn the_fingerprint_follows_contents_and_classes() {
+        let labels = Labels::new(vec!["a".into(), "b".into()]).unwrap();
+        let (x, y) = ([1u8; 32], [2u8; 32]);
+        let of = |images: &[(usize, &[u8; 32])]| fingerprint(&labels, images.iter().copied());
+        assert_eq!(of(&[(0, &x), (1, &y)]), of(&[(0, &x), (1, &y)]));
+        assert_eq!(of(&[(0, &x), (1, &y)]), of(&[(1, &y), (0, &x)]), "whatever their names, and so their order");
+        assert_ne!(of(&[(0, &x), (1, &y)]), of(&[(1, &x), (0, &y)]));
+        assert_ne!(of(&[(0, &x)]), of(&[(0, &y)]));
+    }
+}

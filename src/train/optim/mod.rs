@@ -1,0 +1,7 @@
+//! What is fitted: the head, the last convolution, the temperature, the subspace; and the loop that fits them.
+
+pub mod head;
+pub mod last_conv;
+pub mod sgd;
+pub mod subspace;
+pub mod temperature;
