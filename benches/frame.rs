@@ -1,12 +1,12 @@
 //! One frame, stage by stage: `cargo bench`.
 
 use bloomcast::bundle::Bundle;
-use bloomcast::vision::drawn;
+use bloomcast::vision::test_pattern;
 use bloomcast::vision::{Network, Preprocess, Preprocessor, decode};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 fn stages(c: &mut Criterion) {
-    let jpeg = drawn::jpeg(640, 480);
+    let jpeg = test_pattern::jpeg(640, 480);
     let image = decode::encoded(&jpeg).unwrap();
     let spec = Preprocess::mobilenet_v2();
     let mut input = vec![0.0; spec.input_len()];
@@ -16,7 +16,7 @@ fn stages(c: &mut Criterion) {
     preprocessor.run(&image, &mut input);
     let features = session.features(&input).unwrap().to_vec();
     let bundle = Bundle::built_in().unwrap();
-    let skill = bundle.skill();
+    let params = bundle.classifier_params();
     let mut classifier = bundle.classifier(None).unwrap();
 
     let mut group = c.benchmark_group("frame");
@@ -24,7 +24,7 @@ fn stages(c: &mut Criterion) {
     group.bench_function("decode 640×480", |b| b.iter(|| decode::encoded(&jpeg).unwrap()));
     group.bench_function("preprocess 640×480", |b| b.iter(|| preprocessor.run(&image, &mut input)));
     group.bench_function("backbone", |b| b.iter(|| session.features(&input).unwrap()[0]));
-    group.bench_function("head", |b| b.iter(|| skill.judge(&features)));
+    group.bench_function("head", |b| b.iter(|| params.predict(&features)));
     group.bench_function("whole frame", |b| {
         b.iter(|| classifier.classify(&decode::encoded(&jpeg).unwrap()).unwrap().1);
     });

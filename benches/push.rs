@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use bloomcast::bundle::{Bundle, Manifest, Parts, PrivateKey, SelfTest, sign};
 use bloomcast::config::Config;
 use bloomcast::daemon::{Daemon, End};
-use bloomcast::mqtt::access::Access;
+use bloomcast::mqtt::access::BrokerAccess;
 use bloomcast::mqtt::topics::DeviceName;
 use bloomcast::update::protocol::identity;
-use bloomcast::update::workstation::delivery::Parcel;
-use bloomcast::update::workstation::push::{Plan, push};
+use bloomcast::update::workstation::delivery::PushPayload;
+use bloomcast::update::workstation::push::{PushOptions, push};
 use bloomcast::vision::backbone::MOBILENET_V2;
-use bloomcast::vision::{Head, drawn};
+use bloomcast::vision::{Head, test_pattern};
 
 const ROUNDS: u64 = 5;
 
@@ -46,7 +46,7 @@ fn main() {
         let weight = parts.head.weight().iter().map(|weight| weight * 0.99).collect();
         parts.head = Head::new(width, weight, bias, manifest.temperature).unwrap();
     };
-    let frozen = |_: &mut Manifest, parts: &mut Parts| parts.tail = None;
+    let frozen = |_: &mut Manifest, parts: &mut Parts| parts.last_conv = None;
     let carried = |_: &mut Manifest, parts: &mut Parts| parts.backbone = Some(MOBILENET_V2.to_vec());
     println!("{:34} {:>9} {:>12} {:>12} {:>12}", "model", "bytes", "confirmed s", "worst s", "longest gap");
     let mut version = 0;
@@ -60,7 +60,9 @@ fn main() {
             bytes = parcel.bytes.len();
             while predictions.try_recv().is_ok() {}
             let began = Instant::now();
-            let report = push(&Access::local(port), vec![topics.clone()], &parcel, &Plan::default(), &|_| {}).unwrap();
+            let report =
+                push(&BrokerAccess::local(port), vec![topics.clone()], &parcel, &PushOptions::default(), &|_| {})
+                    .unwrap();
             assert!(report.is_good(), "{report}");
             times.push(began.elapsed());
             let frames: Vec<Instant> = predictions.try_iter().collect();
@@ -78,7 +80,7 @@ fn main() {
 }
 
 /// The built-in model, a little newer. What the self-test asks is what the change leads to.
-fn parcel(newer: u64, change: fn(&mut Manifest, &mut Parts), key: &PrivateKey) -> Parcel {
+fn parcel(newer: u64, change: fn(&mut Manifest, &mut Parts), key: &PrivateKey) -> PushPayload {
     let built_in = Bundle::built_in().unwrap();
     let (mut manifest, mut parts) = (built_in.manifest().clone(), built_in.parts().clone());
     manifest.version += newer;
@@ -90,12 +92,12 @@ fn parcel(newer: u64, change: fn(&mut Manifest, &mut Parts), key: &PrivateKey) -
     let bytes = sign("bench", &bundle.to_bytes(), key).unwrap();
     let signed = Bundle::from_bytes("bench", &bytes).unwrap();
     let model = identity(signed.manifest(), signed.sha256());
-    Parcel { model, manifest: signed.manifest().clone(), bytes, packet_bytes_max: 65_536, force: false, key: None }
+    PushPayload { model, manifest: signed.manifest().clone(), bytes, packet_bytes_max: 65_536, force: false, key: None }
 }
 
 fn config(dir: &Path, port: u16) -> Config {
     let image = dir.join("drawn.jpg");
-    std::fs::write(&image, drawn::jpeg(640, 480)).unwrap();
+    std::fs::write(&image, test_pattern::jpeg(640, 480)).unwrap();
     let list = dir.join("list.txt");
     std::fs::write(&list, image.display().to_string()).unwrap();
     let settings = [

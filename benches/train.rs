@@ -12,11 +12,11 @@ use bloomcast::train::data::photographs::Photograph;
 use bloomcast::train::features::device::Choice;
 use bloomcast::train::features::{Extractor, Features, Precision, Values};
 use bloomcast::train::optim::head::HeadLearner;
-use bloomcast::train::optim::last_conv::TailLearner;
+use bloomcast::train::optim::last_conv::LastConvLearner;
 use bloomcast::train::optim::sgd::{self, Learner, Sgd};
-use bloomcast::train::run::outcome::Surroundings;
+use bloomcast::train::run::outcome::RunOptions;
 use bloomcast::train::{Recipe, train};
-use bloomcast::vision::drawn;
+use bloomcast::vision::test_pattern;
 use bloomcast::vision::{Network, Preprocess};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
@@ -56,7 +56,7 @@ fn extraction(c: &mut Criterion) {
     let folder = std::env::temp_dir().join(format!("bloomcast-bench-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let path = folder.join("drawn.jpg");
-    std::fs::write(&path, drawn::jpeg(640, 480)).unwrap();
+    std::fs::write(&path, test_pattern::jpeg(640, 480)).unwrap();
     let photographs: Vec<Photograph> = (0..200).map(|i| photograph(&path, i)).collect();
     let (network, preprocess) = (Network::built_in().unwrap(), Preprocess::mobilenet_v2());
     let backbone = network.features(None).unwrap();
@@ -102,7 +102,7 @@ fn warm_run(c: &mut Criterion) {
     let mut settings = Recipe::Frozen.settings(photographs.join("train"));
     settings.val = Some(photographs.join("val"));
     settings.sgd.epochs = 100;
-    let surroundings = Surroundings {
+    let surroundings = RunOptions {
         out: folder.join("run"),
         overwrite: true,
         cache: Some(folder.join("cache")),
@@ -136,9 +136,9 @@ fn learning(c: &mut Criterion) {
     let (train, val) = (rows(PHOTOGRAPHS, width, 6, Precision::Half), rows(VALIDATION, width, 1, Precision::Single));
     let settings = sgd(Recipe::LastConv, 1);
     let network = Network::built_in().unwrap();
-    let own = &network.last_conv().unwrap().tail;
+    let own = &network.last_conv().unwrap().weights;
     group.bench_function("last convolution, 1 epoch", |b| {
-        b.iter(|| fit(&mut TailLearner::new(&train, &val, own, CLASSES, &settings, threads()), &settings));
+        b.iter(|| fit(&mut LastConvLearner::new(&train, &val, own, CLASSES, &settings, threads()), &settings));
     });
     group.finish();
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -3,7 +3,7 @@
 use std::fs;
 
 use bloomcast::bundle::{Bundle, Parts, SelfTest, archive, selftest::Answer};
-use bloomcast::vision::{Head, Labels, Subspace, Tail};
+use bloomcast::vision::{Head, Labels, OodDetector, LastConvWeights};
 
 fn main() {
     let mut manifest = Bundle::built_in().unwrap().manifest().clone();
@@ -14,8 +14,8 @@ fn main() {
     let answer = Answer { probabilities: vec![0.5; 2], similarity: 1.0 };
     let parts = Parts {
         head: Head::new(4, vec![0.5; 8], vec![0.1, 0.2], 1.5).unwrap(),
-        subspace: Subspace::new(4, basis, 0.5).unwrap(),
-        tail: Some(Tail::new(2, vec![0.25; 8], vec![0.5; 4]).unwrap()),
+        ood: OodDetector::new(4, basis, 0.5).unwrap(),
+        last_conv: Some(LastConvWeights::new(2, vec![0.25; 8], vec![0.5; 4]).unwrap()),
         backbone: None,
         self_test: Some(SelfTest::new(vec![vec![1.0; 4]], vec![vec![7; 9]], vec![answer.clone(), answer])),
     };

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::bundle::{Bundle, BundleError};
 use crate::vision::decode::{self, DecodeError};
 use crate::vision::kernels::{self, Instructions, Part, Team};
-use crate::vision::{BackboneError, Classifier, Stages, drawn};
+use crate::vision::{BackboneError, Classifier, Stages, test_pattern};
 
 /// Frames before the first that counts: caches and clocks are warm then.
 const WARM_UP: usize = 5;
@@ -149,7 +149,7 @@ impl Bench {
     pub fn new(bundle: &Bundle, backbone: Option<&Path>, threads: usize) -> Result<Self, BenchError> {
         let team = Team::of(threads).map_err(BenchError::Threads)?;
         let backbone = bundle.backbone(&bundle.network(backbone)?.with_team(team))?;
-        let (classifier, kernels) = (Classifier::new(&backbone, bundle.skill())?, backbone.kernels());
+        let (classifier, kernels) = (Classifier::new(&backbone, bundle.classifier_params())?, backbone.kernels());
         // tract computes a frame with one.
         let threads = if kernels.is_some() { threads } else { 1 };
         Ok(Bench { classifier, threads, kernels })
@@ -163,7 +163,7 @@ impl Bench {
         };
         let jpeg = match image {
             Some(path) => decode::read_file(path).map_err(named)?,
-            None => drawn::jpeg(640, 480),
+            None => test_pattern::jpeg(640, 480),
         };
         let mut frames = Vec::with_capacity(runs);
         for run in 0..WARM_UP + runs.max(1) {

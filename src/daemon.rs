@@ -25,14 +25,14 @@ use crate::camera::{self, CameraError, FrameSource, Next, Pace, replay};
 use crate::config::{Config, ConfigError, Source};
 use crate::decide::Decider;
 use crate::mqtt::outbox::Limits;
-use crate::mqtt::{Link, LinkSettings, Outbox, message, topics::Topics};
+use crate::mqtt::{ConnectionOptions, Link, Outbox, message, topics::Topics};
 use crate::system::{Counters, Heartbeat, systemd};
 use crate::update::device::Store;
 use crate::update::device::agent::{Ends, Receiver, Setup};
-use crate::update::device::model_loader::{Deciding, ModelError, Shelf};
+use crate::update::device::model_loader::{ActiveModel, ModelError, ModelLoader};
 use crate::update::device::store::State;
 use crate::vision::kernels::Team;
-use crate::vision::{BackboneError, Labels, Still, decode};
+use crate::vision::{BackboneError, FrameDiff, Labels, decode};
 use crate::vision_stage::{Habits, Observer, Orders, Voice, Watcher};
 
 /// Settings from afar that wait for the vision thread.
@@ -102,9 +102,9 @@ impl Remains {
 pub struct Daemon {
     config: Config,
     topics: Topics,
-    link: LinkSettings,
-    shelf: Shelf,
-    deciding: Deciding,
+    link: ConnectionOptions,
+    shelf: ModelLoader,
+    deciding: ActiveModel,
     decider: Decider,
     source: Box<dyn FrameSource>,
     pace: Pace,
@@ -130,7 +130,7 @@ impl Daemon {
         let (topics, link, source) = (config.topics()?, config.link()?, source(&config, &pace)?);
         // Last: a model on trial must not pay for a mistake in the configuration.
         let team = Team::of(config.threads()).map_err(|source| DaemonError::Thread { name: "kernels", source })?;
-        let shelf = Shelf { team, ..Shelf::of(&config, open) };
+        let shelf = ModelLoader { team, ..ModelLoader::of(&config, open) };
         let deciding = shelf.deciding()?;
         let labels = deciding.loaded.classifier.labels();
         let rules = match deciding.state == State::default() {
@@ -235,7 +235,7 @@ impl Daemon {
         let (frames, mailbox) = latest::mailbox();
         let rules = self.config.supervisor(&self.pace);
         let (pace, stall_ms) = (self.pace, self.config.camera.stall_ms);
-        let still = Still::new(self.config.camera.still_threshold);
+        let still = FrameDiff::new(self.config.camera.still_threshold);
         let habits = Habits { pace, patience: Duration::from_millis(stall_ms), still };
         let (topics, counters) = (self.topics, self.counters);
         let setup =

@@ -1,5 +1,5 @@
 //! A device watches a camera, names the flower it sees, and says so over MQTT; the same program
-//! teaches that skill on a workstation.
+//! teaches that params on a workstation.
 //!
 //! The data takes a one-way street, and the modules below stand along it in reading order:
 //!

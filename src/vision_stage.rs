@@ -12,12 +12,12 @@ use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use crate::camera::Pace;
-use crate::camera::latest::{self, News, Taken};
+use crate::camera::latest::{self, MailboxItem, RecvResult};
 use crate::decide::{Decider, Decision, Flicker, Thresholds};
 use crate::frame::Frame;
 use crate::mqtt::{About, Outbox, Setting, message};
 use crate::system::{Counters, Heartbeat};
-use crate::vision::{Classifier, Labels, Prediction, Stages, Still, decode};
+use crate::vision::{Classifier, FrameDiff, Labels, Prediction, Stages, decode};
 
 /// How often settings are looked for while no frame comes.
 const IDLE: Duration = Duration::from_millis(100);
@@ -89,7 +89,7 @@ pub struct Habits {
     /// After so long without a frame that could be classified, nothing is seen.
     pub patience: Duration,
     /// Which frames need not be classified again.
-    pub still: Still,
+    pub still: FrameDiff,
 }
 
 impl Watcher {
@@ -117,10 +117,10 @@ impl Watcher {
             heartbeat.beat();
             self.obey();
             match self.mailbox.take(IDLE) {
-                Taken::News(News::Frame(frame)) => self.look(frame),
-                Taken::News(News::Lost { at }) => self.see_nothing(at, false),
-                Taken::Nothing => {}
-                Taken::Ended => return info!("the camera has no more frames"),
+                RecvResult::MailboxItem(MailboxItem::Frame(frame)) => self.look(frame),
+                RecvResult::MailboxItem(MailboxItem::Lost { at }) => self.see_nothing(at, false),
+                RecvResult::Nothing => {}
+                RecvResult::Ended => return info!("the camera has no more frames"),
             }
         }
     }
@@ -251,13 +251,13 @@ impl Watcher {
 fn judge<'a>(
     classifier: &'a mut Classifier,
     orders: &mut Orders,
-    still: &mut Still,
+    still: &mut FrameDiff,
     picture: &RgbImage,
 ) -> Result<(&'a Prediction, Option<Stages>), String> {
     if orders.witness.is_some() {
         still.forget();
     }
-    let classify = || classifier.classify_unless(picture, still).map_err(|e| e.to_string());
+    let classify = || classifier.classify_if_changed(picture, still).map_err(|e| e.to_string());
     let judged = catch_unwind(AssertUnwindSafe(classify))
         .unwrap_or_else(|_| Err("the model panicked; its message stands in the log".into()));
     if let Some(witness) = &mut orders.witness {

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use bloomcast::bundle::Bundle;
 use bloomcast::decide::{Decider, Rules, Thresholds};
 use bloomcast::vision::kernels::Team;
-use bloomcast::vision::{Classifier, Still, decode, drawn};
+use bloomcast::vision::{Classifier, FrameDiff, decode, test_pattern};
 use image::RgbImage;
 
 #[global_allocator]
@@ -20,7 +20,7 @@ const FRAMES: u32 = 20;
 struct Watching {
     classifier: Classifier,
     decider: Decider,
-    still: Still,
+    still: FrameDiff,
     now: SystemTime,
 }
 
@@ -28,7 +28,7 @@ impl Watching {
     fn with_threads(threads: usize) -> Self {
         let bundle = Bundle::built_in().unwrap();
         let network = bundle.network(None).unwrap().with_team(Team::of(threads).unwrap());
-        let classifier = Classifier::new(&bundle.backbone(&network).unwrap(), bundle.skill()).unwrap();
+        let classifier = Classifier::new(&bundle.backbone(&network).unwrap(), bundle.classifier_params()).unwrap();
         let rules = Rules {
             smoothing: Duration::from_millis(400),
             enter_dwell: Duration::from_millis(600),
@@ -37,12 +37,12 @@ impl Watching {
             thresholds: vec![Thresholds { enter: 0.7, leave: 0.45 }; bundle.manifest().classes.names().len()],
         };
         let now = SystemTime::now();
-        Watching { classifier, decider: Decider::new(rules, now), still: Still::new(1.0), now }
+        Watching { classifier, decider: Decider::new(rules, now), still: FrameDiff::new(1.0), now }
     }
 
     fn look(&mut self, picture: &RgbImage) {
         self.now += Duration::from_millis(200);
-        self.classifier.classify_unless(picture, &mut self.still).unwrap();
+        self.classifier.classify_if_changed(picture, &mut self.still).unwrap();
         self.decider.seen(self.classifier.last(), self.now);
     }
 }
@@ -58,9 +58,9 @@ fn allocations(mut frame: impl FnMut()) -> u64 {
 
 fn main() {
     let _profiler = dhat::Profiler::builder().testing().build();
-    let jpeg = drawn::jpeg(640, 480);
+    let jpeg = test_pattern::jpeg(640, 480);
     let large = decode::encoded(&jpeg).unwrap();
-    let pictures = [decode::encoded(&drawn::jpeg(224, 224)).unwrap(), RgbImage::new(224, 224)];
+    let pictures = [decode::encoded(&test_pattern::jpeg(224, 224)).unwrap(), RgbImage::new(224, 224)];
     for threads in [1, 2, 3] {
         let mut watching = Watching::with_threads(threads);
         // Each picture twice: every other frame is still.
@@ -70,7 +70,7 @@ fn main() {
         assert_eq!(counted, 0, "a frame allocates");
     }
     let mut watching = Watching::with_threads(1);
-    watching.still = Still::new(0.0);
+    watching.still = FrameDiff::new(0.0);
     let resized = allocations(|| watching.look(&large));
     let whole = allocations(|| watching.look(&decode::encoded(&jpeg).unwrap()));
     println!("allocations a frame: {} to resize 640×480, {} with its decoding", resized / 20, whole / 20);

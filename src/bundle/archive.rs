@@ -149,7 +149,7 @@ fn pack_to<'a>(out: &mut impl Write, members: impl IntoIterator<Item = (&'a str,
     builder.finish()
 }
 
-/// Ending of a file that is being written.
+/// DeliveryStatus of a file that is being written.
 pub const PART: &str = "part";
 
 /// Writes beside the file, flushes to the disk, and renames: there is the old file or the new one.

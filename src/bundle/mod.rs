@@ -8,9 +8,9 @@
 
 pub mod archive;
 pub mod manifest;
-pub mod numbers;
 pub mod selftest;
 pub mod signature;
+pub mod tensors;
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -24,8 +24,8 @@ use signature::Signed;
 
 use crate::system::hash::sha256_hex;
 use crate::vision::backbone;
-use crate::vision::classifier::Skill;
-use crate::vision::{Backbone, BackboneError, Classifier, Head, Network, Subspace, Tail};
+use crate::vision::classifier::ClassifierParams;
+use crate::vision::{Backbone, BackboneError, Classifier, Head, LastConvWeights, Network, OodDetector};
 
 /// The model inside this program: five flowers.
 pub static BUILT_IN: &[u8] = include_bytes!("../../models/flowers.bloom");
@@ -65,9 +65,9 @@ pub struct Bundle {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Parts {
     pub head: Head,
-    pub subspace: Subspace,
+    pub ood: OodDetector,
     /// A fine-tuned last convolution; the backbone's own where there is none.
-    pub tail: Option<Tail>,
+    pub last_conv: Option<LastConvWeights>,
     /// The ONNX file of a backbone that devices do not have.
     pub backbone: Option<Vec<u8>>,
     pub self_test: Option<SelfTest>,
@@ -104,8 +104,8 @@ impl Bundle {
         let head = members.require(HEAD).map_err(archive)?;
         let (tail, backbone) = (members.take(TAIL), members.take(BACKBONE));
         let self_test = members.take(SELF_TEST);
-        let (head, subspace) = numbers::head_from(&manifest, &head).map_err(|e| content(format!("{HEAD}: {e}")))?;
-        let tail = tail.map(|tail| numbers::tail_from(&tail)).transpose();
+        let (head, ood) = tensors::head_from_bytes(&manifest, &head).map_err(|e| content(format!("{HEAD}: {e}")))?;
+        let tail = tail.map(|tail| tensors::last_conv_from_bytes(&tail)).transpose();
         let tail = tail.map_err(|e| content(format!("{TAIL}: {e}")))?;
         if let Some(tail) = tail.as_ref().filter(|tail| tail.outputs() != head.width()) {
             return Err(content(format!("{TAIL} gives {} features, {HEAD} takes {}", tail.outputs(), head.width())));
@@ -124,14 +124,14 @@ impl Bundle {
         }
         let self_test = self_test.map(|test| SelfTest::from_bytes(&test, head.classes(), head.width())).transpose();
         let self_test = self_test.map_err(|e| content(format!("{SELF_TEST}: {e}")))?;
-        let parts = Parts { head, subspace, tail, backbone, self_test };
+        let parts = Parts { head, ood, last_conv: tail, backbone, self_test };
         Ok(Bundle { file: file.into(), sha256: sha256_hex(bytes), manifest, signer, parts })
     }
 
     /// The whole file's bytes; unsigned, since a signature is for what was signed.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let head = numbers::head_to_bytes(&self.parts.head, &self.parts.subspace);
-        let tail = self.parts.tail.as_ref().map(numbers::tail_to_bytes);
+        let head = tensors::head_to_bytes(&self.parts.head, &self.parts.ood);
+        let tail = self.parts.last_conv.as_ref().map(tensors::last_conv_to_bytes);
         let self_test = self.parts.self_test.as_ref().map(SelfTest::to_bytes);
         let optional =
             [(TAIL, tail.as_deref()), (BACKBONE, self.parts.backbone.as_deref()), (SELF_TEST, self_test.as_deref())];
@@ -177,12 +177,12 @@ impl Bundle {
     /// The model at work: on the network it carries, else on that in `file`, else on the one inside the program;
     /// refused where it was made for another.
     pub fn classifier(&self, file: Option<&Path>) -> Result<Classifier, BundleError> {
-        Ok(Classifier::new(&self.backbone(&self.network(file)?)?, self.skill())?)
+        Ok(Classifier::new(&self.backbone(&self.network(file)?)?, self.classifier_params())?)
     }
 
     /// What gives the features that the head looks at.
     pub fn backbone(&self, network: &Network) -> Result<Backbone, BundleError> {
-        let backbone = network.features(self.parts.tail.as_ref())?;
+        let backbone = network.features(self.parts.last_conv.as_ref())?;
         if backbone.width() != self.parts.head.width() {
             let (wide, wanted) = (backbone.width(), self.parts.head.width());
             return Err(self.content(format!("{HEAD} takes {wanted} features, the backbone gives {wide}")));
@@ -216,11 +216,11 @@ impl Bundle {
     }
 
     /// What the classifier needs of it.
-    pub fn skill(&self) -> Skill {
-        Skill {
+    pub fn classifier_params(&self) -> ClassifierParams {
+        ClassifierParams {
             labels: self.manifest.classes.clone(),
             head: self.parts.head.clone(),
-            subspace: self.parts.subspace.clone(),
+            ood: self.parts.ood.clone(),
             preprocess: self.manifest.preprocess.clone(),
         }
     }
@@ -288,14 +288,14 @@ mod tests {
             members: Default::default(),
         };
         let head = Head::new(4, vec![0.5; 8], vec![0.1, 0.2], 1.5).unwrap();
-        let subspace = Subspace::new(4, basis, 0.5).unwrap();
-        Bundle::new(manifest, Parts { head, subspace, tail: None, backbone: None, self_test: None })
+        let subspace = OodDetector::new(4, basis, 0.5).unwrap();
+        Bundle::new(manifest, Parts { head, ood: subspace, last_conv: None, backbone: None, self_test: None })
     }
 
     /// With everything that a bundle may hold.
     fn full() -> Bundle {
         let mut full = bundle();
-        full.parts.tail = Some(Tail::new(2, vec![0.25; 8], vec![0.5; 4]).unwrap());
+        full.parts.last_conv = Some(LastConvWeights::new(2, vec![0.25; 8], vec![0.5; 4]).unwrap());
         full.parts.backbone = Some(b"a network".to_vec());
         full.manifest.backbone.sha256 = sha256_hex(b"a network");
         let answer = selftest::Answer { probabilities: vec![0.5; 2], similarity: 1.0 };
@@ -389,7 +389,7 @@ mod tests {
         let error = narrow.classifier(None).err().unwrap().to_string();
         assert!(error.contains("takes 4 features, the backbone gives 1280"), "{error}");
         let mut wide = full();
-        wide.parts.tail = Some(Tail::new(1, vec![0.0; 5], vec![0.0; 5]).unwrap());
+        wide.parts.last_conv = Some(LastConvWeights::new(1, vec![0.0; 5], vec![0.0; 5]).unwrap());
         let error = Bundle::from_bytes("test", &wide.to_bytes()).unwrap_err().to_string();
         assert!(error.contains("tail.safetensors gives 5 features, head.safetensors takes 4"), "{error}");
     }

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 
-use super::numbers::{NumbersError, little_endian, matrix, vector};
-use crate::vision::classifier::Skill;
+use super::tensors::{TensorError, little_endian, matrix, vector};
+use crate::vision::classifier::ClassifierParams;
 use crate::vision::{BackboneError, Classifier, Prediction, decode};
 
 /// How far an answer may be from the trainer's: another processor adds in another order.
@@ -104,8 +104,8 @@ impl SelfTest {
     }
 
     fn answered_by(&self, classifier: &mut Classifier) -> Result<Vec<Answer>, SelfTestError> {
-        let skill: &Skill = classifier.skill();
-        let mut answers: Vec<Answer> = self.features.iter().map(|row| skill.judge(row).into()).collect();
+        let params: &ClassifierParams = classifier.classifier_params();
+        let mut answers: Vec<Answer> = self.features.iter().map(|row| params.predict(row).into()).collect();
         for bytes in &self.images {
             let input = self.input(answers.len());
             let image = decode::encoded(bytes).map_err(|e| SelfTestError::Image { input, reason: e.to_string() })?;
@@ -145,7 +145,7 @@ impl SelfTest {
     }
 
     /// Refuses what does not fit a head of `classes` × `width`.
-    pub fn from_bytes(bytes: &[u8], classes: usize, width: usize) -> Result<Self, NumbersError> {
+    pub fn from_bytes(bytes: &[u8], classes: usize, width: usize) -> Result<Self, TensorError> {
         let tensors = SafeTensors::deserialize(bytes)?;
         let (columns, features) = matrix(&tensors, "features")?;
         let count = features.len() / columns.max(1);
@@ -166,10 +166,10 @@ impl SelfTest {
             && probabilities.len() == answers * classes
             && similarity.len() == answers;
         if !fits {
-            return Err(NumbersError::SelfTest { classes, width });
+            return Err(TensorError::SelfTest { classes, width });
         }
         if !features.iter().chain(&probabilities).chain(&similarity).all(|number| number.is_finite()) {
-            return Err(NumbersError::NotFinite);
+            return Err(TensorError::NotFinite);
         }
         let probabilities = probabilities.chunks_exact(classes).map(<[f32]>::to_vec);
         let answers =

@@ -12,7 +12,7 @@ use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 
 use crate::system::hash::{hex, sha256_hex};
 
-/// Ending of a public key's file.
+/// DeliveryStatus of a public key's file.
 pub const PUBLIC: &str = "pub";
 /// A key's file is far smaller.
 const FILE_BYTES_MAX: u64 = 64 << 10;
@@ -172,7 +172,7 @@ pub struct Keyring(Vec<(String, PublicKey)>);
 
 /// Why a signature is not enough.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Distrust {
+pub enum UntrustedSigner {
     #[error("it is not signed")]
     Unsigned,
     #[error("no key is trusted here")]
@@ -210,7 +210,7 @@ impl Keyring {
     }
 
     /// One key.
-    pub fn of(path: &Path) -> Result<Self, KeyError> {
+    pub fn from_file(path: &Path) -> Result<Self, KeyError> {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Keyring(vec![(name, PublicKey::read(path)?)]))
     }
@@ -220,12 +220,12 @@ impl Keyring {
     }
 
     /// The name of the trusted key that signed.
-    pub fn trust(&self, signer: Option<&PublicKey>) -> Result<&str, Distrust> {
-        let signer = signer.ok_or(Distrust::Unsigned)?;
+    pub fn trust(&self, signer: Option<&PublicKey>) -> Result<&str, UntrustedSigner> {
+        let signer = signer.ok_or(UntrustedSigner::Unsigned)?;
         let trusted = self.0.iter().find(|(_, key)| key == signer);
         trusted.map(|(name, _)| name.as_str()).ok_or_else(|| match self.0.is_empty() {
-            true => Distrust::NoKeys,
-            false => Distrust::Stranger { signer: signer.id(), trusted: self.names() },
+            true => UntrustedSigner::NoKeys,
+            false => UntrustedSigner::Stranger { signer: signer.id(), trusted: self.names() },
         })
     }
 
@@ -302,9 +302,9 @@ mod tests {
         let stranger = theirs.sign(b"flowers").check(b"flowers").unwrap();
         let distrust = ring.trust(Some(&stranger)).unwrap_err().to_string();
         assert!(distrust.contains(&stranger.id()) && distrust.contains("ours ("), "{distrust}");
-        assert_eq!(ring.trust(None), Err(Distrust::Unsigned));
+        assert_eq!(ring.trust(None), Err(UntrustedSigner::Unsigned));
         let nobody = Keyring::read(&dir.path().join("none")).unwrap();
-        assert_eq!(nobody.trust(Some(&stranger)), Err(Distrust::NoKeys));
+        assert_eq!(nobody.trust(Some(&stranger)), Err(UntrustedSigner::NoKeys));
         fs::write(dir.path().join("bad.pub"), "no key").unwrap();
         assert!(Keyring::read(dir.path()).unwrap_err().to_string().contains("bad.pub: no public Ed25519 key"));
     }

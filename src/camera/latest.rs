@@ -8,7 +8,7 @@ use crate::frame::Frame;
 
 /// What the camera has to say.
 #[derive(Debug)]
-pub enum News {
+pub enum MailboxItem {
     Frame(Frame),
     /// The camera gives no frames since `at`; it is being reopened.
     Lost {
@@ -17,8 +17,8 @@ pub enum News {
 }
 
 /// What [`Receiver::take`] came back with.
-pub enum Taken {
-    News(News),
+pub enum RecvResult {
+    MailboxItem(MailboxItem),
     /// Nothing came within the time given.
     Nothing,
     /// The sender is gone and the slot is empty.
@@ -39,9 +39,9 @@ struct Slot {
 }
 
 impl Slot {
-    fn take(&mut self) -> Option<News> {
-        let lost = self.lost.take().map(|at| News::Lost { at });
-        lost.or_else(|| self.frame.take().map(News::Frame))
+    fn take(&mut self) -> Option<MailboxItem> {
+        let lost = self.lost.take().map(|at| MailboxItem::Lost { at });
+        lost.or_else(|| self.frame.take().map(MailboxItem::Frame))
     }
 }
 
@@ -92,14 +92,14 @@ pub fn mailbox() -> (Sender, Receiver) {
 
 impl Sender {
     /// Puts `news` into the slot; true where a frame that nobody had taken was overwritten.
-    pub fn publish(&self, news: News) -> Result<bool, Closed> {
+    pub fn publish(&self, news: MailboxItem) -> Result<bool, Closed> {
         let mut slot = self.0.lock();
         if slot.closed {
             return Err(Closed);
         }
         let before = match news {
-            News::Frame(frame) => slot.frame.replace(frame),
-            News::Lost { at } => {
+            MailboxItem::Frame(frame) => slot.frame.replace(frame),
+            MailboxItem::Lost { at } => {
                 slot.lost = Some(at);
                 slot.frame.take()
             }
@@ -116,12 +116,12 @@ impl Sender {
 
 impl Receiver {
     /// Takes what is newest, waiting at most `wait` for it.
-    pub fn take(&self, wait: Duration) -> Taken {
+    pub fn take(&self, wait: Duration) -> RecvResult {
         let taken = self.0.wait_for(wait, |slot| match slot.take() {
-            Some(news) => Some(Taken::News(news)),
-            None => slot.closed.then_some(Taken::Ended),
+            Some(news) => Some(RecvResult::MailboxItem(news)),
+            None => slot.closed.then_some(RecvResult::Ended),
         });
-        taken.unwrap_or(Taken::Nothing)
+        taken.unwrap_or(RecvResult::Nothing)
     }
 }
 
@@ -142,13 +142,19 @@ mod tests {
     use super::*;
     use crate::frame::Picture;
 
-    fn frame(mark: u8) -> News {
-        News::Frame(Frame { captured_at: SystemTime::UNIX_EPOCH, picture: Picture::Encoded(vec![mark]), origin: None })
+    fn frame(mark: u8) -> MailboxItem {
+        MailboxItem::Frame(Frame {
+            captured_at: SystemTime::UNIX_EPOCH,
+            picture: Picture::Encoded(vec![mark]),
+            origin: None,
+        })
     }
 
-    fn mark(taken: Taken) -> Option<u8> {
+    fn mark(taken: RecvResult) -> Option<u8> {
         match taken {
-            Taken::News(News::Frame(Frame { picture: Picture::Encoded(bytes), .. })) => Some(bytes[0]),
+            RecvResult::MailboxItem(MailboxItem::Frame(Frame { picture: Picture::Encoded(bytes), .. })) => {
+                Some(bytes[0])
+            }
             _ => None,
         }
     }
@@ -159,7 +165,7 @@ mod tests {
         assert_eq!(sender.publish(frame(1)), Ok(false));
         assert_eq!(sender.publish(frame(2)), Ok(true));
         assert_eq!(mark(receiver.take(Duration::ZERO)), Some(2));
-        assert!(matches!(receiver.take(Duration::ZERO), Taken::Nothing));
+        assert!(matches!(receiver.take(Duration::ZERO), RecvResult::Nothing));
         assert_eq!(sender.publish(frame(3)), Ok(false));
     }
 
@@ -168,12 +174,12 @@ mod tests {
         let (sender, receiver) = mailbox();
         let at = SystemTime::UNIX_EPOCH;
         sender.publish(frame(1)).unwrap();
-        assert_eq!(sender.publish(News::Lost { at }), Ok(true), "what was seen before the loss is stale");
+        assert_eq!(sender.publish(MailboxItem::Lost { at }), Ok(true), "what was seen before the loss is stale");
         assert_eq!(sender.publish(frame(2)), Ok(false));
         assert_eq!(sender.publish(frame(3)), Ok(true));
-        assert!(matches!(receiver.take(Duration::ZERO), Taken::News(News::Lost { .. })));
+        assert!(matches!(receiver.take(Duration::ZERO), RecvResult::MailboxItem(MailboxItem::Lost { .. })));
         assert_eq!(mark(receiver.take(Duration::ZERO)), Some(3));
-        assert!(matches!(receiver.take(Duration::ZERO), Taken::Nothing));
+        assert!(matches!(receiver.take(Duration::ZERO), RecvResult::Nothing));
     }
 
     #[test]
@@ -182,7 +188,7 @@ mod tests {
         sender.publish(frame(9)).unwrap();
         drop(sender);
         assert_eq!(mark(receiver.take(Duration::ZERO)), Some(9));
-        assert!(matches!(receiver.take(Duration::from_secs(60)), Taken::Ended));
+        assert!(matches!(receiver.take(Duration::from_secs(60)), RecvResult::Ended));
     }
 
     #[test]

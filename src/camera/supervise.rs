@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tracing::{info, warn};
 
-use super::latest::{News, Sender};
+use super::latest::{MailboxItem, Sender};
 use super::{CameraError, FrameSource, Next};
 use crate::system::{Counters, Heartbeat};
 
@@ -66,7 +66,7 @@ pub fn watch(
         }
         counters.camera_failures.add(1);
         warn!("{error}; opening again in {} ms", pause.as_millis());
-        let lost = News::Lost { at: SystemTime::now() };
+        let lost = MailboxItem::Lost { at: SystemTime::now() };
         if mailbox.publish(lost).is_err() || closed_within(mailbox, pause, heartbeat) {
             return;
         }
@@ -99,7 +99,7 @@ fn read(
 ) -> Result<(), CameraError> {
     heartbeat.beat();
     source.open()?;
-    let mut gate = Gate::default();
+    let mut gate = RateLimiter::default();
     let mut last_frame = Instant::now();
     let mut first = true;
     loop {
@@ -113,7 +113,7 @@ fn read(
                 counters.captured.add(1);
                 let interval = rules.pace.as_ref().map_or(Duration::ZERO, Pace::interval);
                 if gate.lets_pass(frame.captured_at, interval) {
-                    let Ok(overwrote) = mailbox.publish(News::Frame(frame)) else { return Ok(()) };
+                    let Ok(overwrote) = mailbox.publish(MailboxItem::Frame(frame)) else { return Ok(()) };
                     counters.dropped.add(u64::from(overwrote));
                 }
             }
@@ -139,11 +139,11 @@ fn read(
 
 /// Lets one frame pass an interval, by the times the frames were caught.
 #[derive(Default)]
-struct Gate {
+struct RateLimiter {
     due: Option<SystemTime>,
 }
 
-impl Gate {
+impl RateLimiter {
     fn lets_pass(&mut self, captured_at: SystemTime, interval: Duration) -> bool {
         let late = self.due.map(|due| captured_at.duration_since(due).map_err(|e| e.duration()));
         let base = match (self.due, late) {
@@ -162,7 +162,7 @@ impl Gate {
 mod tests {
     use std::sync::Arc;
 
-    use super::super::latest::{Taken, mailbox};
+    use super::super::latest::{RecvResult, mailbox};
     use super::*;
     use crate::frame::{Frame, Picture};
 
@@ -174,7 +174,7 @@ mod tests {
 
     #[test]
     fn the_gate_keeps_the_mean_rate_in_spite_of_jitter() {
-        let mut gate = Gate::default();
+        let mut gate = RateLimiter::default();
         // 30 frames a second, each up to 5 ms late.
         let passed = (0..300).filter(|i| gate.lets_pass(at_ms(i * 1000 / 30 + i % 6), INTERVAL)).count();
         assert!((49..=51).contains(&passed), "{passed} of 300 frames in 10 s");
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn the_gate_survives_a_clock_that_is_set_back_or_forward() {
-        let mut gate = Gate::default();
+        let mut gate = RateLimiter::default();
         assert!(gate.lets_pass(at_ms(900_000), INTERVAL));
         assert!(gate.lets_pass(at_ms(100), INTERVAL), "set back by a quarter of an hour");
         assert!(!gate.lets_pass(at_ms(150), INTERVAL));
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn no_interval_lets_every_frame_pass() {
-        let mut gate = Gate::default();
+        let mut gate = RateLimiter::default();
         assert!((0..5).all(|i| gate.lets_pass(at_ms(i), Duration::ZERO)));
     }
 
@@ -243,7 +243,10 @@ mod tests {
         assert_eq!(counters.captured.get(), 2);
         assert_eq!(counters.camera_failures.get(), 3);
         drop(sender);
-        assert!(matches!(receiver.take(Duration::ZERO), Taken::News(News::Lost { .. })), "nobody looked meanwhile");
-        assert!(matches!(receiver.take(Duration::ZERO), Taken::News(News::Frame(_))));
+        assert!(
+            matches!(receiver.take(Duration::ZERO), RecvResult::MailboxItem(MailboxItem::Lost { .. })),
+            "nobody looked meanwhile"
+        );
+        assert!(matches!(receiver.take(Duration::ZERO), RecvResult::MailboxItem(MailboxItem::Frame(_))));
     }
 }

@@ -5,7 +5,7 @@ use std::io::Write;
 
 use bloomcast::train::run::settings::{BackboneFile, Scale};
 use bloomcast::vision::Network;
-use bloomcast::vision::backbone::Anatomy;
+use bloomcast::vision::backbone::ModelInfo;
 use bloomcast::zoo;
 use clap::{Args, Subcommand};
 use serde::Serialize;
@@ -101,18 +101,18 @@ pub fn inspect(mut args: BackboneInspectArgs) -> Result<(), Failure> {
         None => Network::built_in()?,
     };
     let width = network.features(None)?.width();
-    let Anatomy { input, feature, parameters, last_conv, .. } = network.anatomy().clone();
+    let ModelInfo { input, feature, parameters, last_conv, .. } = network.info().clone();
     let found = Found {
         name: network.name().into(),
         sha256: network.sha256().into(),
         known_as: zoo::with_sha256(network.sha256()).map(|published| published.name),
         input,
-        layout: network.anatomy().layout.axes(),
+        layout: network.info().layout.axes(),
         size: network.input_size() as u32,
         feature,
         width,
         parameters,
-        last_conv: last_conv.map(|conv| [conv.tail.outputs(), conv.tail.inputs()]),
+        last_conv: last_conv.map(|conv| [conv.weights.outputs(), conv.weights.inputs()]),
     };
     show(&found, args.json)
 }

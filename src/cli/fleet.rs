@@ -10,12 +10,12 @@ use bloomcast::config::Config;
 use bloomcast::mqtt::topics::{DeviceName, Topics};
 use bloomcast::update::device::Store;
 use bloomcast::update::device::admission::{self, Refusal, Trust};
-use bloomcast::update::device::model_loader::Shelf;
-use bloomcast::update::device::store::{Phase, Place};
-use bloomcast::update::protocol::{Verdict, identity, objection};
-use bloomcast::update::workstation::delivery::Parcel;
-use bloomcast::update::workstation::push::{Plan, push};
-use bloomcast::update::workstation::rollback::recall;
+use bloomcast::update::device::model_loader::ModelLoader;
+use bloomcast::update::device::store::{ModelSlot, Phase};
+use bloomcast::update::protocol::{UpdateStatus, identity, objection};
+use bloomcast::update::workstation::delivery::PushPayload;
+use bloomcast::update::workstation::push::{PushOptions, push};
+use bloomcast::update::workstation::rollback::rollback_device;
 use clap::Args;
 
 use super::device::ConfigArgs;
@@ -150,7 +150,7 @@ pub fn sign(args: &SignArgs) -> Result<(), Failure> {
 
 pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     let trusted = args.trusted.clone().map_or_else(|| in_config("trainer.pub"), Ok)?;
-    let ring = if trusted.is_dir() { Keyring::read(&trusted)? } else { Keyring::of(&trusted)? };
+    let ring = if trusted.is_dir() { Keyring::read(&trusted)? } else { Keyring::from_file(&trusted)? };
     let bundle = Bundle::read(&args.bundle)?;
     let name = ring.trust(bundle.signer()).map_err(|e| anyhow!("{}: {e}", args.bundle.display()))?;
     let manifest = bundle.manifest();
@@ -164,7 +164,7 @@ pub fn install(args: &InstallArgs) -> Result<(), Failure> {
     let config = args.config.load()?;
     let store = store(&config)?;
     // Beside what decides now, which is only looked at.
-    let shelf = Shelf::of(&config, Store::for_looking);
+    let shelf = ModelLoader::of(&config, Store::for_looking);
     let deciding = shelf.deciding()?;
     let present = deciding.loaded.model;
     let (file, bytes) = (args.bundle.display().to_string(), read(&args.bundle)?);
@@ -205,7 +205,7 @@ pub fn push_bundle(args: &PushArgs) -> Result<(), Failure> {
     }
     // It signs the order that a device wants to see before it goes to an older model.
     let key = args.force.then(|| args.key.read()).transpose()?;
-    let parcel = Parcel {
+    let parcel = PushPayload {
         model: identity(bundle.manifest(), bundle.sha256()),
         manifest: bundle.manifest().clone(),
         bytes,
@@ -213,7 +213,7 @@ pub fn push_bundle(args: &PushArgs) -> Result<(), Failure> {
         force: args.force,
         key,
     };
-    let plan = Plan { canary: args.canary.map(usize::from), dry_run: args.dry_run };
+    let plan = PushOptions { canary: args.canary.map(usize::from), dry_run: args.dry_run };
     let shown = Devices::default();
     let access = config.access().map_err(Failure::config)?;
     let report = push(&access, devices, &parcel, &plan, &|devices| shown.show(devices))?;
@@ -231,8 +231,8 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     if args.device.is_empty() {
         let back = match store(&config)?.take_back()?.current {
-            Place::BuiltIn => "the model inside the program".to_owned(),
-            Place::Slot(slot) => slot.to_string(),
+            ModelSlot::BuiltIn => "the model inside the program".to_owned(),
+            ModelSlot::Slot(slot) => slot.to_string(),
         };
         writeln!(out, "{back} decides once the daemon is reloaded or started")?;
         return Ok(());
@@ -242,8 +242,8 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
     let devices = devices(&args.device, &[], &config).map_err(Failure::usage)?;
     let mut failed = 0;
     for topics in &devices {
-        let gone = match recall(&access, topics, &key) {
-            Ok(answer) if answer.answer == Verdict::RolledBack => Ok(answer.model),
+        let gone = match rollback_device(&access, topics, &key) {
+            Ok(answer) if answer.answer == UpdateStatus::RolledBack => Ok(answer.model),
             Ok(answer) => Err(format!("{}: refused: {}", topics.device(), answer.reason.unwrap_or_default())),
             Err(error) => Err(error.to_string()),
         };
@@ -268,7 +268,7 @@ fn read(bundle: &Path) -> anyhow::Result<Vec<u8>> {
 
 /// Of this device.
 fn store(config: &Config) -> anyhow::Result<Store> {
-    let Shelf { bundle, store, .. } = Shelf::of(config, Store::new);
+    let ModelLoader { bundle, store, .. } = ModelLoader::of(config, Store::new);
     match (store, bundle) {
         (Some(store), _) => Ok(store),
         (None, Some(_)) => Err(anyhow!("model.bundle names the model of this device; empty it to install others")),

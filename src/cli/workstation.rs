@@ -11,7 +11,7 @@ use bloomcast::train::data::inspect;
 use bloomcast::train::data::photographs::Finding;
 use bloomcast::train::features::device::Choice;
 use bloomcast::train::optim::sgd::{Optimiser, Schedule};
-use bloomcast::train::run::outcome::Surroundings;
+use bloomcast::train::run::outcome::RunOptions;
 use bloomcast::train::run::settings::{DEFAULT_VAL_FRACTION, FineTune};
 use bloomcast::train::{self, Recipe, Settings};
 use clap::{Args, Subcommand, value_parser};
@@ -181,7 +181,7 @@ pub struct EvaluateArgs {
 }
 
 pub fn train(args: TrainArgs) -> Result<(), Failure> {
-    let surroundings = Surroundings {
+    let surroundings = RunOptions {
         out: args.out.clone(),
         overwrite: args.overwrite,
         cache: args.cache.folder(),

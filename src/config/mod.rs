@@ -19,8 +19,8 @@ use tracing::warn;
 use crate::bundle::archive;
 use crate::camera::{Pace, PixelFormat, Supervisor};
 use crate::decide::{Rules, Thresholds};
-use crate::mqtt::access::{Access, Credentials};
-use crate::mqtt::link::LinkSettings;
+use crate::mqtt::access::{BrokerAccess, Credentials};
+use crate::mqtt::link::ConnectionOptions;
 use crate::mqtt::outbox::Limits;
 use crate::mqtt::topics::{DeviceName, Topics, check_prefix};
 use crate::vision::Labels;
@@ -368,9 +368,9 @@ impl Config {
     }
 
     /// What a device's connection to the broker goes by.
-    pub fn link(&self) -> Result<LinkSettings, ConfigError> {
+    pub fn link(&self) -> Result<ConnectionOptions, ConfigError> {
         let mqtt = &self.mqtt;
-        Ok(LinkSettings {
+        Ok(ConnectionOptions {
             access: self.access()?,
             reconnect_min: Duration::from_millis(mqtt.reconnect_ms_min),
             reconnect_max: Duration::from_millis(mqtt.reconnect_ms_max),
@@ -380,9 +380,9 @@ impl Config {
     }
 
     /// How the broker is reached; reads the credentials.
-    pub fn access(&self) -> Result<Access, ConfigError> {
+    pub fn access(&self) -> Result<BrokerAccess, ConfigError> {
         let mqtt = &self.mqtt;
-        Ok(Access {
+        Ok(BrokerAccess {
             host: mqtt.host.clone(),
             port: mqtt.port,
             credentials: match mqtt.credentials_file.as_os_str().is_empty() {

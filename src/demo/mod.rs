@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::bundle::Bundle;
 use crate::config::{Config, ConfigError};
 use crate::daemon::{Daemon, DaemonError};
-use crate::mqtt::access::Access;
+use crate::mqtt::access::BrokerAccess;
 use crate::mqtt::client::{Client, ClientError};
 use crate::mqtt::message::OFFLINE;
 use crate::system::Counters;
@@ -85,7 +85,7 @@ pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
     let daemon = Daemon::prepare(config(port, &list, options.interval_ms)?)?;
     screen::opening(out, port, &photographs, &daemon.model())?;
 
-    let mut subscriber = Client::connect(&Access::local(port), &[format!("bloomcast/{DEVICE}/#")])?;
+    let mut subscriber = Client::connect(&BrokerAccess::local(port), &[format!("bloomcast/{DEVICE}/#")])?;
     let (seen, looked_on) = mpsc::sync_channel(photographs.images.len());
     let began = Instant::now();
     let watching = thread::Builder::new()

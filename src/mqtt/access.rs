@@ -7,7 +7,7 @@ use rumqttc::{ConnectReturnCode, ConnectionError, MqttOptions};
 
 /// The broker, and what it lets us in by.
 #[derive(Debug, Clone)]
-pub struct Access {
+pub struct BrokerAccess {
     pub host: String,
     pub port: u16,
     pub credentials: Option<Credentials>,
@@ -29,10 +29,10 @@ impl fmt::Debug for Credentials {
     }
 }
 
-impl Access {
+impl BrokerAccess {
     /// A broker on this machine that lets everybody in.
     pub fn local(port: u16) -> Self {
-        Access {
+        BrokerAccess {
             host: "127.0.0.1".into(),
             port,
             credentials: None,
@@ -54,7 +54,7 @@ impl Access {
     }
 }
 
-impl fmt::Display for Access {
+impl fmt::Display for BrokerAccess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.host, self.port)
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use rumqttc::{Connection, Event, Packet, QoS, SubscribeFilter, SubscribeReasonCode};
 
-use super::access::{Access, reason};
+use super::access::{BrokerAccess, reason};
 
 /// Messages that wait to be looked at; when there are more, the connection waits.
 const MESSAGES_MAX: usize = 256;
@@ -57,7 +57,7 @@ pub struct Client {
 
 impl Client {
     /// Connects and waits until the broker took the subscriptions.
-    pub fn connect(access: &Access, filters: &[String]) -> Result<Self, ClientError> {
+    pub fn connect(access: &BrokerAccess, filters: &[String]) -> Result<Self, ClientError> {
         let mut options = access.options(format!("bloomcast-{:x}", fastrand::u64(..)), INCOMING_BYTES_MAX);
         options.set_inflight(WAITING_MAX as u16);
         let (client, connection) = rumqttc::Client::new(options, WAITING_MAX);

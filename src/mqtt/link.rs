@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, warn};
 
-use super::access::{Access, reason};
+use super::access::{BrokerAccess, reason};
 use super::message::{OFFLINE, ONLINE};
 use super::outbox::{Entry, Outbox, Sequence};
 use super::setting::Setting;
@@ -27,8 +27,8 @@ use crate::system::Counters;
 
 /// What the connection goes by.
 #[derive(Debug, Clone)]
-pub struct LinkSettings {
-    pub access: Access,
+pub struct ConnectionOptions {
+    pub access: BrokerAccess,
     pub reconnect_min: Duration,
     pub reconnect_max: Duration,
     pub inflight_max: u16,
@@ -38,7 +38,7 @@ pub struct LinkSettings {
 
 /// Everything that is to be said, and where it goes.
 pub struct Link {
-    pub settings: LinkSettings,
+    pub settings: ConnectionOptions,
     pub topics: Topics,
     /// What there is to say of the model.
     pub about: watch::Receiver<About>,
@@ -337,7 +337,7 @@ impl Drop for Wire {
 }
 
 impl Wire {
-    fn connect(settings: &LinkSettings, topics: &Topics) -> Self {
+    fn connect(settings: &ConnectionOptions, topics: &Topics) -> Self {
         let mut options = settings.access.options(format!("bloomcast-{}", topics.device()), INCOMING_BYTES_MAX);
         options.set_inflight(settings.inflight_max + OTHERS_MAX);
         options.set_last_will(LastWill::new(topics.status(), OFFLINE, QoS::AtLeastOnce, true));

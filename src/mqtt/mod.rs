@@ -11,6 +11,6 @@ pub mod outbox;
 pub mod setting;
 pub mod topics;
 
-pub use link::{About, Link, LinkSettings, Mail};
+pub use link::{About, ConnectionOptions, Link, Mail};
 pub use outbox::Outbox;
 pub use setting::Setting;

@@ -45,17 +45,17 @@ pub struct ClassFigures {
 
 /// What a model makes of photographs whose classes are known.
 #[derive(Debug, Clone)]
-pub struct Measured {
+pub struct EvaluatedSet {
     pub photographs: Vec<Photograph>,
     pub predictions: Vec<Prediction>,
     pub evaluation: Evaluation,
 }
 
-impl Measured {
+impl EvaluatedSet {
     pub fn new(labels: &Labels, photographs: Vec<Photograph>, predictions: Vec<Prediction>) -> Self {
         let classes: Vec<usize> = photographs.iter().map(|photograph| photograph.class).collect();
         let evaluation = Evaluation::new(labels, &predictions, &classes);
-        Measured { photographs, predictions, evaluation }
+        EvaluatedSet { photographs, predictions, evaluation }
     }
 
     /// Of the photographs, whatever their names.
@@ -73,7 +73,7 @@ pub fn evaluate(
     mirror: bool,
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
-) -> Result<(Measured, Vec<Finding>), BundleError> {
+) -> Result<(EvaluatedSet, Vec<Finding>), BundleError> {
     let photographs = Photographs::read(dataset, threads, &|_| {});
     let extractor = Extractor {
         network,
@@ -86,11 +86,11 @@ pub fn evaluate(
         threads,
     };
     let (features, _) = extractor.run(&photographs.kept, progress)?;
-    let skill = bundle.skill();
-    let judge = |i: usize| skill.judge_views((0..features.views).map(|view| features.row(i, view)));
+    let params = bundle.classifier_params();
+    let judge = |i: usize| params.predict_views((0..features.views).map(|view| features.row(i, view)));
     let predictions = (0..features.len()).map(judge).collect();
     let left_out = [photographs.left_out, features.left_out].concat();
-    Ok((Measured::new(&skill.labels, features.images, predictions), left_out))
+    Ok((EvaluatedSet::new(&params.labels, features.images, predictions), left_out))
 }
 
 impl Evaluation {

@@ -31,7 +31,7 @@ pub struct NetworkRef {
 
 /// The model that decides; retained on `…/model`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Note {
+pub struct ModelStatus {
     pub schema: u32,
     #[serde(flatten)]
     pub model: Identity,
@@ -124,7 +124,7 @@ pub struct Progress {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Verdict {
+pub enum UpdateStatus {
     /// It proved itself and decides on trial.
     Accepted,
     /// It never decided.
@@ -135,27 +135,27 @@ pub enum Verdict {
     RolledBack,
 }
 
-impl fmt::Display for Verdict {
+impl fmt::Display for UpdateStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Verdict::Accepted => "accepted",
-            Verdict::Refused => "refused",
-            Verdict::Confirmed => "confirmed",
-            Verdict::RolledBack => "rolled back",
+            UpdateStatus::Accepted => "accepted",
+            UpdateStatus::Refused => "refused",
+            UpdateStatus::Confirmed => "confirmed",
+            UpdateStatus::RolledBack => "rolled back",
         })
     }
 }
 
 /// How long a trial takes: until so many frames were seen, or so much time has passed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Terms {
+pub struct TrialLimits {
     pub frames: u32,
     pub seconds: u64,
 }
 
-impl Terms {
+impl TrialLimits {
     pub fn of(config: &Config) -> Self {
-        Terms { frames: config.model.trial_frames, seconds: config.model.trial_s_max }
+        TrialLimits { frames: config.model.trial_frames, seconds: config.model.trial_s_max }
     }
 }
 
@@ -166,11 +166,11 @@ pub struct Answer {
     pub device: String,
     /// The offer or order it answers; none where nobody asked.
     pub transfer: Option<Uuid>,
-    pub answer: Verdict,
+    pub answer: UpdateStatus,
     pub reason: Option<String>,
     #[serde(flatten)]
     pub model: Identity,
-    pub trial: Option<Terms>,
+    pub trial: Option<TrialLimits>,
     /// RFC 3339, UTC.
     pub at: String,
 }
@@ -247,9 +247,9 @@ pub fn identity(manifest: &Manifest, sha256: &str) -> Identity {
 
 /// A device whose model is one version older than this one and as good, of the same photographs.
 #[cfg(test)]
-pub fn older_note(manifest: &Manifest) -> Note {
+pub fn older_note(manifest: &Manifest) -> ModelStatus {
     let backbone = &manifest.backbone;
-    Note {
+    ModelStatus {
         schema: SCHEMA,
         model: Identity { version: manifest.version - 1, ..identity(manifest, "older") },
         classes: manifest.classes.names().to_vec(),
@@ -308,7 +308,7 @@ mod tests {
             schema: SCHEMA,
             device: "pi".into(),
             transfer: Some(Uuid::nil()),
-            answer: Verdict::RolledBack,
+            answer: UpdateStatus::RolledBack,
             reason: Some("slow".into()),
             model: model.clone(),
             trial: None,
@@ -318,7 +318,7 @@ mod tests {
             serde_json::to_string(&answer).unwrap(),
             r#"{"schema":1,"device":"pi","transfer":"00000000-0000-0000-0000-000000000000","answer":"rolled-back","reason":"slow","name":"garden","version":7,"sha256":"ab","trial":null,"at":"2026-01-02T03:04:05.678Z"}"#
         );
-        let note = Note {
+        let note = ModelStatus {
             schema: SCHEMA,
             model,
             classes: vec!["daisy".into(), "tulips".into()],
@@ -336,6 +336,6 @@ mod tests {
         };
         let json = r#"{"schema":1,"name":"garden","version":7,"sha256":"ab","classes":["daisy","tulips"],"backbone":"n","format":1,"network":{"name":"n","sha256":"cd"},"dataset":"ef","metrics":{"accuracy":0.5,"loss":0.25,"ece":0.125},"signed_by":null,"source":"built-in","trial":false,"previous":null,"generation":3,"trouble":null}"#;
         assert_eq!(serde_json::to_string(&note).unwrap(), json);
-        assert_eq!(serde_json::from_str::<Note>(json).unwrap(), note);
+        assert_eq!(serde_json::from_str::<ModelStatus>(json).unwrap(), note);
     }
 }

@@ -22,7 +22,7 @@ const CHUNK_BYTES_MAX: u32 = INCOMING_BYTES_MAX as u32 / 2;
 
 /// What a piece led to.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Taken {
+pub enum ChunkResult {
     /// Nothing is to be said.
     Quiet,
     /// The sender should know where we are.
@@ -76,28 +76,32 @@ impl Transfer {
 
     /// `payload`: the transfer's id and the piece. What is doubled, or of another transfer, is left out; behind a gap the
     /// sender is told once where we are.
-    pub fn take(&mut self, number: u32, payload: &[u8], now: Instant) -> Taken {
-        let Some((id, piece)) = payload.split_at_checked(ID_BYTES) else { return Taken::Quiet };
+    pub fn take(&mut self, number: u32, payload: &[u8], now: Instant) -> ChunkResult {
+        let Some((id, piece)) = payload.split_at_checked(ID_BYTES) else { return ChunkResult::Quiet };
         if id != self.offer.transfer.as_bytes() {
-            return Taken::Quiet;
+            return ChunkResult::Quiet;
         }
         self.heard = now;
         let expected = u64::from(self.offer.chunk_bytes).min(self.offer.bytes - self.bytes.len() as u64);
         if number != self.next || piece.len() as u64 != expected {
             if number > self.next && self.gap.is_none() {
                 self.gap = Some(number);
-                return Taken::Gap;
+                return ChunkResult::Gap;
             }
-            return Taken::Quiet;
+            return ChunkResult::Quiet;
         }
         self.bytes.extend_from_slice(piece);
         self.next += 1;
         self.gap = None;
         if self.bytes.len() as u64 == self.offer.bytes {
             let bytes = std::mem::take(&mut self.bytes);
-            return if sha256_hex(&bytes) == self.offer.model.sha256 { Taken::Whole(bytes) } else { Taken::Altered };
+            return if sha256_hex(&bytes) == self.offer.model.sha256 {
+                ChunkResult::Whole(bytes)
+            } else {
+                ChunkResult::Altered
+            };
         }
-        if self.next.is_multiple_of(PROGRESS_EVERY) { Taken::Progress } else { Taken::Quiet }
+        if self.next.is_multiple_of(PROGRESS_EVERY) { ChunkResult::Progress } else { ChunkResult::Quiet }
     }
 }
 
@@ -150,10 +154,11 @@ mod tests {
         let last = transfer.offer.chunks() - 1;
         assert_eq!(last, 10);
         for number in 0..last {
-            let told = if (number + 1).is_multiple_of(PROGRESS_EVERY) { Taken::Progress } else { Taken::Quiet };
+            let told =
+                if (number + 1).is_multiple_of(PROGRESS_EVERY) { ChunkResult::Progress } else { ChunkResult::Quiet };
             assert_eq!(transfer.take(number, &nth(number), now), told);
         }
-        assert_eq!(transfer.take(last, &nth(last), now), Taken::Whole(content()));
+        assert_eq!(transfer.take(last, &nth(last), now), ChunkResult::Whole(content()));
         assert_eq!(piece(Uuid::nil(), &content(), CHUNK, last + 1), None);
     }
 
@@ -161,15 +166,15 @@ mod tests {
     fn what_is_doubled_out_of_order_cut_or_of_another_transfer_changes_nothing() {
         let now = Instant::now();
         let mut transfer = transfer(now);
-        assert_eq!(transfer.take(0, &nth(0), now), Taken::Quiet);
+        assert_eq!(transfer.take(0, &nth(0), now), ChunkResult::Quiet);
         let other = piece(Uuid::from_u128(6), &content(), CHUNK, 1).unwrap();
         for (number, payload, expected) in [
-            (0, nth(0), Taken::Quiet),
-            (3, nth(3), Taken::Gap),
-            (4, nth(4), Taken::Quiet),
-            (1, other, Taken::Quiet),
-            (1, nth(1)[..100].to_vec(), Taken::Quiet),
-            (1, Vec::new(), Taken::Quiet),
+            (0, nth(0), ChunkResult::Quiet),
+            (3, nth(3), ChunkResult::Gap),
+            (4, nth(4), ChunkResult::Quiet),
+            (1, other, ChunkResult::Quiet),
+            (1, nth(1)[..100].to_vec(), ChunkResult::Quiet),
+            (1, Vec::new(), ChunkResult::Quiet),
         ] {
             assert_eq!(transfer.take(number, &payload, now), expected, "{number}");
             assert_eq!(transfer.progress(true).next, 1);
@@ -177,7 +182,7 @@ mod tests {
         for number in 1..10 {
             transfer.take(number, &nth(number), now);
         }
-        assert_eq!(transfer.take(10, &nth(10), now), Taken::Whole(content()));
+        assert_eq!(transfer.take(10, &nth(10), now), ChunkResult::Whole(content()));
     }
 
     #[test]
@@ -189,7 +194,7 @@ mod tests {
         for number in 0..10 {
             transfer.take(number, &if number == 2 { changed.clone() } else { nth(number) }, now);
         }
-        assert_eq!(transfer.take(10, &nth(10), now), Taken::Altered);
+        assert_eq!(transfer.take(10, &nth(10), now), ChunkResult::Altered);
     }
 
     #[test]

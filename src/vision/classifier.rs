@@ -7,7 +7,7 @@ use image::{RgbImage, imageops};
 use super::backbone::Session;
 use super::head::argmax;
 use super::kernels::Part;
-use super::{Backbone, BackboneError, Head, Labels, Preprocess, Preprocessor, Still, Subspace};
+use super::{Backbone, BackboneError, FrameDiff, Head, Labels, OodDetector, Preprocess, Preprocessor};
 
 /// What one picture was taken for.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -54,43 +54,43 @@ impl Stages {
 
 /// The part of a classifier that a new model replaces.
 #[derive(Debug, Clone)]
-pub struct Skill {
+pub struct ClassifierParams {
     pub labels: Labels,
     pub head: Head,
-    pub subspace: Subspace,
+    pub ood: OodDetector,
     pub preprocess: Preprocess,
 }
 
-/// A backbone and the skill that was trained on it.
+/// A backbone and the params that was trained on it.
 pub struct Classifier {
     session: Session,
     preprocessor: Preprocessor,
-    skill: Skill,
+    params: ClassifierParams,
     input: Vec<f32>,
     prediction: Prediction,
 }
 
 impl Classifier {
     /// # Panics
-    /// Where the skill is not as wide as the backbone; [`crate::bundle::Bundle::classifier`] makes sure of it.
-    pub fn new(backbone: &Backbone, skill: Skill) -> Result<Self, BackboneError> {
-        assert_eq!(skill.head.width(), backbone.width(), "a head as wide as its backbone");
-        assert_eq!(skill.subspace.width(), backbone.width(), "a subspace as wide as its backbone");
+    /// Where the params is not as wide as the backbone; [`crate::bundle::Bundle::classifier`] makes sure of it.
+    pub fn new(backbone: &Backbone, params: ClassifierParams) -> Result<Self, BackboneError> {
+        assert_eq!(params.head.width(), backbone.width(), "a head as wide as its backbone");
+        assert_eq!(params.ood.width(), backbone.width(), "a subspace as wide as its backbone");
         Ok(Classifier {
             session: backbone.session()?,
-            input: vec![0.0; skill.preprocess.input_len()],
-            preprocessor: Preprocessor::new(skill.preprocess.clone()),
-            skill,
+            input: vec![0.0; params.preprocess.input_len()],
+            preprocessor: Preprocessor::new(params.preprocess.clone()),
+            params,
             prediction: Prediction::default(),
         })
     }
 
     pub fn labels(&self) -> &Labels {
-        &self.skill.labels
+        &self.params.labels
     }
 
-    pub fn skill(&self) -> &Skill {
-        &self.skill
+    pub fn classifier_params(&self) -> &ClassifierParams {
+        &self.params
     }
 
     /// What a picture and its mirrored self are taken for, the mean of both. in: H×W×3 u8 RGB, any size.
@@ -100,7 +100,7 @@ impl Classifier {
             Ok::<_, BackboneError>(self.session.features(&self.input)?.to_vec())
         };
         let views = [features(image)?, features(&imageops::flip_horizontal(image))?];
-        Ok(self.skill.judge_views(views.iter()))
+        Ok(self.params.predict_views(views.iter()))
     }
 
     /// in: H×W×3 u8 RGB, any size. The decoding is not this function's, and its time stays zero.
@@ -111,9 +111,13 @@ impl Classifier {
     }
 
     /// The same, but that a picture which is the last one still is taken for the same without another look: it has no stages. [`Classifier::last`] tells for what.
-    pub fn classify_unless(&mut self, image: &RgbImage, still: &mut Still) -> Result<Option<Stages>, BackboneError> {
+    pub fn classify_if_changed(
+        &mut self,
+        image: &RgbImage,
+        frame_diff: &mut FrameDiff,
+    ) -> Result<Option<Stages>, BackboneError> {
         let started = Instant::now();
-        if still.holds(self.preprocessor.resize(image)) {
+        if frame_diff.is_unchanged(self.preprocessor.resize(image)) {
             return Ok(None);
         }
         self.judge_resized(started).map(|(_, stages)| Some(stages))
@@ -124,7 +128,7 @@ impl Classifier {
         let preprocessed = Instant::now();
         let features = self.session.features(&self.input)?;
         let extracted = Instant::now();
-        self.skill.judge_again(features, &mut self.prediction);
+        self.params.predict_into(features, &mut self.prediction);
         let work = self.session.worked();
         let stages = Stages {
             decode: Duration::ZERO,
@@ -154,33 +158,33 @@ impl Classifier {
     }
 }
 
-impl Skill {
+impl ClassifierParams {
     /// in: `[width]`, one picture's features.
-    pub fn judge(&self, features: &[f32]) -> Prediction {
+    pub fn predict(&self, features: &[f32]) -> Prediction {
         let mut prediction = Prediction::default();
-        self.judge_again(features, &mut prediction);
+        self.predict_into(features, &mut prediction);
         prediction
     }
 
     /// The same, in the place of another prediction.
-    fn judge_again(&self, features: &[f32], prediction: &mut Prediction) {
+    fn predict_into(&self, features: &[f32], prediction: &mut Prediction) {
         self.head.probabilities(features, &mut prediction.probabilities);
-        prediction.similarity = self.subspace.similarity(features);
-        prediction.known = self.subspace.knows(prediction.similarity);
+        prediction.similarity = self.ood.similarity(features);
+        prediction.known = self.ood.is_known(prediction.similarity);
     }
 
     /// The mean of what several views of one picture are taken for. in: at least one, `[width]`.
-    pub fn judge_views(&self, views: impl Iterator<Item = impl AsRef<[f32]>>) -> Prediction {
+    pub fn predict_views(&self, views: impl Iterator<Item = impl AsRef<[f32]>>) -> Prediction {
         let (mut count, mut similarity) = (0.0, 0.0);
         let mut probabilities = vec![0.0; self.labels.names().len()];
         for features in views {
-            let of_view = self.judge(features.as_ref());
+            let of_view = self.predict(features.as_ref());
             count += 1.0;
             similarity += of_view.similarity;
             probabilities.iter_mut().zip(of_view.probabilities).for_each(|(sum, p)| *sum += p);
         }
         probabilities.iter_mut().for_each(|p| *p /= count);
         similarity /= count;
-        Prediction { probabilities, similarity, known: self.subspace.knows(similarity) }
+        Prediction { probabilities, similarity, known: self.ood.is_known(similarity) }
     }
 }

@@ -7,16 +7,16 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bloomcast::bundle::signature::PrivateKey;
-use bloomcast::bundle::{Bundle, Identity, Manifest, Parts, archive, assemble, numbers, sign};
-use bloomcast::mqtt::access::{Access, Credentials};
+use bloomcast::bundle::{Bundle, Identity, Manifest, Parts, archive, assemble, sign, tensors};
+use bloomcast::mqtt::access::{BrokerAccess, Credentials};
 use bloomcast::mqtt::client::Client;
 use bloomcast::mqtt::topics::{DeviceName, Topics};
 use bloomcast::system::hash::sha256_hex;
 use bloomcast::update::device::Store;
-use bloomcast::update::device::store::Place;
+use bloomcast::update::device::store::ModelSlot;
 use bloomcast::update::protocol::{Offer, identity};
-use bloomcast::update::workstation::delivery::{Ending, Parcel};
-use bloomcast::update::workstation::push::{self, Plan, Report};
+use bloomcast::update::workstation::delivery::{DeliveryStatus, PushPayload};
+use bloomcast::update::workstation::push::{self, PushOptions, Report};
 use bloomcast::vision::{Head, Labels};
 use serde_json::{Value, json};
 
@@ -82,10 +82,10 @@ fn with_nan() -> Vec<u8> {
     let built_in = Bundle::built_in().unwrap();
     let mut manifest = built_in.manifest().clone();
     manifest.version += 1;
-    let (head, subspace) = (&built_in.parts().head, &built_in.parts().subspace);
+    let (head, subspace) = (&built_in.parts().head, &built_in.parts().ood);
     let mut weight = head.weight().to_vec();
     weight[77] = f32::NAN;
-    let head = numbers::to_bytes(&[
+    let head = tensors::to_bytes(&[
         ("weight", vec![head.classes(), head.width()], &weight),
         ("bias", vec![head.classes()], head.bias()),
         ("subspace", vec![subspace.basis().len() / head.width(), head.width()], subspace.basis()),
@@ -216,13 +216,14 @@ fn push_bytes(port: u16, device: &str, bytes: &[u8], claim: impl FnOnce(&mut Man
     manifest.version += 1;
     let mut model = identity(&manifest, &sha256_hex(bytes));
     claim(&mut manifest, &mut model);
-    let parcel = Parcel { bytes: bytes.to_vec(), manifest, model, packet_bytes_max: 65_536, force: false, key: None };
+    let parcel =
+        PushPayload { bytes: bytes.to_vec(), manifest, model, packet_bytes_max: 65_536, force: false, key: None };
     let devices = vec![topics(device)];
-    push::push(&Access::local(port), devices, &parcel, &Plan::default(), &|_| {}).unwrap()
+    push::push(&BrokerAccess::local(port), devices, &parcel, &PushOptions::default(), &|_| {}).unwrap()
 }
 
 fn refusal(report: &Report) -> String {
-    assert_eq!(report.devices[0].ending, Ending::Refused, "{report}");
+    assert_eq!(report.devices[0].ending, DeliveryStatus::Refused, "{report}");
     report.devices[0].reason.clone()
 }
 
@@ -333,7 +334,7 @@ fn what_is_not_as_it_should_be_is_refused_and_the_old_model_decides_on() {
     assert_eq!(device.note()["version"], Bundle::built_in().unwrap().manifest().version);
     assert!(device.files().is_empty() && !device.store().join("state.json").exists(), "{:?}", device.files());
     assert!(daemon.is_running() && !daemon.log().contains("panicked"), "{}", daemon.log());
-    assert_eq!(push_bytes(port, "pi", &good, |_, _| {}).devices[0].ending, Ending::Confirmed);
+    assert_eq!(push_bytes(port, "pi", &good, |_, _| {}).devices[0].ending, DeliveryStatus::Confirmed);
 }
 
 #[test]
@@ -381,7 +382,7 @@ fn only_a_signed_order_goes_back_or_to_an_older_model() {
     };
     let mut again: Value = serde_json::from_slice(&order).unwrap();
     again["transfer"] = json!("0192f3c4-0000-7000-8000-000000000000");
-    let client = Client::connect(&Access::local(broker.port), &["bloomcast/pi/model/answer".into()]).unwrap();
+    let client = Client::connect(&BrokerAccess::local(broker.port), &["bloomcast/pi/model/answer".into()]).unwrap();
     assert!(client.publish("bloomcast/pi/model/rollback", serde_json::to_vec(&again).unwrap()));
     let replayed = listener.wait("/pi/model/answer", |answer| answer["transfer"] == again["transfer"]);
     assert!(replayed["reason"].as_str().unwrap().contains("the order is for generation"), "{replayed}");
@@ -419,7 +420,7 @@ fn the_second_of_two_pushes_is_told_so() {
         chunk_bytes: 1000,
         force: None,
     };
-    let first = Client::connect(&Access::local(broker.port), &["bloomcast/pi/model/progress".into()]).unwrap();
+    let first = Client::connect(&BrokerAccess::local(broker.port), &["bloomcast/pi/model/progress".into()]).unwrap();
     assert!(first.publish("bloomcast/pi/model/offer", serde_json::to_vec(&offer).unwrap()));
     daemon.line("receiving flowers");
     let second = trainer.file(2, same);
@@ -703,9 +704,9 @@ fn only_the_trainer_may_send_models_where_the_acl_is_ours() {
         let to = ["--device", "pi", "--set", &credentials(user)];
         push_command(broker.port, &bundle, &trainer, &to)
     };
-    let access = Access {
+    let access = BrokerAccess {
         credentials: Some(Credentials { user: "home".into(), password: "home".into() }),
-        ..Access::local(broker.port)
+        ..BrokerAccess::local(broker.port)
     };
     let mut home = Client::connect(&access, &["bloomcast/#".into()]).unwrap();
     for topic in ["model/offer", "model/rollback", "model/chunk/0", "set/pause"] {
@@ -741,7 +742,7 @@ fn whenever_the_power_goes_one_whole_model_decides() {
     let device = Device::new("pi", broker.port, &folder, &trainer).with(&["model.trial_frames=3"]);
     let store = Store::new(&device.store());
     let heard = ["status", "model", "state"].map(|topic| format!("bloomcast/pi/{topic}"));
-    let mut listener = Client::connect(&Access::local(broker.port), &heard).unwrap();
+    let mut listener = Client::connect(&BrokerAccess::local(broker.port), &heard).unwrap();
     let mut decides = Bundle::built_in().unwrap().manifest().version;
     let (mut newest, mut reached) = (decides, [0; STEPS.len()]);
     for kill in 0..=KILLS {
@@ -802,9 +803,9 @@ fn one_model(listener: &mut Client) -> Value {
     panic!("no model decides; the last that was told: {note}");
 }
 
-fn slot(place: Place) -> Option<Identity> {
+fn slot(place: ModelSlot) -> Option<Identity> {
     match place {
-        Place::BuiltIn => None,
-        Place::Slot(slot) => Some(slot),
+        ModelSlot::BuiltIn => None,
+        ModelSlot::Slot(slot) => Some(slot),
     }
 }

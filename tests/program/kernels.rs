@@ -27,7 +27,7 @@ fn on_every_photograph_the_kernels_say_what_tract_says() {
     let classifier = |kernels: Option<Instructions>, threads: usize| {
         let backbone = bundle.backbone(&network.with_kernels(kernels).with_team(Team::of(threads).unwrap())).unwrap();
         assert_eq!(backbone.kernels(), kernels);
-        Classifier::new(&backbone, bundle.skill()).unwrap()
+        Classifier::new(&backbone, bundle.classifier_params()).unwrap()
     };
     let mut tract = classifier(None, 1);
     let there = Instructions::ALL.into_iter().filter(|instructions| instructions.are_there());

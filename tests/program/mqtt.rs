@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use bloomcast::mqtt::access::Access;
+use bloomcast::mqtt::access::BrokerAccess;
 use bloomcast::mqtt::client::{Client, Message};
 use serde_json::Value;
 
@@ -55,7 +55,7 @@ impl Listener {
 }
 
 fn subscribe(port: u16) -> Option<Client> {
-    Client::connect(&Access::local(port), &["#".into()]).ok()
+    Client::connect(&BrokerAccess::local(port), &["#".into()]).ok()
 }
 
 fn read(payload: &[u8]) -> Value {

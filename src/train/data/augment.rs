@@ -61,7 +61,7 @@ fn by_chance(image: &RgbImage, rng: &mut ChaCha8Rng, size: u32) -> RgbImage {
         imageops::flip_horizontal_in_place(&mut view);
     }
     let mut view = turned(&view, between(rng, -TURN_MAX, TURN_MAX));
-    Light::by_chance(rng).shine_on(&mut view);
+    ColorJitter::by_chance(rng).shine_on(&mut view);
     view
 }
 
@@ -113,18 +113,18 @@ fn between_pixels(image: &RgbImage, x: f32, y: f32) -> Rgb<u8> {
 }
 
 /// Brightness, contrast, saturation and hue as one change of colours.
-struct Light {
+struct ColorJitter {
     /// `out = matrix × in + offset`, 0–255.
     matrix: [[f32; 3]; 3],
     offset: f32,
 }
 
-impl Light {
+impl ColorJitter {
     fn by_chance(rng: &mut ChaCha8Rng) -> Self {
         let brightness = between(rng, 1.0 - LIGHT_MAX, 1.0 + LIGHT_MAX);
         let contrast = between(rng, 1.0 - LIGHT_MAX, 1.0 + LIGHT_MAX);
         let saturation = between(rng, 1.0 - 2.0 * LIGHT_MAX, 1.0 + 2.0 * LIGHT_MAX);
-        Light::new(brightness, contrast, saturation, between(rng, -HUE_MAX, HUE_MAX))
+        ColorJitter::new(brightness, contrast, saturation, between(rng, -HUE_MAX, HUE_MAX))
     }
 
     /// Hue and saturation turn and stretch the plane of colours about the grey axis, in YIQ (the NTSC's
@@ -138,7 +138,7 @@ impl Light {
         let mut matrix = times(&FROM_YIQ, &times(&colour, &TO_YIQ));
         matrix.iter_mut().flatten().for_each(|v| *v *= brightness * contrast);
         // Contrast leaves the middle grey where it is.
-        Light { matrix, offset: 127.5 * (1.0 - contrast) }
+        ColorJitter { matrix, offset: 127.5 * (1.0 - contrast) }
     }
 
     fn shine_on(&self, image: &mut RgbImage) {
@@ -189,7 +189,7 @@ mod tests {
         assert!(mean_difference(&crop(&image, [0.0, 0.0, 1.0, 1.0], 40), &image) < 0.1);
         assert_eq!(turned(&image, 0.0), image);
         let mut lit = image.clone();
-        Light::new(1.0, 1.0, 1.0, 0.0).shine_on(&mut lit);
+        ColorJitter::new(1.0, 1.0, 1.0, 0.0).shine_on(&mut lit);
         assert!(mean_difference(&lit, &image) < 1.0);
     }
 
@@ -201,7 +201,7 @@ mod tests {
         let corner = crop(&image, [0.5, 0.5, 0.5, 0.5], 41);
         assert!(corner.get_pixel(0, 0).0[1] >= 120 && corner.get_pixel(40, 40).0[1] >= 245);
         let mut grey = RgbImage::from_pixel(1, 1, Rgb([100, 100, 100]));
-        Light::new(1.2, 1.0, 0.0, 0.5).shine_on(&mut grey);
+        ColorJitter::new(1.2, 1.0, 0.0, 0.5).shine_on(&mut grey);
         assert!(grey.get_pixel(0, 0).0.iter().all(|v| (119..=121).contains(v)), "{grey:?}");
         assert_eq!((mirrored(-2.0, 10), mirrored(11.0, 10), mirrored(4.5, 10)), (2.0, 7.0, 4.5));
     }

@@ -43,9 +43,9 @@ pub fn inspect(
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Inspection {
-    let read = |set: &Dataset| Photographs::read(set, threads, &|_| {}).without_doubles(None);
+    let read = |set: &Dataset| Photographs::read(set, threads, &|_| {}).dedup(None);
     let (photographs, val_photographs) = match val.map(read) {
-        Some(val) => (read(dataset).without_doubles(Some(&val)), val),
+        Some(val) => (read(dataset).dedup(Some(&val)), val),
         None => read(dataset).split(val_fraction),
     };
     let (train, val_kept) = (photographs.kept.len(), val_photographs.kept);

@@ -63,7 +63,7 @@ impl Photographs {
 
     /// Leaves out what stands there more than once: of equal files of one class all but the first, of equal
     /// files of different classes all, and what stands in `other` as well.
-    pub fn without_doubles(self, other: Option<&Photographs>) -> Self {
+    pub fn dedup(self, other: Option<&Photographs>) -> Self {
         let mut of_content: HashMap<Content, Vec<&Photograph>> = HashMap::new();
         for photograph in &self.kept {
             of_content.entry(photograph.content).or_default().push(photograph);
@@ -142,7 +142,7 @@ mod tests {
     fn doubles_are_left_out_and_named() {
         let set = photographs(&[(1, 0), (2, 0), (1, 0), (3, 0), (3, 1), (4, 1)]);
         let other = photographs(&[(2, 0)]);
-        let kept = set.without_doubles(Some(&other));
+        let kept = set.dedup(Some(&other));
         let paths: Vec<_> = kept.kept.iter().map(|p| p.path.to_str().unwrap()).collect();
         assert_eq!(paths, ["0.jpg", "5.jpg"]);
         let problems: Vec<_> = kept.left_out.iter().map(|f| format!("{}: {}", f.file.display(), f.problem)).collect();

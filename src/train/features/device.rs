@@ -76,9 +76,9 @@ mod tests {
     #[test]
     fn a_difference_is_a_share_of_the_largest_number() {
         let network = Network::built_in().unwrap();
-        let own = &network.last_conv().unwrap().tail;
+        let own = &network.last_conv().unwrap().weights;
         let weight: Vec<f32> = own.weight().iter().map(|w| w * 1.1).collect();
-        let other = crate::vision::Tail::new(320, weight, own.bias().to_vec()).unwrap();
+        let other = crate::vision::LastConvWeights::new(320, weight, own.bias().to_vec()).unwrap();
         let (one, two) = (network.features(None).unwrap(), network.features(Some(&other)).unwrap());
         let of = |other: &Backbone| difference(&one, other, 3 * 224 * 224).unwrap();
         assert_eq!(of(&one), 0.0);

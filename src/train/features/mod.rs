@@ -189,7 +189,7 @@ impl Extractor<'_> {
     fn kind(&self) -> String {
         let preprocess = serde_json::to_string(self.preprocess).expect("a preprocessing can be written as JSON");
         let tensor = if self.map.is_some() { "map" } else { "features" };
-        let feature = &self.network.anatomy().feature;
+        let feature = &self.network.info().feature;
         let views = match self.views.count {
             1 => String::new(),
             _ => format!("views {} of seed {}", augment::VERSION, self.views.seed),

@@ -3,7 +3,7 @@
 use rand_chacha::ChaCha8Rng;
 
 use crate::train::features::Features;
-use crate::train::optim::sgd::{Group, Learner, Measure, Sgd, below};
+use crate::train::optim::sgd::{Learner, Measure, ParamGroup, Sgd, below};
 use crate::train::optim::temperature;
 use crate::vision::head::{argmax, linear, softmax};
 
@@ -11,15 +11,15 @@ use crate::vision::head::{argmax, linear, softmax};
 pub struct HeadLearner<'a> {
     train: &'a Features,
     val: &'a Features,
-    truth: Truth,
+    truth: SoftTargets,
     /// Weight `[classes, width]`, bias `[classes]`.
-    groups: [Group; 2],
+    groups: [ParamGroup; 2],
 }
 
 impl<'a> HeadLearner<'a> {
     pub fn new(train: &'a Features, val: &'a Features, classes: usize, settings: &Sgd) -> Self {
         let groups = head_groups(classes, train.width);
-        HeadLearner { train, val, truth: Truth::new(&train.classes(), classes, settings), groups }
+        HeadLearner { train, val, truth: SoftTargets::new(&train.classes(), classes, settings), groups }
     }
 
     /// Weight `[classes, width]` and bias `[classes]`.
@@ -30,8 +30,11 @@ impl<'a> HeadLearner<'a> {
 }
 
 /// A head that knows nothing yet.
-pub fn head_groups(classes: usize, width: usize) -> [Group; 2] {
-    [Group::new("head.weight", vec![0.0; classes * width], true), Group::new("head.bias", vec![0.0; classes], false)]
+pub fn head_groups(classes: usize, width: usize) -> [ParamGroup; 2] {
+    [
+        ParamGroup::new("head.weight", vec![0.0; classes * width], true),
+        ParamGroup::new("head.bias", vec![0.0; classes], false),
+    ]
 }
 
 impl Learner for HeadLearner<'_> {
@@ -39,7 +42,7 @@ impl Learner for HeadLearner<'_> {
         self.train.len()
     }
 
-    fn groups(&mut self) -> &mut [Group] {
+    fn groups(&mut self) -> &mut [ParamGroup] {
         &mut self.groups
     }
 
@@ -83,20 +86,20 @@ pub fn measure(logits: &[Vec<f32>], classes: &[usize]) -> Measure {
 
 /// What a photograph should be taken for, and how much it counts.
 #[derive(Debug, Clone)]
-pub struct Truth {
+pub struct SoftTargets {
     smoothing: f32,
     /// Of each class.
     weights: Vec<f32>,
 }
 
-impl Truth {
+impl SoftTargets {
     /// `of`: the class of each photograph.
     pub fn new(of: &[usize], classes: usize, settings: &Sgd) -> Self {
         let weight = |class: usize| {
             let count = of.iter().filter(|other| **other == class).count().max(1);
             if settings.balance { of.len() as f32 / (classes * count) as f32 } else { 1.0 }
         };
-        Truth { smoothing: settings.label_smoothing, weights: (0..classes).map(weight).collect() }
+        SoftTargets { smoothing: settings.label_smoothing, weights: (0..classes).map(weight).collect() }
     }
 
     /// Cross-entropy in nats against the smoothed truth, and its gradient by the logits, `[classes]`.
@@ -172,8 +175,8 @@ mod tests {
     #[test]
     fn a_rare_class_counts_more_where_all_shall_count_the_same() {
         let of = [0, 0, 0, 1];
-        assert_eq!(Truth::new(&of, 2, &settings()).weights, [1.0, 1.0]);
-        let balanced = Truth::new(&of, 2, &Sgd { balance: true, ..settings() });
+        assert_eq!(SoftTargets::new(&of, 2, &settings()).weights, [1.0, 1.0]);
+        let balanced = SoftTargets::new(&of, 2, &Sgd { balance: true, ..settings() });
         assert_eq!(balanced.weights, [4.0 / 6.0, 2.0]);
     }
 }

@@ -14,11 +14,11 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::train::features::Features;
 use crate::train::features::pool;
-use crate::train::optim::head::{Truth, head_groups, measure};
-use crate::train::optim::sgd::{Group, Learner, Measure, Sgd, below};
-use crate::vision::Tail;
+use crate::train::optim::head::{SoftTargets, head_groups, measure};
+use crate::train::optim::sgd::{Learner, Measure, ParamGroup, Sgd, below};
+use crate::vision::LastConvWeights;
 use crate::vision::head::{dot, linear};
-use crate::vision::tail::{CEILING, convolve};
+use crate::vision::last_conv::{CEILING, convolve};
 
 /// Photographs that one thread takes at once: their activations stay near the second-level cache. The sums
 /// over them are added in order, so that the number of threads does not matter.
@@ -31,16 +31,16 @@ const SHIFT: usize = 2;
 const HEAD: usize = 3;
 const BIAS: usize = 4;
 
-pub struct TailLearner<'a> {
+pub struct LastConvLearner<'a> {
     train: &'a Features,
     val: &'a Features,
-    truth: Truth,
+    truth: SoftTargets,
     dropout: f32,
     threads: usize,
     /// Channels of a map.
     inputs: usize,
     /// Weight `[outputs, inputs]`, gain `[outputs]`, shift `[outputs]`, head `[classes, outputs]`, bias `[classes]`.
-    groups: [Group; 5],
+    groups: [ParamGroup; 5],
 }
 
 /// What a chunk adds to the gradient.
@@ -56,32 +56,32 @@ struct Share {
 /// One photograph of a batch: which, which view of it, and the seed of its dropout.
 type Sample = (usize, usize, u64);
 
-impl<'a> TailLearner<'a> {
+impl<'a> LastConvLearner<'a> {
     /// `train`, `val`: maps `[places, channels]`; `own`: the network's last convolution.
     pub fn new(
         train: &'a Features,
         val: &'a Features,
-        own: &Tail,
+        own: &LastConvWeights,
         classes: usize,
         settings: &Sgd,
         threads: usize,
     ) -> Self {
         let [head, bias] = head_groups(classes, own.outputs());
         let groups = [
-            Group::new("conv.weight", own.weight().to_vec(), true),
-            Group::new("conv.gain", vec![1.0; own.outputs()], false),
-            Group::new("conv.shift", own.bias().to_vec(), false),
+            ParamGroup::new("conv.weight", own.weight().to_vec(), true),
+            ParamGroup::new("conv.gain", vec![1.0; own.outputs()], false),
+            ParamGroup::new("conv.shift", own.bias().to_vec(), false),
             head,
             bias,
         ];
-        let truth = Truth::new(&train.classes(), classes, settings);
-        TailLearner { train, val, truth, dropout: settings.dropout, threads, inputs: own.inputs(), groups }
+        let truth = SoftTargets::new(&train.classes(), classes, settings);
+        LastConvLearner { train, val, truth, dropout: settings.dropout, threads, inputs: own.inputs(), groups }
     }
 
     /// The fine-tuned convolution; the weight `[classes, width]` and the bias `[classes]` of the head. Fails where
     /// training gave a number that is none.
-    pub fn numbers(&self) -> Result<(Tail, Vec<f32>, Vec<f32>), crate::vision::tail::TailError> {
-        let tail = Tail::new(self.inputs, self.weight_with_gain(), self.groups[SHIFT].values.clone())?;
+    pub fn numbers(&self) -> Result<(LastConvWeights, Vec<f32>, Vec<f32>), crate::vision::last_conv::LastConvError> {
+        let tail = LastConvWeights::new(self.inputs, self.weight_with_gain(), self.groups[SHIFT].values.clone())?;
         Ok((tail, self.groups[HEAD].values.clone(), self.groups[BIAS].values.clone()))
     }
 
@@ -191,12 +191,12 @@ struct Buffers {
     activations: Vec<f32>,
 }
 
-impl Learner for TailLearner<'_> {
+impl Learner for LastConvLearner<'_> {
     fn photographs(&self) -> usize {
         self.train.len()
     }
 
-    fn groups(&mut self) -> &mut [Group] {
+    fn groups(&mut self) -> &mut [ParamGroup] {
         &mut self.groups
     }
 
@@ -270,16 +270,16 @@ mod tests {
         maps
     }
 
-    fn own() -> Tail {
+    fn own() -> LastConvWeights {
         let weight = (0..12).map(|i| (i as f32 * 1.3).sin() * 2.0).collect();
-        Tail::new(3, weight, vec![0.2, -0.1, 0.3, 5.0]).unwrap()
+        LastConvWeights::new(3, weight, vec![0.2, -0.1, 0.3, 5.0]).unwrap()
     }
 
     #[test]
     fn the_gradient_is_that_of_finite_differences() {
         let maps = maps(11, 2);
         let settings = Sgd { label_smoothing: 0.1, dropout: 0.3, balance: true, ..settings() };
-        let mut learner = TailLearner::new(&maps, &maps, &own(), 3, &settings, 2);
+        let mut learner = LastConvLearner::new(&maps, &maps, &own(), 3, &settings, 2);
         for group in [GAIN, HEAD, BIAS] {
             let values = learner.groups[group].values.iter_mut();
             values.enumerate().for_each(|(i, value)| *value += (i as f32 * 0.9).cos() * 0.5);
@@ -292,7 +292,7 @@ mod tests {
         let (maps, settings) = (maps(120, 3), Sgd { optimiser: Optimiser::Adam, dropout: 0.1, ..settings() });
         let run = |threads: usize| {
             let settings = Sgd { learning_rate: 0.05, ..settings.clone() };
-            let mut learner = TailLearner::new(&maps, &maps, &own(), 3, &settings, threads);
+            let mut learner = LastConvLearner::new(&maps, &maps, &own(), 3, &settings, threads);
             let history = fit(&mut learner, &settings, |_, _| Ok::<(), Infallible>(())).unwrap();
             (learner.groups.map(|group| group.values), history)
         };
@@ -305,7 +305,7 @@ mod tests {
     #[test]
     fn what_it_measures_is_what_its_tail_and_head_give() {
         let maps = maps(12, 1);
-        let mut learner = TailLearner::new(&maps, &maps, &own(), 3, &settings(), 1);
+        let mut learner = LastConvLearner::new(&maps, &maps, &own(), 3, &settings(), 1);
         learner.groups[GAIN].values[2] = -0.5;
         learner.groups[HEAD].values.iter_mut().enumerate().for_each(|(i, w)| *w = (i as f32).sin());
         let (tail, weight, bias) = learner.numbers().unwrap();

@@ -2,6 +2,6 @@
 
 pub mod head;
 pub mod last_conv;
+pub mod ood;
 pub mod sgd;
-pub mod subspace;
 pub mod temperature;

@@ -78,7 +78,7 @@ impl Sgd {
 
 /// Numbers that are learned, with their gradient.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Group {
+pub struct ParamGroup {
     pub name: &'static str,
     pub values: Vec<f32>,
     pub gradient: Vec<f32>,
@@ -86,9 +86,9 @@ pub struct Group {
     pub decays: bool,
 }
 
-impl Group {
+impl ParamGroup {
     pub fn new(name: &'static str, values: Vec<f32>, decays: bool) -> Self {
-        Group { name, gradient: vec![0.0; values.len()], values, decays }
+        ParamGroup { name, gradient: vec![0.0; values.len()], values, decays }
     }
 }
 
@@ -105,7 +105,7 @@ pub struct Measure {
 pub trait Learner {
     /// Photographs it learns from.
     fn photographs(&self) -> usize;
-    fn groups(&mut self) -> &mut [Group];
+    fn groups(&mut self) -> &mut [ParamGroup];
     /// Computes the gradient on a batch; gives the mean loss in nats.
     fn learn(&mut self, batch: &[usize], rng: &mut ChaCha8Rng) -> f32;
     fn measure(&self) -> Measure;
@@ -131,13 +131,13 @@ pub struct Epoch {
 pub fn fit<E>(
     learner: &mut dyn Learner,
     settings: &Sgd,
-    mut told: impl FnMut(&Epoch, &[Group]) -> Result<(), E>,
+    mut told: impl FnMut(&Epoch, &[ParamGroup]) -> Result<(), E>,
 ) -> Result<Vec<Epoch>, E> {
     let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
     let mut order: Vec<usize> = (0..learner.photographs()).collect();
     let per_epoch = order.len().div_ceil(settings.batch);
     let steps = settings.epochs * per_epoch;
-    let mut memory = Memory::of(learner.groups());
+    let mut memory = OptimizerState::of(learner.groups());
     let mut history: Vec<Epoch> = Vec::new();
     let mut best: Option<(Epoch, Vec<Vec<f32>>)> = None;
     for epoch in 1..=settings.epochs {
@@ -174,20 +174,20 @@ pub fn fit<E>(
 }
 
 /// What the optimiser remembers of the steps before.
-struct Memory {
+struct OptimizerState {
     steps: usize,
     /// Of each group: the velocity, or the mean of the gradient, and of its square.
     first: Vec<Vec<f32>>,
     second: Vec<Vec<f32>>,
 }
 
-impl Memory {
-    fn of(groups: &[Group]) -> Self {
+impl OptimizerState {
+    fn of(groups: &[ParamGroup]) -> Self {
         let zeros = || groups.iter().map(|group| vec![0.0; group.values.len()]).collect();
-        Memory { steps: 0, first: zeros(), second: zeros() }
+        OptimizerState { steps: 0, first: zeros(), second: zeros() }
     }
 
-    fn step(&mut self, groups: &mut [Group], settings: &Sgd, rate: f32) {
+    fn step(&mut self, groups: &mut [ParamGroup], settings: &Sgd, rate: f32) {
         self.steps += 1;
         for ((group, first), second) in groups.iter_mut().zip(&mut self.first).zip(&mut self.second) {
             let decay = if group.decays { settings.weight_decay } else { 0.0 };
@@ -200,7 +200,7 @@ impl Memory {
 }
 
 /// v ← μ v + g; w ← w − r v, or with Nesterov w − r (g + μ v)
-fn sgd_step(group: &mut Group, velocity: &mut [f32], settings: &Sgd, rate: f32, decay: f32) {
+fn sgd_step(group: &mut ParamGroup, velocity: &mut [f32], settings: &Sgd, rate: f32, decay: f32) {
     let momentum = settings.momentum;
     for ((value, gradient), velocity) in group.values.iter_mut().zip(&group.gradient).zip(velocity) {
         let gradient = gradient + decay * *value;
@@ -210,7 +210,7 @@ fn sgd_step(group: &mut Group, velocity: &mut [f32], settings: &Sgd, rate: f32, 
 }
 
 /// m ← β₁ m + (1 − β₁) g; v ← β₂ v + (1 − β₂) g²; w ← w − r (m̂ / (√v̂ + ε) + λ w)
-fn adam_step(group: &mut Group, first: &mut [f32], second: &mut [f32], steps: usize, rate: f32, decay: f32) {
+fn adam_step(group: &mut ParamGroup, first: &mut [f32], second: &mut [f32], steps: usize, rate: f32, decay: f32) {
     const BETA: [f32; 2] = [0.9, 0.999];
     const EPSILON: f32 = 1e-7;
     let unbias = BETA.map(|beta| 1.0 / (1.0 - beta.powi(steps.try_into().unwrap_or(i32::MAX))));
@@ -285,13 +285,13 @@ pub mod tests {
     }
 
     /// One number that is pulled to 3; the validation set wants 2.
-    struct Bowl(Vec<Group>);
+    struct Bowl(Vec<ParamGroup>);
 
     impl Learner for Bowl {
         fn photographs(&self) -> usize {
             32
         }
-        fn groups(&mut self) -> &mut [Group] {
+        fn groups(&mut self) -> &mut [ParamGroup] {
             &mut self.0
         }
         fn learn(&mut self, _: &[usize], _: &mut ChaCha8Rng) -> f32 {
@@ -305,7 +305,7 @@ pub mod tests {
     }
 
     fn run(settings: &Sgd) -> (f32, Vec<Epoch>) {
-        let mut bowl = Bowl(vec![Group::new("x", vec![0.0], true)]);
+        let mut bowl = Bowl(vec![ParamGroup::new("x", vec![0.0], true)]);
         let history = fit(&mut bowl, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
         (bowl.0[0].values[0], history)
     }
@@ -325,7 +325,7 @@ pub mod tests {
     #[test]
     fn every_optimiser_reaches_the_bottom() {
         let goes_to = |settings: &Sgd| {
-            let mut bowl = Bowl(vec![Group::new("x", vec![0.0], true)]);
+            let mut bowl = Bowl(vec![ParamGroup::new("x", vec![0.0], true)]);
             let mut last = 0.0;
             fit(&mut bowl, settings, |_, groups| {
                 last = groups[0].values[0];
@@ -361,8 +361,8 @@ pub mod tests {
 
     #[test]
     fn an_error_ends_the_training() {
-        let mut bowl = Bowl(vec![Group::new("x", vec![0.0], true)]);
-        let full = |epoch: &Epoch, _: &[Group]| if epoch.epoch == 2 { Err("disk full") } else { Ok(()) };
+        let mut bowl = Bowl(vec![ParamGroup::new("x", vec![0.0], true)]);
+        let full = |epoch: &Epoch, _: &[ParamGroup]| if epoch.epoch == 2 { Err("disk full") } else { Ok(()) };
         assert_eq!(fit(&mut bowl, &settings(), full), Err("disk full"));
     }
 

@@ -8,14 +8,14 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
 use crate::train::data::photographs::Photograph;
-use crate::train::evaluate::Measured;
+use crate::train::evaluate::EvaluatedSet;
 use crate::train::features;
 use crate::train::features::pool;
 use crate::train::optim::sgd;
 use crate::train::run::outcome::Trained;
 use crate::vision::backbone::{Session, channels_last};
 use crate::vision::head::argmax;
-use crate::vision::{BackboneError, Head, Labels, Network, Prediction, Preprocess, Preprocessor, Tail};
+use crate::vision::{BackboneError, Head, Labels, LastConvWeights, Network, Prediction, Preprocess, Preprocessor};
 
 /// The longer side of a thumbnail, in pixels.
 const SIDE: u32 = 220;
@@ -24,7 +24,7 @@ const PAINT: f32 = 0.6;
 
 /// A photograph beside what it was taken for.
 #[derive(Debug, Clone)]
-pub struct Shown {
+pub struct GalleryImage {
     pub file: String,
     pub truth: String,
     /// The best class, rejected as unknown or not.
@@ -35,7 +35,7 @@ pub struct Shown {
     pub thumbnail: RgbImage,
 }
 
-impl Shown {
+impl GalleryImage {
     pub fn right(&self) -> bool {
         self.truth == self.taken_for
     }
@@ -48,7 +48,7 @@ impl Shown {
 }
 
 /// The places of `count` photographs, by chance; in the order of the set.
-pub fn by_chance(measured: &Measured, count: usize, seed: u64) -> Vec<usize> {
+pub fn by_chance(measured: &EvaluatedSet, count: usize, seed: u64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..measured.photographs.len()).collect();
     sgd::shuffle(&mut order, &mut ChaCha8Rng::seed_from_u64(seed));
     order.truncate(count);
@@ -57,17 +57,17 @@ pub fn by_chance(measured: &Measured, count: usize, seed: u64) -> Vec<usize> {
 }
 
 /// The places of the photographs that were wrong, the surest first.
-pub fn worst(measured: &Measured, count: usize) -> Vec<usize> {
+pub fn worst(measured: &EvaluatedSet, count: usize) -> Vec<usize> {
     surest(measured, count, |photograph, best| photograph.class != best)
 }
 
 /// The places of the surest that were right, `count` of each class.
-pub fn best_of_each(measured: &Measured, classes: usize, count: usize) -> Vec<usize> {
+pub fn best_of_each(measured: &EvaluatedSet, classes: usize, count: usize) -> Vec<usize> {
     let of_class = |class| surest(measured, count, move |photograph, best| photograph.class == class && best == class);
     (0..classes).flat_map(of_class).collect()
 }
 
-fn surest(measured: &Measured, count: usize, wanted: impl Fn(&Photograph, usize) -> bool) -> Vec<usize> {
+fn surest(measured: &EvaluatedSet, count: usize, wanted: impl Fn(&Photograph, usize) -> bool) -> Vec<usize> {
     let best = |i: usize| argmax(&measured.predictions[i].probabilities);
     let sure = |i: usize| measured.predictions[i].probabilities[best(i)];
     let mut places: Vec<usize> =
@@ -78,7 +78,7 @@ fn surest(measured: &Measured, count: usize, wanted: impl Fn(&Photograph, usize)
 }
 
 /// Thumbnails of the photographs at `places`. One that can no longer be read is left out.
-pub fn load(labels: &Labels, measured: &Measured, places: &[usize], threads: usize) -> Vec<Shown> {
+pub fn load(labels: &Labels, measured: &EvaluatedSet, places: &[usize], threads: usize) -> Vec<GalleryImage> {
     let load = |(): &mut (), n: usize| {
         let (photograph, prediction) = (&measured.photographs[places[n]], &measured.predictions[places[n]]);
         let pixels = features::read(&photograph.path).ok();
@@ -88,9 +88,9 @@ pub fn load(labels: &Labels, measured: &Measured, places: &[usize], threads: usi
     shown.into_iter().flatten().collect()
 }
 
-fn shown(labels: &Labels, photograph: &Photograph, prediction: &Prediction, pixels: &RgbImage) -> Shown {
+fn shown(labels: &Labels, photograph: &Photograph, prediction: &Prediction, pixels: &RgbImage) -> GalleryImage {
     let best = argmax(&prediction.probabilities);
-    Shown {
+    GalleryImage {
         file: photograph.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         truth: labels.name(Some(photograph.class)).into(),
         taken_for: labels.name(Some(best)).into(),
@@ -109,28 +109,28 @@ fn thumbnail(pixels: &RgbImage) -> RgbImage {
 
 /// Finds where a class was seen. A head on pooled features says it exactly: the logit is the mean over the
 /// places of what each place adds.
-pub struct Looker<'a> {
+pub struct CamPainter<'a> {
     network: &'a Network,
-    tail: &'a Tail,
+    tail: &'a LastConvWeights,
     head: &'a Head,
     preprocess: &'a Preprocess,
 }
 
-impl<'a> Looker<'a> {
+impl<'a> CamPainter<'a> {
     /// None where the network does not end in a convolution and a mean.
     pub fn new(network: &'a Network, trained: &'a Trained, preprocess: &'a Preprocess) -> Option<Self> {
-        let own = &network.anatomy().last_conv.as_ref()?.tail;
-        Some(Looker { network, tail: trained.tail.as_ref().unwrap_or(own), head: &trained.head, preprocess })
+        let own = &network.info().last_conv.as_ref()?.weights;
+        Some(CamPainter { network, tail: trained.last_conv.as_ref().unwrap_or(own), head: &trained.head, preprocess })
     }
 
     /// The photographs at `places` with their thumbnails painted where their best class was seen.
     pub fn paint(
         &self,
         labels: &Labels,
-        measured: &Measured,
+        measured: &EvaluatedSet,
         places: &[usize],
         threads: usize,
-    ) -> Result<Vec<Shown>, BackboneError> {
+    ) -> Result<Vec<GalleryImage>, BackboneError> {
         let trunk = self.network.trunk()?;
         let init = || {
             Ok((trunk.session()?, Preprocessor::new(self.preprocess.clone()), vec![0.0; self.preprocess.input_len()]))

@@ -12,11 +12,11 @@ use base64::engine::general_purpose::STANDARD;
 use image::RgbImage;
 use image::codecs::jpeg::JpegEncoder;
 
-use gallery::Looker;
-pub use gallery::Shown;
+use gallery::CamPainter;
+pub use gallery::GalleryImage;
 
 use crate::chart;
-use crate::train::evaluate::{Evaluation, Measured, reliability};
+use crate::train::evaluate::{EvaluatedSet, Evaluation, reliability};
 use crate::train::run::outcome::{Trained, grouped};
 use crate::train::run::settings::Settings;
 use crate::vision::head::softmax;
@@ -36,10 +36,10 @@ const JPEG_QUALITY: u8 = 82;
 
 /// The photographs of the report.
 pub struct Gallery {
-    pub sheet: Vec<Shown>,
-    worst: Vec<Shown>,
+    pub sheet: Vec<GalleryImage>,
+    worst: Vec<GalleryImage>,
     /// With the places painted where the class was seen; none where the network does not tell.
-    seen: Option<Vec<Shown>>,
+    seen: Option<Vec<GalleryImage>>,
 }
 
 impl Gallery {
@@ -53,7 +53,7 @@ impl Gallery {
         let sheet = gallery::by_chance(val, SHEET, settings.sgd.seed);
         let mut best = gallery::best_of_each(val, labels.names().len(), SEEN_OF_EACH);
         best.truncate(SEEN_MAX);
-        let looker = Looker::new(network, trained, &preprocess);
+        let looker = CamPainter::new(network, trained, &preprocess);
         Ok(Gallery {
             sheet: gallery::load(labels, val, &sheet, threads),
             worst: gallery::load(labels, val, &gallery::worst(val, WORST), threads),
@@ -105,7 +105,7 @@ fn header(settings: &Settings, network: &Network, trained: &Trained) -> String {
         cell(format!("{:.0} s", trained.time.as_secs_f64()), "from start to end"),
     ];
     format!(
-        "<h1>{}</h1>\n<p class=\"soft\">Recipe {}, seed {}, on {}: {} parameters, {} trained, {} frozen. Measured on {} \
+        "<h1>{}</h1>\n<p class=\"soft\">Recipe {}, seed {}, on {}: {} parameters, {} trained, {} frozen. EvaluatedSet on {} \
          photographs it did not learn from; they chose the best epoch, the temperature and the threshold of \
          <i>unknown</i>.</p>\n<div class=\"figures\">\n{}</div>\n",
         escaped(&settings.name),
@@ -215,7 +215,7 @@ fn classes(figures: &Evaluation) -> String {
     table + "</table>"
 }
 
-fn calibration(val: &Measured, temperature: f32) -> String {
+fn calibration(val: &EvaluatedSet, temperature: f32) -> String {
     let classes: Vec<usize> = val.photographs.iter().map(|photograph| photograph.class).collect();
     let before: Vec<Prediction> = val.predictions.iter().map(|after| without_temperature(after, temperature)).collect();
     let panel = |title: &str, predictions: &[Prediction]| {
@@ -240,7 +240,7 @@ fn without_temperature(after: &Prediction, temperature: f32) -> Prediction {
 
 fn unknown(trained: &Trained) -> String {
     let similarities: Vec<f32> = trained.val.predictions.iter().map(|prediction| prediction.similarity).collect();
-    let threshold = trained.subspace.threshold();
+    let threshold = trained.ood.threshold();
     format!(
         "<h2>What it does not know</h2>\n<p>A picture whose features point out of the space that the flowers span is \
          <i>unknown</i>, however sure the softmax is. The threshold, {threshold:.4}, rejects {:.1} % of these flowers.</p>\n\
@@ -265,7 +265,7 @@ fn test(trained: &Trained) -> String {
     )
 }
 
-fn photographs(title: &str, note: &str, shown: &[Shown], class: &str) -> String {
+fn photographs(title: &str, note: &str, shown: &[GalleryImage], class: &str) -> String {
     if shown.is_empty() {
         return format!("<h2>{title}</h2>\n<p>None.</p>\n");
     }
@@ -273,7 +273,7 @@ fn photographs(title: &str, note: &str, shown: &[Shown], class: &str) -> String 
     format!("<h2>{title}</h2>\n<p>{note}</p>\n<div class=\"{class}\">\n{}</div>\n", figures.concat())
 }
 
-fn figure(shown: &Shown) -> String {
+fn figure(shown: &GalleryImage) -> String {
     let class = if shown.right() { "right" } else { "wrong" };
     let unknown = if shown.known { "" } else { " <small>unknown</small>" };
     format!(
@@ -285,7 +285,7 @@ fn figure(shown: &Shown) -> String {
     )
 }
 
-fn seen(seen: Option<&[Shown]>) -> String {
+fn seen(seen: Option<&[GalleryImage]>) -> String {
     let title = "Where it looks";
     match seen {
         Some(seen) => photographs(

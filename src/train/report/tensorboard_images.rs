@@ -12,7 +12,7 @@ use embedded_graphics::text::{Alignment, Baseline, Text, TextStyleBuilder};
 use image::imageops::{self, FilterType};
 use image::{Rgb, RgbImage};
 
-use crate::train::report::Shown;
+use crate::train::report::GalleryImage;
 use crate::vision::Labels;
 
 /// Pixels a side of a matrix's cell, less where the matrix would be too wide with all its classes.
@@ -62,7 +62,7 @@ pub fn confusion(labels: &Labels, counts: &[Vec<usize>]) -> RgbImage {
 }
 
 /// Photographs in rows of `columns`, blue titles where right, red ones with the true class where wrong.
-pub fn sheet(shown: &[Shown], columns: u32) -> RgbImage {
+pub fn sheet(shown: &[GalleryImage], columns: u32) -> RgbImage {
     let rows = (shown.len() as u32).div_ceil(columns).max(1);
     let (wide, high) = (PHOTOGRAPH + 8, PHOTOGRAPH + 2 * TITLE + 8);
     let mut canvas = Canvas(RgbImage::from_pixel(columns * wide, rows * high, Rgb([255; 3])));

@@ -18,23 +18,25 @@ use crate::system::memory;
 use crate::train::data::augment::Views;
 use crate::train::data::dataset::{Dataset, DatasetError, fingerprint};
 use crate::train::data::photographs::{Finding, Photograph, Photographs};
-use crate::train::evaluate::Measured;
+use crate::train::evaluate::EvaluatedSet;
 use crate::train::features::device;
 use crate::train::features::pool;
 use crate::train::features::{CacheTrouble, Extractor, Features, Precision};
 use crate::train::optim::head::HeadLearner;
-use crate::train::optim::last_conv::TailLearner;
-use crate::train::optim::sgd::{self, Epoch, Group};
-use crate::train::optim::subspace;
+use crate::train::optim::last_conv::LastConvLearner;
+use crate::train::optim::ood;
+use crate::train::optim::sgd::{self, Epoch, ParamGroup};
 use crate::train::optim::temperature;
-use crate::train::run::outcome::{Parameters, Surroundings, Trained};
+use crate::train::run::outcome::{Parameters, RunOptions, Trained};
 use crate::train::run::settings::{FineTune, Settings, SettingsError};
-use crate::train::run::write::{Record, RecordError};
-use crate::vision::classifier::Skill;
+use crate::train::run::write::{RunWriter, RunWriterError};
+use crate::vision::classifier::ClassifierParams;
 use crate::vision::head::{HeadError, argmax, linear};
-use crate::vision::subspace::SubspaceError;
-use crate::vision::tail::TailError;
-use crate::vision::{Backbone, BackboneError, Head, Labels, Network, Prediction, Preprocess, Subspace, Tail};
+use crate::vision::last_conv::LastConvError;
+use crate::vision::ood::OodError;
+use crate::vision::{
+    Backbone, BackboneError, Head, Labels, LastConvWeights, Network, OodDetector, Prediction, Preprocess,
+};
 
 /// Directions of the subspace that tells flowers from other things: with fewer, more of the other
 /// things pass; with more, the bundle grows and nothing is gained.
@@ -84,29 +86,29 @@ pub enum TrainError {
     #[error("training gave no usable head: {0}; a smaller learning rate may help")]
     Diverged(#[from] HeadError),
     #[error("training gave no usable convolution: {0}; a smaller learning rate may help")]
-    TailDiverged(#[from] TailError),
+    LastConvDiverged(#[from] LastConvError),
     #[error("training gave no usable subspace: {0}")]
-    Subspace(#[from] SubspaceError),
+    OodDetector(#[from] OodError),
     #[error(transparent)]
-    Record(#[from] RecordError),
+    RunWriter(#[from] RunWriterError),
 }
 
 /// Trains, measures, and writes the run's folder, the bundle last. What can be known to be wrong is said before anything
 /// is computed or removed.
 pub fn train(
     settings: &Settings,
-    surroundings: &Surroundings,
+    surroundings: &RunOptions,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<Trained, TrainError> {
     let began = Instant::now();
     settings.check()?;
-    Record::check(&surroundings.out, surroundings.overwrite)?;
+    RunWriter::check(&surroundings.out, surroundings.overwrite)?;
     let dataset = Dataset::read(&settings.dataset)?;
     let session = Session::new(settings, surroundings, progress, dataset.classes.clone())?;
     let test = settings.test.as_deref().map(|path| session.dataset_like(path)).transpose()?;
     let sets = session.sets(&dataset)?;
     let known = Photographs { kept: [&sets.train.kept[..], &sets.val.kept].concat(), left_out: Vec::new() };
-    let mut record = Record::begin(settings, surroundings)?;
+    let mut record = RunWriter::begin(settings, surroundings)?;
     let seen = session.seen(sets)?;
     let (learned, history) = session.learn(&seen, &mut record)?;
     let mut trained = session.judge(seen, learned, history)?;
@@ -121,7 +123,7 @@ pub fn train(
 
 struct Session<'a> {
     settings: &'a Settings,
-    surroundings: &'a Surroundings,
+    surroundings: &'a RunOptions,
     progress: &'a (dyn Fn(Progress) + Sync),
     labels: Labels,
     network: Network,
@@ -144,7 +146,7 @@ struct Seen {
 
 /// What training gave.
 struct Learned {
-    tail: Option<Tail>,
+    last_conv: Option<LastConvWeights>,
     /// `[classes, width]` and `[classes]`.
     head: (Vec<f32>, Vec<f32>),
 }
@@ -152,7 +154,7 @@ struct Learned {
 impl<'a> Session<'a> {
     fn new(
         settings: &'a Settings,
-        surroundings: &'a Surroundings,
+        surroundings: &'a RunOptions,
         progress: &'a (dyn Fn(Progress) + Sync),
         labels: Labels,
     ) -> Result<Self, TrainError> {
@@ -183,12 +185,12 @@ impl<'a> Session<'a> {
         let read = |set: &Dataset| {
             let of = set.images.len();
             let told = |done| (self.progress)(Progress::Read { done, of });
-            Photographs::read(set, self.surroundings.threads, &told).without_doubles(None)
+            Photographs::read(set, self.surroundings.threads, &told).dedup(None)
         };
         let sets = match &self.settings.val {
             Some(path) => {
                 let val = read(&self.dataset_like(path)?);
-                Sets { train: read(dataset).without_doubles(Some(&val)), val }
+                Sets { train: read(dataset).dedup(Some(&val)), val }
             }
             None => {
                 let (train, val) = read(dataset).split(self.settings.val_fraction);
@@ -255,7 +257,7 @@ impl<'a> Session<'a> {
     ) -> Result<(Features, CacheTrouble), BackboneError> {
         let map = match self.settings.fine_tune {
             FineTune::None => None,
-            FineTune::LastConv => Some(self.network.last_conv()?.tail.inputs()),
+            FineTune::LastConv => Some(self.network.last_conv()?.weights.inputs()),
         };
         let extractor = Extractor {
             network: &self.network,
@@ -290,9 +292,9 @@ impl<'a> Session<'a> {
         Err(TrainError::NothingLeft { path: path.into(), class, purpose, why })
     }
 
-    fn learn(&self, seen: &Seen, record: &mut Record) -> Result<(Learned, Vec<Epoch>), TrainError> {
+    fn learn(&self, seen: &Seen, record: &mut RunWriter) -> Result<(Learned, Vec<Epoch>), TrainError> {
         let (classes, sgd) = (self.labels.names().len(), &self.settings.sgd);
-        let mut told = |epoch: &Epoch, groups: &[Group]| {
+        let mut told = |epoch: &Epoch, groups: &[ParamGroup]| {
             (self.progress)(Progress::Epoch { epoch: *epoch, of: sgd.epochs });
             record.epoch(epoch, groups)
         };
@@ -300,32 +302,32 @@ impl<'a> Session<'a> {
             FineTune::None => {
                 let mut learner = HeadLearner::new(&seen.train, &seen.val, classes, sgd);
                 let history = finite(sgd::fit(&mut learner, sgd, &mut told)?)?;
-                Ok((Learned { tail: None, head: learner.into_numbers() }, history))
+                Ok((Learned { last_conv: None, head: learner.into_numbers() }, history))
             }
             FineTune::LastConv => {
-                let own = &self.network.last_conv()?.tail;
+                let own = &self.network.last_conv()?.weights;
                 let mut learner =
-                    TailLearner::new(&seen.train, &seen.val, own, classes, sgd, self.surroundings.threads);
+                    LastConvLearner::new(&seen.train, &seen.val, own, classes, sgd, self.surroundings.threads);
                 let history = finite(sgd::fit(&mut learner, sgd, &mut told)?)?;
                 let (tail, weight, bias) = learner.numbers()?;
-                Ok((Learned { tail: Some(tail), head: (weight, bias) }, history))
+                Ok((Learned { last_conv: Some(tail), head: (weight, bias) }, history))
             }
         }
     }
 
     /// Calibrates on the validation set, finds what is unknown, and measures.
     fn judge(&self, seen: Seen, learned: Learned, history: Vec<Epoch>) -> Result<Trained, TrainError> {
-        let train = self.features_of(&seen.train, learned.tail.as_ref());
-        let val = self.features_of(&seen.val, learned.tail.as_ref());
+        let train = self.features_of(&seen.train, learned.last_conv.as_ref());
+        let val = self.features_of(&seen.val, learned.last_conv.as_ref());
         let width = train.first().map_or(0, Vec::len);
         let (weight, bias) = learned.head;
         let logits: Vec<Vec<f32>> = val.iter().map(|row| linear(&weight, &bias, row)).collect();
         let head = Head::new(width, weight, bias, temperature::temperature(&logits, &seen.val.classes()))?;
         let subspace = self.subspace(&train, &val)?;
-        let skill = self.skill(&head, &subspace);
-        let predictions: Vec<Prediction> = val.iter().map(|row| skill.judge(row)).collect();
+        let params = self.params(&head, &subspace);
+        let predictions: Vec<Prediction> = val.iter().map(|row| params.predict(row)).collect();
         let examples = examples(&val, &predictions, &seen.val.classes());
-        let val = Measured::new(&self.labels, seen.val.images, predictions);
+        let val = EvaluatedSet::new(&self.labels, seen.val.images, predictions);
         let classes = seen.train.classes();
         let of_class = |class| classes.iter().filter(|other| **other == class).count();
         let contents = seen.train.images.iter().chain(&val.photographs).map(|image| (image.class, &image.content));
@@ -343,25 +345,25 @@ impl<'a> Session<'a> {
             test: None,
             history,
             head,
-            subspace,
-            tail: learned.tail,
+            ood: subspace,
+            last_conv: learned.last_conv,
             examples,
             left_out: seen.left_out,
             time: Duration::ZERO,
         })
     }
 
-    fn skill(&self, head: &Head, subspace: &Subspace) -> Skill {
-        Skill {
+    fn params(&self, head: &Head, subspace: &OodDetector) -> ClassifierParams {
+        ClassifierParams {
             labels: self.labels.clone(),
             head: head.clone(),
-            subspace: subspace.clone(),
+            ood: subspace.clone(),
             preprocess: self.preprocess(),
         }
     }
 
     /// The features of each photograph as it is.
-    fn features_of(&self, seen: &Features, tail: Option<&Tail>) -> Vec<Vec<f32>> {
+    fn features_of(&self, seen: &Features, tail: Option<&LastConvWeights>) -> Vec<Vec<f32>> {
         let features = |(): &mut (), i: usize| {
             let row = seen.row(i, 0);
             Ok::<_, Infallible>(tail.map_or_else(|| row.to_vec(), |tail| tail.features(&row)))
@@ -371,41 +373,41 @@ impl<'a> Session<'a> {
     }
 
     /// The training set's subspace, with the threshold that rejects the asked share of the validation set.
-    fn subspace(&self, train: &[Vec<f32>], val: &[Vec<f32>]) -> Result<Subspace, SubspaceError> {
+    fn subspace(&self, train: &[Vec<f32>], val: &[Vec<f32>]) -> Result<OodDetector, OodError> {
         let width = train.first().map_or(0, Vec::len);
         // A subspace that is nearly all there is tells nothing apart.
         let rank = RANK.min(width / 2).max(1);
-        let basis = subspace::span(train.iter().map(Vec::as_slice), width, rank, self.settings.sgd.seed);
-        let open = Subspace::new(width, basis, 0.0)?;
+        let basis = ood::span(train.iter().map(Vec::as_slice), width, rank, self.settings.sgd.seed);
+        let open = OodDetector::new(width, basis, 0.0)?;
         let mut similarities: Vec<f32> = val.iter().map(|row| open.similarity(row)).collect();
         similarities.sort_by(f32::total_cmp);
         open.with_threshold(threshold(&similarities, self.settings.reject))
     }
 
     /// Looks at the test photographs, once. Those that were learned from or measured on are left out.
-    fn test(&self, dataset: &Dataset, known: &Photographs, trained: &mut Trained) -> Result<Measured, TrainError> {
+    fn test(&self, dataset: &Dataset, known: &Photographs, trained: &mut Trained) -> Result<EvaluatedSet, TrainError> {
         let photographs = Photographs::read(dataset, self.surroundings.threads, &|_| {});
-        let photographs = photographs.without_doubles(None).without_doubles(Some(known));
+        let photographs = photographs.dedup(None).dedup(Some(known));
         let of = photographs.kept.len();
         let (mut seen, _) = self.extract(&photographs.kept, Views::ONE, Precision::Single, (0, of))?;
         let left_out = [photographs.left_out, take(&mut seen.left_out)].concat();
         let path = self.settings.test.as_deref().unwrap_or(Path::new(""));
         self.every_class_is_in(&seen.images, path, "test on", &left_out)?;
         trained.left_out.extend(left_out);
-        let features = self.features_of(&seen, trained.tail.as_ref());
-        let skill = self.skill(&trained.head, &trained.subspace);
-        let predictions = features.iter().map(|row| skill.judge(row)).collect();
-        Ok(Measured::new(&self.labels, seen.images, predictions))
+        let features = self.features_of(&seen, trained.last_conv.as_ref());
+        let params = self.params(&trained.head, &trained.ood);
+        let predictions = features.iter().map(|row| params.predict(row)).collect();
+        Ok(EvaluatedSet::new(&self.labels, seen.images, predictions))
     }
 
     fn parameters(&self, head: &Head) -> Parameters {
         let head = head.weight().len() + head.bias().len();
-        let tail = match (self.settings.fine_tune, &self.network.anatomy().last_conv) {
+        let tail = match (self.settings.fine_tune, &self.network.info().last_conv) {
             // Its normalisation has a gain and a shift a channel.
-            (FineTune::LastConv, Some(conv)) => conv.tail.weight().len() + 2 * conv.tail.outputs(),
+            (FineTune::LastConv, Some(conv)) => conv.weights.weight().len() + 2 * conv.weights.outputs(),
             _ => 0,
         };
-        Parameters { total: self.network.anatomy().parameters + head, trained: tail + head }
+        Parameters { total: self.network.info().parameters + head, trained: tail + head }
     }
 
     fn manifest(&self, trained: &Trained) -> Manifest {
@@ -420,14 +422,14 @@ impl<'a> Session<'a> {
             backbone: BackboneRef {
                 name: self.network.name().into(),
                 sha256: self.network.sha256().into(),
-                feature: self.network.anatomy().feature.clone(),
+                feature: self.network.info().feature.clone(),
                 width: trained.head.width(),
             },
             preprocess: self.preprocess(),
             temperature: trained.head.temperature(),
             unknown: Unknown {
                 rule: UnknownRule::CosineSubspace,
-                threshold: trained.subspace.threshold(),
+                threshold: trained.ood.threshold(),
                 rejected_share: evaluation.unknown as f32,
             },
             dataset: trained.dataset.clone(),

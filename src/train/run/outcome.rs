@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle::DatasetRef;
 use crate::train::data::photographs::Finding;
-use crate::train::evaluate::Measured;
+use crate::train::evaluate::EvaluatedSet;
 use crate::train::features::device::Choice;
 use crate::train::optim::sgd::Epoch;
-use crate::vision::{Head, Labels, Subspace, Tail};
+use crate::vision::{Head, Labels, LastConvWeights, OodDetector};
 
 /// What a run needs beside its settings. The device may change the last digits of what is learned, the rest nothing.
 #[derive(Debug, Clone)]
-pub struct Surroundings {
+pub struct RunOptions {
     /// Where the run is written.
     pub out: PathBuf,
     /// Whether a run that is there may be replaced.
@@ -38,14 +38,14 @@ pub struct Trained {
     pub train_images: Vec<usize>,
     /// What was learned from and measured on.
     pub dataset: DatasetRef,
-    pub val: Measured,
+    pub val: EvaluatedSet,
     /// On photographs that had no part in it.
-    pub test: Option<Measured>,
+    pub test: Option<EvaluatedSet>,
     pub history: Vec<Epoch>,
     pub head: Head,
-    pub subspace: Subspace,
+    pub ood: OodDetector,
     /// A fine-tuned last convolution.
-    pub tail: Option<Tail>,
+    pub last_conv: Option<LastConvWeights>,
     /// Features of a photograph of each class, for the self-test.
     pub examples: Vec<Vec<f32>>,
     /// What is not used, and why.

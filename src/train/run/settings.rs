@@ -116,7 +116,7 @@ impl BackboneFile {
             return Err(failed(format!("{} is not there; `bloomcast backbone fetch {named}`", file.display())));
         }
         let onnx = backbone::read_file(&file)?;
-        let anatomy = backbone::inspect(named, &onnx, feature.as_deref())?;
+        let info = backbone::inspect(named, &onnx, feature.as_deref())?;
         let known = zoo::with_sha256(&sha256_hex(&onnx)).map(|published| published.preprocess);
         let scaled = scale.map(|scale| match scale {
             Scale::Keras => Preprocess::mobilenet_v2(),
@@ -125,13 +125,13 @@ impl BackboneFile {
         let preprocess = scaled
             .or(known)
             .ok_or_else(|| failed("not known by its hash; say how its input is made with --preprocess".into()))?;
-        if let (Some(fixed), Some(asked)) = (anatomy.size, size)
+        if let (Some(fixed), Some(asked)) = (info.size, size)
             && fixed != asked
         {
             return Err(failed(format!("looks at {fixed} pixels, not {asked}")));
         }
-        let size = anatomy.size.or(size).unwrap_or(preprocess.size);
-        let preprocess = Preprocess { size, layout: anatomy.layout, ..preprocess };
+        let size = info.size.or(size).unwrap_or(preprocess.size);
+        let preprocess = Preprocess { size, layout: info.layout, ..preprocess };
         preprocess.check().map_err(|e| failed(e.to_string()))?;
         Ok(BackboneFile { file, feature, preprocess })
     }

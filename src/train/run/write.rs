@@ -7,18 +7,18 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::bundle::numbers;
 use crate::bundle::selftest::SelfTestError;
+use crate::bundle::tensors;
 use crate::bundle::{Bundle, BundleError, Manifest, Parts, SelfTest};
 use crate::train::evaluate::Evaluation;
-use crate::train::optim::sgd::{Epoch, Group};
+use crate::train::optim::sgd::{Epoch, ParamGroup};
 use crate::train::report::tensorboard::{self, Events};
 use crate::train::report::tensorboard_images;
 use crate::train::report::{self, Gallery};
-use crate::train::run::outcome::{Parameters, Surroundings, Trained};
+use crate::train::run::outcome::{Parameters, RunOptions, Trained};
 use crate::train::run::settings::{Recipe, Settings};
 use crate::vision::backbone::Device;
-use crate::vision::{BackboneError, Classifier, Network, drawn};
+use crate::vision::{BackboneError, Classifier, Network, test_pattern};
 
 pub const MODEL: &str = "model.bloom";
 pub const METRICS: &str = "metrics.json";
@@ -29,7 +29,7 @@ const CHECKPOINTS: &str = "checkpoints";
 const SELF_TEST_SIZES: [(u32, u32); 2] = [(320, 240), (97, 131)];
 
 #[derive(Debug, thiserror::Error)]
-pub enum RecordError {
+pub enum RunWriterError {
     #[error("{path}: {reason}")]
     Io { path: PathBuf, reason: String },
     #[error("{0}: holds a finished run; name another folder, or --overwrite it")]
@@ -65,25 +65,25 @@ pub struct RunFigures {
 }
 
 /// The folder of a run.
-pub struct Record {
+pub struct RunWriter {
     folder: PathBuf,
     settings: Settings,
     threads: usize,
     events: Events,
 }
 
-impl Record {
+impl RunWriter {
     /// Refuses a folder whose content would be lost: a finished run, or files that are no run's.
-    pub fn check(folder: &Path, overwrite: bool) -> Result<(), RecordError> {
+    pub fn check(folder: &Path, overwrite: bool) -> Result<(), RunWriterError> {
         if folder.join(MODEL).exists() && !overwrite {
-            return Err(RecordError::There(folder.into()));
+            return Err(RunWriterError::There(folder.into()));
         }
         let is_run = |name: &str| [CONFIG, CHECKPOINTS].contains(&name) || is_result(name);
         if folder.exists() {
             for entry in at(folder, fs::read_dir(folder))? {
                 let name = at(folder, entry)?.file_name();
                 if !is_run(&name.to_string_lossy()) {
-                    return Err(RecordError::NoRun { folder: folder.into(), file: name.into() });
+                    return Err(RunWriterError::NoRun { folder: folder.into(), file: name.into() });
                 }
             }
         }
@@ -91,7 +91,7 @@ impl Record {
     }
 
     /// Makes the folder, clears what an earlier run left there, and writes the settings.
-    pub fn begin(settings: &Settings, surroundings: &Surroundings) -> Result<Self, RecordError> {
+    pub fn begin(settings: &Settings, surroundings: &RunOptions) -> Result<Self, RunWriterError> {
         let folder = surroundings.out.clone();
         let checkpoints = folder.join(CHECKPOINTS);
         at(&checkpoints, fs::create_dir_all(&checkpoints))?;
@@ -100,11 +100,11 @@ impl Record {
         let config = folder.join(CONFIG);
         at(&config, fs::write(&config, settings.to_toml()))?;
         let events = at(&folder, Events::create(&folder, surroundings.created_at))?;
-        Ok(Record { folder, settings: settings.clone(), threads: surroundings.threads, events })
+        Ok(RunWriter { folder, settings: settings.clone(), threads: surroundings.threads, events })
     }
 
     /// Notes an epoch; keeps its numbers where it is the best so far, and drops those of the one before.
-    pub fn epoch(&mut self, epoch: &Epoch, groups: &[Group]) -> Result<(), RecordError> {
+    pub fn epoch(&mut self, epoch: &Epoch, groups: &[ParamGroup]) -> Result<(), RunWriterError> {
         let scalars = [
             ("loss/train", f64::from(epoch.train_loss)),
             ("loss/val", epoch.val.loss),
@@ -116,14 +116,14 @@ impl Record {
         if epoch.best {
             let name = format!("epoch-{:03}-val-loss-{:.4}.safetensors", epoch.epoch, epoch.val.loss);
             let tensors: Vec<_> = groups.iter().map(|g| (g.name, vec![g.values.len()], g.values.as_slice())).collect();
-            self.write(&format!("{CHECKPOINTS}/{name}"), &numbers::to_bytes(&tensors))?;
+            self.write(&format!("{CHECKPOINTS}/{name}"), &tensors::to_bytes(&tensors))?;
             remove(&self.folder.join(CHECKPOINTS), |there| is_checkpoint(there) && there != name)?;
         }
         Ok(())
     }
 
     /// Writes what there is to say of the run, and then the bundle.
-    pub fn finish(mut self, network: &Network, manifest: Manifest, trained: &Trained) -> Result<(), RecordError> {
+    pub fn finish(mut self, network: &Network, manifest: Manifest, trained: &Trained) -> Result<(), RunWriterError> {
         let figures = RunFigures {
             name: self.settings.name.clone(),
             recipe: self.settings.recipe,
@@ -146,15 +146,15 @@ impl Record {
         at(self.events.path(), drawn)?;
         let parts = Parts {
             head: trained.head.clone(),
-            subspace: trained.subspace.clone(),
-            tail: trained.tail.clone(),
+            ood: trained.ood.clone(),
+            last_conv: trained.last_conv.clone(),
             backbone: self.settings.embed_backbone.then(|| network.onnx().to_vec()),
             self_test: None,
         };
         let mut bundle = Bundle::new(manifest, parts);
         // As the devices will answer, whatever computed the features.
-        let mut classifier = Classifier::new(&bundle.backbone(&network.on(Device::Cpu))?, bundle.skill())?;
-        let images = SELF_TEST_SIZES.map(|(width, height)| drawn::jpeg(width, height)).to_vec();
+        let mut classifier = Classifier::new(&bundle.backbone(&network.on(Device::Cpu))?, bundle.classifier_params())?;
+        let images = SELF_TEST_SIZES.map(|(width, height)| test_pattern::jpeg(width, height)).to_vec();
         bundle.set_self_test(SelfTest::ask(&mut classifier, trained.examples.clone(), images)?);
         Ok(bundle.write(&self.folder.join(MODEL))?)
     }
@@ -167,7 +167,7 @@ impl Record {
         self.events.image(step, "predictions", &tensorboard_images::sheet(&gallery.sheet, report::SHEET_COLUMNS))
     }
 
-    fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RecordError> {
+    fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RunWriterError> {
         let path = self.folder.join(name);
         at(&path, fs::write(&path, bytes))
     }
@@ -183,7 +183,7 @@ fn is_checkpoint(name: &str) -> bool {
 }
 
 /// Removes the files of a folder whose names are `unwanted`.
-fn remove(folder: &Path, unwanted: impl Fn(&str) -> bool) -> Result<(), RecordError> {
+fn remove(folder: &Path, unwanted: impl Fn(&str) -> bool) -> Result<(), RunWriterError> {
     for entry in at(folder, fs::read_dir(folder))? {
         let path = at(folder, entry)?.path();
         if path.file_name().is_some_and(|name| unwanted(&name.to_string_lossy())) {
@@ -193,6 +193,6 @@ fn remove(folder: &Path, unwanted: impl Fn(&str) -> bool) -> Result<(), RecordEr
     Ok(())
 }
 
-fn at<T>(path: &Path, result: io::Result<T>) -> Result<T, RecordError> {
-    result.map_err(|e| RecordError::Io { path: path.into(), reason: e.to_string() })
+fn at<T>(path: &Path, result: io::Result<T>) -> Result<T, RunWriterError> {
+    result.map_err(|e| RunWriterError::Io { path: path.into(), reason: e.to_string() })
 }

@@ -5,12 +5,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use crate::bundle::selftest::SelfTestError;
-use crate::bundle::signature::{Distrust, KeyError, Keyring};
+use crate::bundle::signature::{KeyError, Keyring, UntrustedSigner};
 use crate::bundle::{Bundle, BundleError, Manifest};
 use crate::config::{Config, ConfigError};
 use crate::decide::Rules;
 use crate::system::memory;
-use crate::update::device::model_loader::{Loaded, Model, ModelError, Shelf};
+use crate::update::device::model_loader::{Loaded, Model, ModelError, ModelLoader};
 use crate::update::protocol::Source;
 use crate::vision::backbone::MOBILENET_V2;
 use crate::vision::{Backbone, BackboneError};
@@ -33,7 +33,7 @@ pub enum Refusal {
     #[error("model.trusted_keys: {0}")]
     Keys(#[from] KeyError),
     #[error(transparent)]
-    Distrust(#[from] Distrust),
+    UntrustedSigner(#[from] UntrustedSigner),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error("it needs about {needed} MiB of memory, {free} are free")]
@@ -79,7 +79,7 @@ pub fn vouched(file: &str, bytes: &[u8], trust: &Trust, config: &Config) -> Resu
 }
 
 /// Lets a model show what it can do, beside the `present` one.
-pub fn prove(bundle: Bundle, config: &Config, shelf: &Shelf, present: &Model) -> Result<Proven, Refusal> {
+pub fn prove(bundle: Bundle, config: &Config, shelf: &ModelLoader, present: &Model) -> Result<Proven, Refusal> {
     caught(|| {
         let rules = config.rules(&bundle.manifest().classes)?;
         expect_room(&bundle, shelf, present)?;
@@ -96,7 +96,7 @@ fn caught<T>(work: impl FnOnce() -> Result<T, Refusal>) -> Result<T, Refusal> {
 }
 
 /// Another head takes nothing worth to be asked for.
-fn expect_room(bundle: &Bundle, shelf: &Shelf, present: &Model) -> Result<(), Refusal> {
+fn expect_room(bundle: &Bundle, shelf: &ModelLoader, present: &Model) -> Result<(), Refusal> {
     if present.gives_the_features_of(bundle.manifest()) {
         return Ok(());
     }

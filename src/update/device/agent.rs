@@ -17,11 +17,11 @@ use crate::mqtt::message::{SCHEMA, json, time};
 use crate::mqtt::topics::Topics;
 use crate::mqtt::{About, Mail, Outbox, discovery};
 use crate::system::systemd;
-use crate::update::device::model_loader::{Deciding, Loaded, Model, Shelf, noted};
+use crate::update::device::model_loader::{ActiveModel, Loaded, Model, ModelLoader, persist_or_keep};
 use crate::update::device::store::{Phase, State, Store};
 use crate::update::device::trial::{Outcome, Trial};
-use crate::update::protocol::{Action, Answer, Offer, Rollback, Terms, Verdict, identity, objection};
-use crate::update::transfer::{Taken, Transfer};
+use crate::update::protocol::{Action, Answer, Offer, Rollback, TrialLimits, UpdateStatus, identity, objection};
+use crate::update::transfer::{ChunkResult, Transfer};
 use crate::vision::Classifier;
 use crate::vision_stage::{Report, Swap, Witness};
 
@@ -41,7 +41,7 @@ const NOTE_ROOM: usize = 1024;
 pub struct Setup {
     pub config: Config,
     pub topics: Topics,
-    pub shelf: Shelf,
+    pub shelf: ModelLoader,
     pub answers: Outbox,
     pub swaps: SyncSender<Swap>,
 }
@@ -82,8 +82,8 @@ type Refused = String;
 
 impl Receiver {
     /// Begins with what decides at the start; its classifier is the vision thread's.
-    pub fn new(setup: Setup, deciding: Deciding, stop: watch::Receiver<bool>) -> (Self, Classifier, Ends) {
-        let Deciding { loaded: Loaded { model, classifier, .. }, state, trial, news } = deciding;
+    pub fn new(setup: Setup, deciding: ActiveModel, stop: watch::Receiver<bool>) -> (Self, Classifier, Ends) {
+        let ActiveModel { loaded: Loaded { model, classifier, .. }, state, trial, news } = deciding;
         let (sender, inbox) = mpsc::sync_channel(INBOX_MAX);
         let (about, _) = watch::channel(About::new());
         let mut this = Receiver {
@@ -98,7 +98,7 @@ impl Receiver {
             stop,
         };
         for (model, reason) in news {
-            this.answer(Verdict::RolledBack, Some(reason), model, None);
+            this.answer(UpdateStatus::RolledBack, Some(reason), model, None);
         }
         let witness = trial.then(|| {
             info!("{} decides, on trial", this.model.identity());
@@ -139,7 +139,7 @@ impl Receiver {
                 Ok(offer) => {
                     let (model, transfer) = (offer.model.clone(), offer.transfer);
                     if let Err(reason) = self.consider(offer) {
-                        self.answer(Verdict::Refused, Some(reason), model, Some(transfer));
+                        self.answer(UpdateStatus::Refused, Some(reason), model, Some(transfer));
                     }
                 }
                 Err(error) => warn!("{}: no offer: {error}", self.setup.topics.offer()),
@@ -147,7 +147,7 @@ impl Receiver {
             Mail::Rollback(payload) => match Rollback::read(&payload) {
                 Ok(order) => {
                     if let Err(reason) = self.take_back(&order) {
-                        self.answer(Verdict::Refused, Some(reason), self.model.identity(), Some(order.transfer));
+                        self.answer(UpdateStatus::Refused, Some(reason), self.model.identity(), Some(order.transfer));
                     }
                 }
                 Err(error) => warn!("{}: no order: {error}", self.setup.topics.rollback()),
@@ -174,7 +174,7 @@ impl Receiver {
             }
         }
         if offer.model.sha256 == self.model.sha256 {
-            let verdict = if self.trial.is_some() { Verdict::Accepted } else { Verdict::Confirmed };
+            let verdict = if self.trial.is_some() { UpdateStatus::Accepted } else { UpdateStatus::Confirmed };
             let reason = Some("it decides already".into());
             self.answer(verdict, reason, self.model.identity(), Some(offer.transfer));
             return Ok(());
@@ -242,17 +242,17 @@ impl Receiver {
     fn take(&mut self, number: u32, payload: &[u8]) {
         let Some(transfer) = &mut self.transfer else { return };
         let whole = match transfer.take(number, payload, Instant::now()) {
-            Taken::Quiet => return,
-            Taken::Progress => return self.tell_progress(false),
-            Taken::Gap => return self.tell_progress(true),
-            Taken::Whole(bytes) => Ok(bytes),
-            Taken::Altered => Err("what came is not what was offered: its sha256 is another".to_owned()),
+            ChunkResult::Quiet => return,
+            ChunkResult::Progress => return self.tell_progress(false),
+            ChunkResult::Gap => return self.tell_progress(true),
+            ChunkResult::Whole(bytes) => Ok(bytes),
+            ChunkResult::Altered => Err("what came is not what was offered: its sha256 is another".to_owned()),
         };
         // All is there; what follows takes its time.
         self.tell_progress(false);
         let Some(Transfer { offer, .. }) = self.transfer.take() else { return };
         if let Err(reason) = whole.and_then(|bytes| self.install(&offer, &bytes)) {
-            self.answer(Verdict::Refused, Some(reason), offer.model, Some(offer.transfer));
+            self.answer(UpdateStatus::Refused, Some(reason), offer.model, Some(offer.transfer));
         }
     }
 
@@ -277,7 +277,7 @@ impl Receiver {
         self.state = self.store()?.try_out(model.clone(), bytes, Phase::Running).map_err(|e| e.to_string())?;
         let witness = self.begin_trial(Some(offer.transfer), Some(limit));
         self.swap(loaded, rules, Some(witness));
-        self.answer(Verdict::Accepted, None, model, Some(offer.transfer));
+        self.answer(UpdateStatus::Accepted, None, model, Some(offer.transfer));
         Ok(())
     }
 
@@ -296,7 +296,7 @@ impl Receiver {
     /// Gives who looks on.
     fn begin_trial(&mut self, transfer: Option<Uuid>, limit: Option<Duration>) -> Witness {
         let (sender, reports) = mpsc::sync_channel(REPORTS_MAX);
-        let trial = Trial::begin(Terms::of(&self.setup.config), limit, Instant::now());
+        let trial = Trial::begin(TrialLimits::of(&self.setup.config), limit, Instant::now());
         self.trial = Some(OnTrial { trial, transfer, reports });
         // Where there is no room, the next frame tells.
         Box::new(move |report| !matches!(sender.try_send(report), Err(TrySendError::Disconnected(_))))
@@ -317,16 +317,16 @@ impl Receiver {
             Ok(state) => {
                 self.state = state;
                 self.about.send_replace(self.describe(&self.model));
-                self.answer(Verdict::Confirmed, None, model, transfer);
+                self.answer(UpdateStatus::Confirmed, None, model, transfer);
             }
             Err(reason) => {
                 warn!("{model} has failed: {reason}");
                 let before = self.state.clone();
                 let abandoned = self.store().map(|store| store.abandon(&model.sha256, &reason));
                 if let Ok(abandoned) = abandoned {
-                    self.go_back(noted(abandoned, before, |state| state.trial = None));
+                    self.go_back(persist_or_keep(abandoned, before, |state| state.trial = None));
                 }
-                self.answer(Verdict::RolledBack, Some(reason), model, transfer);
+                self.answer(UpdateStatus::RolledBack, Some(reason), model, transfer);
             }
         }
     }
@@ -354,7 +354,7 @@ impl Receiver {
         let state = store.take_back().map_err(|e| e.to_string())?;
         let _watched = self.trial.take();
         self.go_back(state);
-        self.answer(Verdict::RolledBack, Some("it was asked for".into()), model, Some(rollback.transfer));
+        self.answer(UpdateStatus::RolledBack, Some("it was asked for".into()), model, Some(rollback.transfer));
         Ok(())
     }
 
@@ -362,7 +362,7 @@ impl Receiver {
     fn go_back(&mut self, state: State) {
         let Ok(store) = self.store() else { return };
         match self.setup.shelf.settle(store, state, Some(&self.model)) {
-            Ok(Deciding { loaded, state, .. }) => {
+            Ok(ActiveModel { loaded, state, .. }) => {
                 self.state = state;
                 let rules = self.setup.config.rules_of_known(loaded.classifier.labels());
                 self.swap(loaded, rules, None);
@@ -407,12 +407,12 @@ impl Receiver {
         }
     }
 
-    fn answer(&mut self, answer: Verdict, reason: Option<String>, model: Identity, transfer: Option<Uuid>) {
+    fn answer(&mut self, answer: UpdateStatus, reason: Option<String>, model: Identity, transfer: Option<Uuid>) {
         let reason = reason.map(shortened);
         let because = reason.as_deref().map_or(String::new(), |reason| format!(": {reason}"));
         match answer {
-            Verdict::Accepted | Verdict::Confirmed => info!("{model} is {answer}{because}"),
-            Verdict::Refused | Verdict::RolledBack => warn!("{model} is {answer}{because}"),
+            UpdateStatus::Accepted | UpdateStatus::Confirmed => info!("{model} is {answer}{because}"),
+            UpdateStatus::Refused | UpdateStatus::RolledBack => warn!("{model} is {answer}{because}"),
         }
         let answer = Answer {
             schema: SCHEMA,
@@ -421,7 +421,7 @@ impl Receiver {
             answer,
             reason,
             model,
-            trial: (answer == Verdict::Accepted).then(|| Terms::of(&self.setup.config)),
+            trial: (answer == UpdateStatus::Accepted).then(|| TrialLimits::of(&self.setup.config)),
             at: time(SystemTime::now()),
         };
         self.say(&answer);
@@ -454,7 +454,7 @@ mod tests {
     use crate::bundle::{Bundle, PrivateKey, sign};
     use crate::mqtt::outbox::Limits;
     use crate::mqtt::topics::DeviceName;
-    use crate::update::device::store::Place;
+    use crate::update::device::store::ModelSlot;
     use crate::update::transfer::piece;
 
     /// A device's side, whose vision thread and broker the test is.
@@ -485,7 +485,7 @@ mod tests {
             ];
             let config = Config::of_settings(&settings).unwrap();
             let topics = config.topics_of(DeviceName::new("pi").unwrap());
-            let shelf = Shelf::of(&config, Store::new);
+            let shelf = ModelLoader::of(&config, Store::new);
             let answers = Outbox::new(Limits { entries_max: 100, bytes_max: 1 << 20 });
             let (swaps, swapped) = mpsc::sync_channel(1);
             let deciding = shelf.deciding().unwrap();
@@ -559,7 +559,7 @@ mod tests {
         device.push();
         let (decides, witness) = device.swap();
         let mut witness = witness.expect("it is on trial");
-        assert_eq!((decides, device.answer().answer), (version + 1, Verdict::Accepted));
+        assert_eq!((decides, device.answer().answer), (version + 1, UpdateStatus::Accepted));
         for report in reports {
             assert!(witness(report.clone()));
         }
@@ -586,9 +586,9 @@ mod tests {
     #[test]
     fn a_model_that_sees_enough_is_confirmed() {
         let (answer, state) = tried(&[seen(1), seen(2), seen(3)]);
-        assert_eq!((answer.answer, answer.transfer), (Verdict::Confirmed, Some(Uuid::from_u128(7))));
+        assert_eq!((answer.answer, answer.transfer), (UpdateStatus::Confirmed, Some(Uuid::from_u128(7))));
         assert_eq!((state.deciding(), state.newest), (state.current.clone(), answer.model.version));
-        assert_ne!(state.current, Place::BuiltIn);
+        assert_ne!(state.current, ModelSlot::BuiltIn);
     }
 
     #[test]
@@ -599,9 +599,9 @@ mod tests {
         ];
         for (reports, expected) in cases {
             let (answer, state) = tried(&reports);
-            assert_eq!(answer.answer, Verdict::RolledBack);
+            assert_eq!(answer.answer, UpdateStatus::RolledBack);
             assert!(answer.reason.unwrap().starts_with(expected));
-            assert_eq!((&state.current, &state.trial), (&Place::BuiltIn, &None));
+            assert_eq!((&state.current, &state.trial), (&ModelSlot::BuiltIn, &None));
             assert_eq!(state.taken_back, [answer.model.sha256]);
             assert!(state.trouble.unwrap().contains(&format!("is rolled back: {expected}")));
         }
@@ -612,7 +612,7 @@ mod tests {
         let mut device = Device::new();
         device.push();
         device.swap();
-        assert_eq!(device.answer().answer, Verdict::Accepted);
+        assert_eq!(device.answer().answer, UpdateStatus::Accepted);
         assert_eq!(device.end().trial.unwrap().phase, Phase::Waiting);
     }
 }

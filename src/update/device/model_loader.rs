@@ -12,8 +12,8 @@ use crate::bundle::{ArchiveError, BACKBONE, Bundle, BundleError, Identity, Manif
 use crate::config::Config;
 use crate::mqtt::message::SCHEMA;
 use crate::system::hash::sha256_hex;
-use crate::update::device::store::{Phase, Place, State, Store, StoreError, Trial};
-use crate::update::protocol::{NetworkRef, Note, Source, identity};
+use crate::update::device::store::{ModelSlot, Phase, State, Store, StoreError, Trial};
+use crate::update::protocol::{ModelStatus, NetworkRef, Source, identity};
 use crate::vision::backbone::{self, MOBILENET_V2, MOBILENET_V2_NAME};
 use crate::vision::kernels::Team;
 use crate::vision::{Backbone, BackboneError, Classifier};
@@ -84,13 +84,18 @@ impl Model {
 
 impl Loaded {
     /// `shelf` has the network; `like`: a model whose network is used again where it is the same.
-    pub fn new(mut bundle: Bundle, source: Source, shelf: &Shelf, like: Option<&Model>) -> Result<Self, ModelError> {
+    pub fn new(
+        mut bundle: Bundle,
+        source: Source,
+        shelf: &ModelLoader,
+        like: Option<&Model>,
+    ) -> Result<Self, ModelError> {
         let same = like.filter(|like| like.gives_the_features_of(bundle.manifest()));
         let backbone = match same {
             Some(like) => like.backbone.clone(),
             None => bundle.backbone(&bundle.network(shelf.backbone.as_deref())?.with_team(shelf.team.clone()))?,
         };
-        let classifier = Classifier::new(&backbone, bundle.skill())?;
+        let classifier = Classifier::new(&backbone, bundle.classifier_params())?;
         let self_test = bundle.take_self_test();
         let model = Model {
             manifest: bundle.manifest().clone(),
@@ -105,7 +110,7 @@ impl Loaded {
 
 /// Where a device has its models.
 #[derive(Debug, Clone)]
-pub struct Shelf {
+pub struct ModelLoader {
     /// A bundle that the configuration names; it alone decides then.
     pub bundle: Option<PathBuf>,
     /// The ONNX file of the network; the one inside the program where none is named.
@@ -117,7 +122,7 @@ pub struct Shelf {
 }
 
 /// What decides, and what had to be told on the way there.
-pub struct Deciding {
+pub struct ActiveModel {
     pub loaded: Loaded,
     pub state: State,
     /// It decides on trial.
@@ -126,7 +131,7 @@ pub struct Deciding {
     pub news: Vec<(Identity, String)>,
 }
 
-impl Shelf {
+impl ModelLoader {
     /// As the configuration has it. `open`: how the store is opened, where there is one.
     pub fn of(config: &Config, open: fn(&Path) -> Store) -> Self {
         fn named(path: &Path) -> Option<&Path> {
@@ -135,28 +140,28 @@ impl Shelf {
         let model = &config.model;
         let bundle = named(&model.bundle).map(Path::to_owned);
         let store = named(&model.store).filter(|_| bundle.is_none()).map(open);
-        Shelf { bundle, backbone: named(&model.backbone).map(Path::to_owned), store, team: None }
+        ModelLoader { bundle, backbone: named(&model.backbone).map(Path::to_owned), store, team: None }
     }
 
     /// Finds what decides: a model that waits for its trial, else the current one, else the one before, else that inside the
     /// program. An error where not even that can be loaded.
-    pub fn deciding(&self) -> Result<Deciding, ModelError> {
+    pub fn deciding(&self) -> Result<ActiveModel, ModelError> {
         let Some(store) = &self.store else {
-            return Ok(Deciding { loaded: self.own()?, state: State::default(), trial: false, news: Vec::new() });
+            return Ok(ActiveModel { loaded: self.own()?, state: State::default(), trial: false, news: Vec::new() });
         };
         let mut state = match store.state() {
             Ok(state) => state,
             Err(error @ StoreError::Damaged { .. }) => {
                 let trouble = error.to_string();
                 warn!("{trouble}");
-                let settled = store.settle(Place::BuiltIn, trouble.clone());
-                noted(settled, State::default(), |state| state.trouble = Some(trouble))
+                let settled = store.settle(ModelSlot::BuiltIn, trouble.clone());
+                persist_or_keep(settled, State::default(), |state| state.trouble = Some(trouble))
             }
             // What cannot be read today may be read tomorrow.
             Err(error) => {
                 warn!("{error}; the model inside the program decides");
                 let state = State { trouble: Some(error.to_string()), ..State::default() };
-                return Ok(Deciding { loaded: self.own()?, state, trial: false, news: Vec::new() });
+                return Ok(ActiveModel { loaded: self.own()?, state, trial: false, news: Vec::new() });
             }
         };
         if let Err(error) = store.tidy() {
@@ -165,36 +170,38 @@ impl Shelf {
         let mut news = Vec::new();
         if let Some(trial) = state.trial.clone() {
             match self.begin_trial(store, &trial) {
-                Ok((loaded, state)) => return Ok(Deciding { loaded, state, trial: true, news }),
+                Ok((loaded, state)) => return Ok(ActiveModel { loaded, state, trial: true, news }),
                 Err(reason) => {
                     let abandoned = store.abandon(&trial.slot.sha256, &reason);
                     news.push((trial.slot, reason));
-                    state = noted(abandoned, state, |state| state.trial = None);
+                    state = persist_or_keep(abandoned, state, |state| state.trial = None);
                 }
             }
         }
-        Ok(Deciding { news, ..self.settle(store, state, None)? })
+        Ok(ActiveModel { news, ..self.settle(store, state, None)? })
     }
 
     /// What decides by `state`, in which nothing is on trial. `like`: what decided until now.
-    pub fn settle(&self, store: &Store, state: State, like: Option<&Model>) -> Result<Deciding, ModelError> {
-        let decides = |loaded, state| Deciding { loaded, state, trial: false, news: Vec::new() };
+    pub fn settle(&self, store: &Store, state: State, like: Option<&Model>) -> Result<ActiveModel, ModelError> {
+        let decides = |loaded, state| ActiveModel { loaded, state, trial: false, news: Vec::new() };
         let (trouble, damaged) = match self.load(store, &state.current, like) {
             Ok(loaded) => return Ok(decides(loaded, state)),
-            Err(error) if state.current == Place::BuiltIn => return Err(error),
+            Err(error) if state.current == ModelSlot::BuiltIn => return Err(error),
             Err(error) => (error.to_string(), error.is_damage()),
         };
         warn!("the model that was installed last is of no use: {trouble}");
-        let before = state.previous.as_ref().filter(|place| **place != Place::BuiltIn).and_then(|place| {
+        let before = state.previous.as_ref().filter(|place| **place != ModelSlot::BuiltIn).and_then(|place| {
             let loaded = self.load(store, place, like).map_err(|error| warn!("nor is the one before: {error}"));
             Some((loaded.ok()?, place.clone()))
         });
         let (loaded, place) = match before {
             Some(before) => before,
-            None => (self.own()?, Place::BuiltIn),
+            None => (self.own()?, ModelSlot::BuiltIn),
         };
         let state = match damaged {
-            true => noted(store.settle(place.clone(), trouble.clone()), state, |state| state.settle(place, trouble)),
+            true => persist_or_keep(store.settle(place.clone(), trouble.clone()), state, |state| {
+                state.settle(place, trouble)
+            }),
             // Another time, or another configuration, may find it good.
             false => State { trouble: Some(trouble), ..state },
         };
@@ -207,12 +214,12 @@ impl Shelf {
         }
         // Noted before it is loaded: should that end the program, the next start knows.
         let state = store.set_phase(&trial.slot.sha256, Phase::Running).map_err(|e| e.to_string())?;
-        let loaded = self.load(store, &Place::Slot(trial.slot.clone()), None).map_err(|e| e.to_string())?;
+        let loaded = self.load(store, &ModelSlot::Slot(trial.slot.clone()), None).map_err(|e| e.to_string())?;
         Ok((loaded, state))
     }
 
-    fn load(&self, store: &Store, place: &Place, like: Option<&Model>) -> Result<Loaded, ModelError> {
-        let Place::Slot(slot) = place else { return self.own() };
+    fn load(&self, store: &Store, place: &ModelSlot, like: Option<&Model>) -> Result<Loaded, ModelError> {
+        let ModelSlot::Slot(slot) = place else { return self.own() };
         let file = store.slot_file(slot).display().to_string();
         let load = || Loaded::new(Bundle::from_bytes(&file, &store.read(slot)?)?, Source::Store, self, like);
         catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(|_| Err(ModelError::Panicked(file.clone())))
@@ -235,8 +242,8 @@ impl Shelf {
     }
 
     /// What is said of the model that decides.
-    pub fn note(&self, model: &Model, state: &State) -> Note {
-        Note {
+    pub fn note(&self, model: &Model, state: &State) -> ModelStatus {
+        ModelStatus {
             schema: SCHEMA,
             model: model.identity(),
             classes: model.manifest.classes.names().to_vec(),
@@ -275,13 +282,13 @@ impl Shelf {
 fn before(state: &State) -> Option<String> {
     let place = if state.trial.is_some() { Some(&state.current) } else { state.previous.as_ref() };
     place.map(|place| match place {
-        Place::BuiltIn => "built-in".into(),
-        Place::Slot(slot) => slot.to_string(),
+        ModelSlot::BuiltIn => "built-in".into(),
+        ModelSlot::Slot(slot) => slot.to_string(),
     })
 }
 
 /// The state as it was written; or, where it could not be, as it is to be until the program ends.
-pub fn noted(written: Result<State, StoreError>, before: State, change: impl FnOnce(&mut State)) -> State {
+pub fn persist_or_keep(written: Result<State, StoreError>, before: State, change: impl FnOnce(&mut State)) -> State {
     written.unwrap_or_else(|error| {
         warn!("cannot be noted, and is forgotten with the end of the program: {error}");
         let mut state = before;

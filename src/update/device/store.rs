@@ -47,7 +47,7 @@ pub enum StoreError {
 /// Where a model is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Place {
+pub enum ModelSlot {
     BuiltIn,
     Slot(Identity),
 }
@@ -75,9 +75,9 @@ pub struct State {
     /// Grows with each change; an order that names it cannot be given twice.
     pub generation: u64,
     /// The model that was confirmed last.
-    pub current: Place,
+    pub current: ModelSlot,
     /// What a rollback goes back to.
-    pub previous: Option<Place>,
+    pub previous: Option<ModelSlot>,
     /// Decides in the place of `current` until it is confirmed or fails.
     pub trial: Option<Trial>,
     /// SHA-256 of models that somebody took back, or that failed their trial.
@@ -93,7 +93,7 @@ impl Default for State {
         State {
             schema: SCHEMA,
             generation: 0,
-            current: Place::BuiltIn,
+            current: ModelSlot::BuiltIn,
             previous: None,
             trial: None,
             taken_back: Vec::new(),
@@ -105,12 +105,12 @@ impl Default for State {
 
 impl State {
     /// What decides while all is well.
-    pub fn deciding(&self) -> Place {
-        self.trial.as_ref().map_or_else(|| self.current.clone(), |trial| Place::Slot(trial.slot.clone()))
+    pub fn deciding(&self) -> ModelSlot {
+        self.trial.as_ref().map_or_else(|| self.current.clone(), |trial| ModelSlot::Slot(trial.slot.clone()))
     }
 
     /// `place` decides from now on, and `trouble` says why the model that was current does not.
-    pub fn settle(&mut self, place: Place, trouble: String) {
+    pub fn settle(&mut self, place: ModelSlot, trouble: String) {
         (self.current, self.previous, self.trouble) = (place, None, Some(trouble));
     }
 
@@ -128,8 +128,8 @@ impl State {
     fn slots(&self) -> impl Iterator<Item = &Identity> {
         let places = std::iter::once(&self.current).chain(&self.previous);
         let stored = places.filter_map(|place| match place {
-            Place::BuiltIn => None,
-            Place::Slot(slot) => Some(slot),
+            ModelSlot::BuiltIn => None,
+            ModelSlot::Slot(slot) => Some(slot),
         });
         stored.chain(self.trial.as_ref().map(|trial| &trial.slot))
     }
@@ -226,7 +226,7 @@ impl Store {
             let slot = state.trial_of(sha256)?.slot.clone();
             state.taken_back.retain(|taken_back| taken_back != sha256);
             state.newest = state.newest.max(slot.version);
-            let before = std::mem::replace(&mut state.current, Place::Slot(slot));
+            let before = std::mem::replace(&mut state.current, ModelSlot::Slot(slot));
             (state.previous, state.trial, state.trouble) = (Some(before), None, None);
             Ok(())
         })
@@ -247,13 +247,13 @@ impl Store {
     pub fn take_back(&self) -> Result<State, StoreError> {
         self.change(|state| {
             let bad = match state.trial.take() {
-                Some(trial) => Place::Slot(trial.slot),
+                Some(trial) => ModelSlot::Slot(trial.slot),
                 None => {
                     let previous = state.previous.take().ok_or(StoreError::NoPrevious)?;
                     std::mem::replace(&mut state.current, previous)
                 }
             };
-            if let Place::Slot(slot) = bad {
+            if let ModelSlot::Slot(slot) = bad {
                 state.remember(slot.sha256);
             }
             state.trouble = None;
@@ -262,7 +262,7 @@ impl Store {
     }
 
     /// The current model is of no use: `place` decides, and `trouble` says why.
-    pub fn settle(&self, place: Place, trouble: String) -> Result<State, StoreError> {
+    pub fn settle(&self, place: ModelSlot, trouble: String) -> Result<State, StoreError> {
         self.make_folders()?;
         self.change_from(
             |store| Ok(store.state().unwrap_or_default()),
@@ -382,10 +382,10 @@ mod tests {
         sha256_hex(&[version])
     }
 
-    fn version(place: &Place) -> u64 {
+    fn version(place: &ModelSlot) -> u64 {
         match place {
-            Place::BuiltIn => 0,
-            Place::Slot(slot) => slot.version,
+            ModelSlot::BuiltIn => 0,
+            ModelSlot::Slot(slot) => slot.version,
         }
     }
 
@@ -431,7 +431,7 @@ mod tests {
     fn a_damaged_model_or_state_is_named_and_what_still_works_is_settled_on() {
         let (_dir, store) = store(&[1, 2]);
         let state = store.state().unwrap();
-        let Place::Slot(current) = &state.current else { panic!("installed") };
+        let ModelSlot::Slot(current) = &state.current else { panic!("installed") };
         assert_eq!(store.read(current).unwrap(), [2]);
         fs::write(store.slot_file(current), "x").unwrap();
         assert!(store.read(current).unwrap_err().to_string().contains("is damaged: its sha256 is"));
@@ -443,7 +443,7 @@ mod tests {
         assert!(matches!(store.state(), Err(StoreError::Damaged { .. })));
         assert!(store.confirm(&name(2)).is_err() && store.tidy().is_err());
         assert_eq!(files(&store), 1, "who knows what it named");
-        let settled = store.settle(Place::BuiltIn, "the state".into()).unwrap();
+        let settled = store.settle(ModelSlot::BuiltIn, "the state".into()).unwrap();
         assert!(settled.generation != 1, "an order that was signed for an earlier life is not good again");
         assert_eq!((version(&settled.deciding()), files(&store)), (0, 0));
     }
@@ -469,7 +469,7 @@ mod tests {
         let before = store.state().unwrap();
         let looking = Store::for_looking(&store.folder);
         assert_eq!(version(&looking.take_back().unwrap().current), 1);
-        looking.settle(Place::BuiltIn, "trouble".into()).unwrap();
+        looking.settle(ModelSlot::BuiltIn, "trouble".into()).unwrap();
         looking.tidy().unwrap();
         assert_eq!(store.state().unwrap(), before);
         assert_eq!(files(&store), 2);

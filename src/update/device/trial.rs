@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::update::protocol::Terms;
+use crate::update::protocol::TrialLimits;
 use crate::vision_stage::Report;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub struct Trial {
 }
 
 impl Trial {
-    pub fn begin(terms: Terms, limit: Option<Duration>, now: Instant) -> Self {
+    pub fn begin(terms: TrialLimits, limit: Option<Duration>, now: Instant) -> Self {
         let ends = now + Duration::from_secs(terms.seconds);
         Trial { ends, frames_left: terms.frames, quickest: None, limit }
     }
@@ -59,7 +59,7 @@ impl Trial {
 mod tests {
     use super::*;
 
-    const TERMS: Terms = Terms { frames: 3, seconds: 60 };
+    const TERMS: TrialLimits = TrialLimits { frames: 3, seconds: 60 };
     const LIMIT: Option<Duration> = Some(Duration::from_millis(50));
 
     fn seen(ms: u64) -> Report {
@@ -77,7 +77,7 @@ mod tests {
         slow.hear(seen(70), now);
         let failed = Outcome::Failed("it works 51 ms and more for a frame, the limit is 50 ms".into());
         assert_eq!(slow.hear(seen(90), now), Some(failed));
-        let mut unknown = Trial::begin(Terms { frames: 1, seconds: 1 }, None, now);
+        let mut unknown = Trial::begin(TrialLimits { frames: 1, seconds: 1 }, None, now);
         assert_eq!(unknown.hear(seen(9000), now), Some(Outcome::Confirmed));
     }
 

@@ -7,11 +7,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
-use super::preflight::{self, Gate};
+use super::preflight::{self, Incompatible};
 use crate::bundle::{BACKBONE, Identity, Manifest, PrivateKey};
 use crate::mqtt::message::{ONLINE, SCHEMA, json};
 use crate::mqtt::topics::Topics;
-use crate::update::protocol::{Action, Answer, Note, Offer, Progress, SignedOrder, Verdict};
+use crate::update::protocol::{Action, Answer, ModelStatus, Offer, Progress, SignedOrder, UpdateStatus};
 use crate::update::transfer;
 
 /// How long the retained messages of a device that is there may take.
@@ -33,7 +33,7 @@ const VAIN_MAX: u32 = 3;
 const HALVED_MIN: u32 = 1024;
 
 /// What is sent.
-pub struct Parcel {
+pub struct PushPayload {
     pub bytes: Vec<u8>,
     pub manifest: Manifest,
     pub model: Identity,
@@ -48,7 +48,7 @@ pub struct Parcel {
 /// How it ended for a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Ending {
+pub enum DeliveryStatus {
     Confirmed,
     /// It would be sent (`--dry-run`).
     Fit,
@@ -62,28 +62,28 @@ pub enum Ending {
     Stopped,
 }
 
-impl Ending {
+impl DeliveryStatus {
     /// As it stands in tables.
     pub fn word(self) -> &'static str {
         match self {
-            Ending::Confirmed => "confirmed",
-            Ending::Fit => "fit",
-            Ending::Refused => "refused",
-            Ending::RolledBack => "rolled back",
-            Ending::Offline => "offline",
-            Ending::Silent => "no answer",
-            Ending::Stopped => "not begun",
+            DeliveryStatus::Confirmed => "confirmed",
+            DeliveryStatus::Fit => "fit",
+            DeliveryStatus::Refused => "refused",
+            DeliveryStatus::RolledBack => "rolled back",
+            DeliveryStatus::Offline => "offline",
+            DeliveryStatus::Silent => "no answer",
+            DeliveryStatus::Stopped => "not begun",
         }
     }
 
     pub fn is_good(self) -> bool {
-        matches!(self, Ending::Confirmed | Ending::Fit)
+        matches!(self, DeliveryStatus::Confirmed | DeliveryStatus::Fit)
     }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
-    pub ending: Ending,
+    pub ending: DeliveryStatus,
     pub reason: String,
 }
 
@@ -115,7 +115,7 @@ pub struct Delivery {
     /// Something was sent to it.
     begun: bool,
     online: Option<bool>,
-    note: Option<Option<Note>>,
+    note: Option<Option<ModelStatus>>,
     transfer: Uuid,
     chunk_bytes: u32,
     chunks: u32,
@@ -139,7 +139,7 @@ pub struct Delivery {
 pub type Send<'a> = &'a mut dyn FnMut(&str, Vec<u8>) -> bool;
 
 impl Delivery {
-    pub fn new(topics: Topics, parcel: &Parcel, now: Instant) -> Self {
+    pub fn new(topics: Topics, parcel: &PushPayload, now: Instant) -> Self {
         let longest = topics.chunk(u32::MAX).len();
         Delivery {
             topics,
@@ -183,7 +183,7 @@ impl Delivery {
 
     /// Whether the model was sent and did not stay. A device that is not there says nothing about the model.
     pub fn has_failed(&self) -> bool {
-        let bad = |outcome: &Outcome| !outcome.ending.is_good() && outcome.ending != Ending::Offline;
+        let bad = |outcome: &Outcome| !outcome.ending.is_good() && outcome.ending != DeliveryStatus::Offline;
         self.begun && self.outcome().is_some_and(bad)
     }
 
@@ -202,7 +202,7 @@ impl Delivery {
     }
 
     /// Begins to send, should the device still be as it was when it was looked at.
-    pub fn begin(&mut self, parcel: &Parcel, now: Instant) {
+    pub fn begin(&mut self, parcel: &PushPayload, now: Instant) {
         self.look(parcel, true);
         if self.is_ready() {
             self.begun = true;
@@ -211,7 +211,7 @@ impl Delivery {
         }
     }
 
-    pub fn end(&mut self, ending: Ending, reason: impl Into<String>) {
+    pub fn end(&mut self, ending: DeliveryStatus, reason: impl Into<String>) {
         self.stage = Stage::Done(Outcome { ending, reason: reason.into() });
     }
 
@@ -244,7 +244,7 @@ impl Delivery {
         if self.chunk_bytes / 2 < HALVED_MIN {
             let topic = self.topics.chunk(self.there);
             return self.end(
-                Ending::Silent,
+                DeliveryStatus::Silent,
                 format!("what is sent to {topic} does not arrive; see the broker's limits and its ACL"),
             );
         }
@@ -255,7 +255,7 @@ impl Delivery {
     }
 
     /// A message on one of its topics.
-    pub fn hear(&mut self, topic: &str, payload: &[u8], parcel: &Parcel, now: Instant) {
+    pub fn hear(&mut self, topic: &str, payload: &[u8], parcel: &PushPayload, now: Instant) {
         if topic == self.topics.status() {
             self.online = Some(payload == ONLINE.as_bytes());
         } else if topic == self.topics.model() {
@@ -278,13 +278,13 @@ impl Delivery {
             Stage::Sending { .. } if !stale => {}
             Stage::Proving { .. } if progress.again => {}
             // It is being received again: it decides no more.
-            Stage::OnTrial { .. } if anew => return self.end(Ending::RolledBack, "why was not heard"),
+            Stage::OnTrial { .. } if anew => return self.end(DeliveryStatus::RolledBack, "why was not heard"),
             _ => return,
         }
         if anew && self.there > 0 {
             self.lost += 1;
             if self.lost == VAIN_MAX {
-                return self.end(Ending::Silent, "the device began anew each time");
+                return self.end(DeliveryStatus::Silent, "the device began anew each time");
             }
         }
         let (advanced, sent) = (progress.next > self.most, self.next > self.there);
@@ -312,7 +312,7 @@ impl Delivery {
         (self.repeat, self.pause) = (now + REPEAT, REPEAT);
     }
 
-    fn answer(&mut self, answer: &Answer, parcel: &Parcel, now: Instant) {
+    fn answer(&mut self, answer: &Answer, parcel: &PushPayload, now: Instant) {
         // What becomes of it on trial concerns us, whoever asked; a device that was started anew knows not who did.
         let about_it = answer.model.sha256 == parcel.model.sha256
             && (answer.transfer.is_none() || matches!(self.stage, Stage::OnTrial { .. }));
@@ -322,7 +322,7 @@ impl Delivery {
         }
         let reason = answer.reason.clone().unwrap_or_default();
         match answer.answer {
-            Verdict::Accepted => {
+            UpdateStatus::Accepted => {
                 let terms = answer.trial.map_or(TRIAL_MAX, |terms| Duration::from_secs(terms.seconds));
                 self.there = self.chunks;
                 (self.repeat, self.pause) = (now + REPEAT_MAX, REPEAT_MAX);
@@ -330,29 +330,32 @@ impl Delivery {
                     self.stage = Stage::OnTrial { until: now + terms.min(TRIAL_MAX) + TRIAL_MARGIN };
                 }
             }
-            Verdict::Confirmed => {
+            UpdateStatus::Confirmed => {
                 self.there = self.chunks;
-                self.end(Ending::Confirmed, reason);
+                self.end(DeliveryStatus::Confirmed, reason);
             }
-            Verdict::Refused => self.end(Ending::Refused, reason),
-            Verdict::RolledBack => self.end(Ending::RolledBack, reason),
+            UpdateStatus::Refused => self.end(DeliveryStatus::Refused, reason),
+            UpdateStatus::RolledBack => self.end(DeliveryStatus::RolledBack, reason),
         }
     }
 
     /// Does what is due.
-    pub fn step(&mut self, parcel: &Parcel, now: Instant, send: Send) {
+    pub fn step(&mut self, parcel: &PushPayload, now: Instant, send: Send) {
         match self.stage {
             Stage::Looking { until } => self.look(parcel, now >= until),
             Stage::Sending { until } if now >= until => {
                 let seconds = PATIENCE.as_secs();
-                self.end(Ending::Silent, format!("nothing on {} for {seconds} s", self.topics.progress()));
+                self.end(DeliveryStatus::Silent, format!("nothing on {} for {seconds} s", self.topics.progress()));
             }
             Stage::Proving { until } if now >= until => {
                 let seconds = PROOF.as_secs();
-                self.end(Ending::Silent, format!("nothing on {} for {seconds} s", self.topics.answer()));
+                self.end(DeliveryStatus::Silent, format!("nothing on {} for {seconds} s", self.topics.answer()));
             }
             Stage::OnTrial { until } if now >= until => {
-                self.end(Ending::Silent, "it is still on trial: the camera gives no frames, or the device is gone");
+                self.end(
+                    DeliveryStatus::Silent,
+                    "it is still on trial: the camera gives no frames, or the device is gone",
+                );
             }
             Stage::Sending { .. } | Stage::Proving { .. } | Stage::OnTrial { .. } => {
                 if !self.asking {
@@ -366,28 +369,33 @@ impl Delivery {
     }
 
     /// `last`: what has not been heard by now will not be.
-    fn look(&mut self, parcel: &Parcel, last: bool) {
+    fn look(&mut self, parcel: &PushPayload, last: bool) {
         let (status, model) = (self.topics.status(), self.topics.model());
         match (self.online, &self.note) {
             (Some(true), Some(Some(note))) => match fit(parcel, note) {
                 Ok(None) => self.stage = Stage::Ready,
-                Ok(Some(already)) => self.end(Ending::Confirmed, already),
-                Err(gate) => self.end(Ending::Refused, gate.to_string()),
+                Ok(Some(already)) => self.end(DeliveryStatus::Confirmed, already),
+                Err(gate) => self.end(DeliveryStatus::Refused, gate.to_string()),
             },
-            (Some(false), Some(_)) => self.end(Ending::Offline, ""),
+            (Some(false), Some(_)) => self.end(DeliveryStatus::Offline, ""),
             _ if !last => {}
-            (None, _) => self.end(Ending::Offline, format!("nothing is retained on {status}: it was never here")),
-            (Some(false), None) => self.end(Ending::Offline, format!("nothing is retained on {model}")),
+            (None, _) => {
+                self.end(DeliveryStatus::Offline, format!("nothing is retained on {status}: it was never here"))
+            }
+            (Some(false), None) => self.end(DeliveryStatus::Offline, format!("nothing is retained on {model}")),
             (Some(true), None) => {
-                self.end(Ending::Refused, format!("it is online, but nothing is retained on {model}"))
+                self.end(DeliveryStatus::Refused, format!("it is online, but nothing is retained on {model}"))
             }
             (Some(true), Some(None)) => {
-                self.end(Ending::Refused, format!("{model} cannot be read: its program is older than this one"));
+                self.end(
+                    DeliveryStatus::Refused,
+                    format!("{model} cannot be read: its program is older than this one"),
+                );
             }
         }
     }
 
-    fn offer(&mut self, parcel: &Parcel, now: Instant, send: Send) {
+    fn offer(&mut self, parcel: &PushPayload, now: Instant, send: Send) {
         if now < self.repeat {
             return;
         }
@@ -412,7 +420,7 @@ impl Delivery {
         }
     }
 
-    fn send_pieces(&mut self, parcel: &Parcel, send: Send) {
+    fn send_pieces(&mut self, parcel: &PushPayload, send: Send) {
         while self.next < self.chunks.min(self.there + WINDOW) {
             let Some(piece) = transfer::piece(self.transfer, &parcel.bytes, self.chunk_bytes, self.next) else { break };
             if !send(&self.topics.chunk(self.next), piece) {
@@ -424,7 +432,7 @@ impl Delivery {
 }
 
 /// Why a model would not be sent; or why it need not.
-fn fit(parcel: &Parcel, note: &Note) -> Result<Option<&'static str>, Gate> {
+fn fit(parcel: &PushPayload, note: &ModelStatus) -> Result<Option<&'static str>, Incompatible> {
     if note.model.sha256 == parcel.model.sha256 {
         return Ok((!note.trial).then_some("it decides already"));
     }
@@ -442,12 +450,12 @@ mod tests {
     use super::*;
     use crate::bundle::{BUILT_IN, Bundle};
     use crate::mqtt::topics::DeviceName;
-    use crate::update::protocol::{Terms, identity, older_note};
-    use crate::update::transfer::{Taken, Transfer};
+    use crate::update::protocol::{TrialLimits, identity, older_note};
+    use crate::update::transfer::{ChunkResult, Transfer};
 
     /// A push to one device, with the messages that wait to be delivered to it.
     struct Push {
-        parcel: Parcel,
+        parcel: PushPayload,
         delivery: Delivery,
         sent: Vec<(String, Vec<u8>)>,
         now: Instant,
@@ -457,14 +465,20 @@ mod tests {
         fn new() -> Self {
             let manifest = Bundle::built_in().unwrap().manifest().clone();
             let model = identity(&manifest, Bundle::built_in().unwrap().sha256());
-            let parcel =
-                Parcel { bytes: BUILT_IN.to_vec(), manifest, model, packet_bytes_max: 65_536, force: false, key: None };
+            let parcel = PushPayload {
+                bytes: BUILT_IN.to_vec(),
+                manifest,
+                model,
+                packet_bytes_max: 65_536,
+                force: false,
+                key: None,
+            };
             let topics = Topics::new("bloomcast", "homeassistant", DeviceName::new("pi").unwrap());
             let now = Instant::now();
             Push { delivery: Delivery::new(topics, &parcel, now), parcel, sent: Vec::new(), now }
         }
 
-        fn note(&self) -> Note {
+        fn note(&self) -> ModelStatus {
             older_note(&self.parcel.manifest)
         }
 
@@ -502,14 +516,14 @@ mod tests {
             for (topic, payload) in std::mem::take(&mut self.sent) {
                 let Some(number) = topic.strip_prefix("bloomcast/pi/model/chunk/") else { continue };
                 let number = number.parse().unwrap();
-                let taken = if lost(number) { Taken::Quiet } else { device.take(number, &payload, self.now) };
+                let taken = if lost(number) { ChunkResult::Quiet } else { device.take(number, &payload, self.now) };
                 match taken {
-                    Taken::Whole(bytes) => {
+                    ChunkResult::Whole(bytes) => {
                         self.told(device, false);
                         return Some(bytes);
                     }
-                    Taken::Progress => self.told(device, false),
-                    Taken::Gap => self.told(device, true),
+                    ChunkResult::Progress => self.told(device, false),
+                    ChunkResult::Gap => self.told(device, true),
                     _ => {}
                 }
             }
@@ -520,7 +534,7 @@ mod tests {
             self.hear("bloomcast/pi/model/progress", &json(&device.progress(again)));
         }
 
-        fn answered(&mut self, verdict: Verdict, reason: Option<&str>) {
+        fn answered(&mut self, verdict: UpdateStatus, reason: Option<&str>) {
             let answer = Answer {
                 schema: SCHEMA,
                 device: "pi".into(),
@@ -528,13 +542,13 @@ mod tests {
                 answer: verdict,
                 reason: reason.map(str::to_owned),
                 model: self.parcel.model.clone(),
-                trial: Some(Terms { frames: 10, seconds: 5 }),
+                trial: Some(TrialLimits { frames: 10, seconds: 5 }),
                 at: String::new(),
             };
             self.hear("bloomcast/pi/model/answer", &json(&answer));
         }
 
-        fn ending(&self) -> Option<Ending> {
+        fn ending(&self) -> Option<DeliveryStatus> {
             self.delivery.outcome().map(|outcome| outcome.ending)
         }
     }
@@ -553,10 +567,10 @@ mod tests {
         let whole = (0..100).find_map(|_| push.deliver(&mut device, |_| false));
         assert_eq!(whole.unwrap(), BUILT_IN);
         assert_eq!(push.delivery.shown().0, "proving itself");
-        push.answered(Verdict::Accepted, None);
+        push.answered(UpdateStatus::Accepted, None);
         assert_eq!(push.delivery.shown().0, "on trial");
-        push.answered(Verdict::Confirmed, None);
-        assert_eq!((push.ending(), push.delivery.has_failed()), (Some(Ending::Confirmed), false));
+        push.answered(UpdateStatus::Confirmed, None);
+        assert_eq!((push.ending(), push.delivery.has_failed()), (Some(DeliveryStatus::Confirmed), false));
     }
 
     #[test]
@@ -611,7 +625,7 @@ mod tests {
             }
             assert!(sizes.windows(2).all(|pair| pair[1] == pair[0] / 2) && sizes.len() > 5, "{sizes:?}");
             let reason = &push.delivery.outcome().unwrap().reason;
-            assert_eq!(push.ending(), Some(Ending::Silent));
+            assert_eq!(push.ending(), Some(DeliveryStatus::Silent));
             assert!(reason.contains("pi/model/chunk/0 does not arrive; see the broker's limits"), "{reason}");
         }
     }
@@ -630,7 +644,7 @@ mod tests {
         }
         let device = device(push.offer(), push.now);
         push.told(&device, true);
-        assert_eq!(push.ending(), Some(Ending::Silent));
+        assert_eq!(push.ending(), Some(DeliveryStatus::Silent));
         assert!(push.delivery.has_failed());
     }
 
@@ -641,13 +655,13 @@ mod tests {
         push.now += 2 * PATIENCE;
         push.delivery.connected(push.now);
         push.step();
-        push.answered(Verdict::Accepted, None);
+        push.answered(UpdateStatus::Accepted, None);
         push.now += Duration::from_secs(3600);
         push.delivery.connected(push.now);
         push.step();
         assert_eq!(push.ending(), None);
-        push.answered(Verdict::Confirmed, None);
-        assert_eq!(push.ending(), Some(Ending::Confirmed));
+        push.answered(UpdateStatus::Confirmed, None);
+        assert_eq!(push.ending(), Some(DeliveryStatus::Confirmed));
     }
 
     #[test]
@@ -655,25 +669,25 @@ mod tests {
         let mut absent = Push::new();
         absent.now += LOOK;
         absent.step();
-        assert_eq!(absent.ending(), Some(Ending::Offline));
+        assert_eq!(absent.ending(), Some(DeliveryStatus::Offline));
         let mut off = Push::new();
         off.hear("bloomcast/pi/status", b"offline");
         let note = json(&off.note());
         off.hear("bloomcast/pi/model", &note);
-        assert_eq!((off.ending(), off.delivery.has_failed()), (Some(Ending::Offline), false));
+        assert_eq!((off.ending(), off.delivery.has_failed()), (Some(DeliveryStatus::Offline), false));
         let mut gone = Push::new();
         gone.hear("bloomcast/pi/status", b"online");
         gone.hear("bloomcast/pi/model", &note);
         gone.hear("bloomcast/pi/status", b"offline");
         gone.delivery.begin(&gone.parcel, gone.now);
-        assert_eq!(gone.ending(), Some(Ending::Offline), "it went while it waited for its turn");
+        assert_eq!(gone.ending(), Some(DeliveryStatus::Offline), "it went while it waited for its turn");
         let mut silent = Push::new();
         silent.begin();
         for _ in 0..=PATIENCE.as_secs() {
             silent.now += Duration::from_secs(1);
             silent.step();
         }
-        assert_eq!(silent.ending(), Some(Ending::Silent));
+        assert_eq!(silent.ending(), Some(DeliveryStatus::Silent));
         // At 0, 3, 9, 21 and 45 seconds.
         assert_eq!(silent.sent.len(), 5);
     }
@@ -686,19 +700,20 @@ mod tests {
             schema: SCHEMA,
             device: "pi".into(),
             transfer: Some(Uuid::from_u128(9)),
-            answer: Verdict::Refused,
+            answer: UpdateStatus::Refused,
             reason: None,
             model: push.parcel.model.clone(),
-            trial: Some(Terms { frames: 1, seconds: u64::MAX }),
+            trial: Some(TrialLimits { frames: 1, seconds: u64::MAX }),
             at: String::new(),
         };
         push.hear("bloomcast/pi/model/answer", &json(&answer));
         push.hear("bloomcast/pi/model/answer", b"rubbish");
         assert_eq!(push.ending(), None);
-        let accepted = Answer { transfer: Some(push.delivery.transfer), answer: Verdict::Accepted, ..answer.clone() };
+        let accepted =
+            Answer { transfer: Some(push.delivery.transfer), answer: UpdateStatus::Accepted, ..answer.clone() };
         push.hear("bloomcast/pi/model/answer", &json(&accepted));
-        let taken_back = Answer { answer: Verdict::RolledBack, ..answer };
+        let taken_back = Answer { answer: UpdateStatus::RolledBack, ..answer };
         push.hear("bloomcast/pi/model/answer", &json(&taken_back));
-        assert_eq!(push.ending(), Some(Ending::RolledBack), "whoever took it back");
+        assert_eq!(push.ending(), Some(DeliveryStatus::RolledBack), "whoever took it back");
     }
 }

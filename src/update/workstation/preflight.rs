@@ -2,11 +2,11 @@
 
 use crate::bundle::Manifest;
 use crate::bundle::manifest::FORMAT;
-use crate::update::protocol::Note;
+use crate::update::protocol::ModelStatus;
 
 /// Why a model is not sent.
 #[derive(Debug, PartialEq, thiserror::Error)]
-pub enum Gate {
+pub enum Incompatible {
     #[error("the device reads bundles of format {0}, this is format {FORMAT}")]
     Format(u32),
     #[error(
@@ -18,25 +18,25 @@ pub enum Gate {
 }
 
 /// Whether a model is fit for a device, and no worse than what decides there. `carries`: the bundle holds its network.
-pub fn check(model: &Manifest, carries: bool, note: &Note, force: bool) -> Result<(), Gate> {
+pub fn check(model: &Manifest, carries: bool, note: &ModelStatus, force: bool) -> Result<(), Incompatible> {
     if note.format != FORMAT {
-        return Err(Gate::Format(note.format));
+        return Err(Incompatible::Format(note.format));
     }
     if !carries && model.backbone.sha256 != note.network.sha256 {
         let named = |name: &str, sha256: &str| format!("{name} ({sha256:.12}…)");
-        return Err(Gate::Network {
+        return Err(Incompatible::Network {
             wanted: named(&model.backbone.name, &model.backbone.sha256),
             has: named(&note.network.name, &note.network.sha256),
         });
     }
     match worse(model, note) {
-        Some(reason) if !force => Err(Gate::Worse(reason)),
+        Some(reason) if !force => Err(Incompatible::Worse(reason)),
         _ => Ok(()),
     }
 }
 
 /// Why it would be a step back.
-fn worse(model: &Manifest, note: &Note) -> Option<String> {
+fn worse(model: &Manifest, note: &ModelStatus) -> Option<String> {
     if model.version <= note.model.version {
         return Some(format!("version {} is not newer than the device's {}", model.version, note.model.version));
     }
@@ -63,13 +63,13 @@ mod tests {
     use crate::vision::Labels;
 
     /// A model, and a device whose model is one version older and as good.
-    fn pair() -> (Manifest, Note) {
+    fn pair() -> (Manifest, ModelStatus) {
         let model = Bundle::built_in().unwrap().manifest().clone();
         let note = older_note(&model);
         (model, note)
     }
 
-    fn refused(change: fn(&mut Manifest, &mut Note)) -> String {
+    fn refused(change: fn(&mut Manifest, &mut ModelStatus)) -> String {
         let (mut model, mut note) = pair();
         change(&mut model, &mut note);
         check(&model, false, &note, false).unwrap_err().to_string()
@@ -99,6 +99,6 @@ mod tests {
         assert!(error.contains("made for the network mobilenet_v2") && error.contains("(0123456789ab…)"), "{error}");
         assert_eq!(check(&model, true, &note, false), Ok(()), "it carries its own");
         note.format = 2;
-        assert_eq!(check(&model, true, &note, true), Err(Gate::Format(2)));
+        assert_eq!(check(&model, true, &note, true), Err(Incompatible::Format(2)));
     }
 }

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::mqtt::access::Access;
+use crate::mqtt::access::BrokerAccess;
 use crate::mqtt::client::{Client, ClientError};
 use crate::mqtt::topics::Topics;
-use crate::update::workstation::delivery::{Delivery, Ending, Outcome, Parcel};
+use crate::update::workstation::delivery::{Delivery, DeliveryStatus, Outcome, PushPayload};
 
 /// Devices that are sent to at a time.
 const AT_A_TIME: usize = 8;
@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How a push goes.
 #[derive(Debug, Clone, Default)]
-pub struct Plan {
+pub struct PushOptions {
     /// So many devices first, and the others only once these have confirmed. After a failure no other is begun.
     pub canary: Option<usize>,
     /// Looks, and sends nothing.
@@ -32,7 +32,7 @@ pub struct Plan {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
     pub device: String,
-    pub ending: Ending,
+    pub ending: DeliveryStatus,
     pub reason: String,
     pub seconds: f64,
 }
@@ -66,10 +66,10 @@ pub type Watch<'a> = &'a dyn Fn(&[(&str, (String, u32, u32))]);
 
 /// Sends a model to the devices with these topics, and waits for what they say. An error where the broker cannot be reached.
 pub fn push(
-    access: &Access,
+    access: &BrokerAccess,
     devices: Vec<Topics>,
-    parcel: &Parcel,
-    plan: &Plan,
+    parcel: &PushPayload,
+    plan: &PushOptions,
     watch: Watch,
 ) -> Result<Report, ClientError> {
     let filters: Vec<String> = devices.iter().flat_map(Delivery::filters).collect();
@@ -81,7 +81,7 @@ pub fn push(
     round.until(|delivery| !delivery.is_looking());
     if plan.dry_run {
         for delivery in round.deliveries.iter_mut().filter(|delivery| delivery.is_ready()) {
-            delivery.end(Ending::Fit, "nothing was sent");
+            delivery.end(DeliveryStatus::Fit, "nothing was sent");
         }
     }
     let ready: Vec<usize> = (0..round.deliveries.len()).filter(|i| round.deliveries[*i].is_ready()).collect();
@@ -90,7 +90,7 @@ pub fn push(
         let failed = round.deliveries.iter().find(|delivery| delivery.has_failed());
         if let Some(failed) = failed.filter(|_| plan.canary.is_some()) {
             let reason = format!("{} failed", failed.topics.device());
-            wave.iter().for_each(|i| round.deliveries[*i].end(Ending::Stopped, reason.clone()));
+            wave.iter().for_each(|i| round.deliveries[*i].end(DeliveryStatus::Stopped, reason.clone()));
             continue;
         }
         for i in wave {
@@ -104,13 +104,13 @@ pub fn push(
 
 /// The devices, and the connection on which they are spoken to.
 struct Round<'a> {
-    access: &'a Access,
+    access: &'a BrokerAccess,
     client: Client,
     filters: Vec<String>,
     deliveries: Vec<Delivery>,
     began: Vec<Instant>,
     ended: Vec<Option<Instant>>,
-    parcel: &'a Parcel,
+    parcel: &'a PushPayload,
     watch: Watch<'a>,
 }
 
@@ -153,7 +153,7 @@ impl Round<'_> {
                 // What the others said stands.
                 Err(error) => {
                     let unfinished = self.deliveries.iter_mut().filter(|delivery| delivery.outcome().is_none());
-                    unfinished.for_each(|delivery| delivery.end(Ending::Silent, error.to_string()));
+                    unfinished.for_each(|delivery| delivery.end(DeliveryStatus::Silent, error.to_string()));
                 }
             },
         }
@@ -171,7 +171,7 @@ impl Round<'_> {
 }
 
 /// Tries for a while, and never at once: the broker may have had its reason.
-pub(super) fn reconnected(access: &Access, filters: &[String]) -> Result<Client, ClientError> {
+pub(super) fn reconnected(access: &BrokerAccess, filters: &[String]) -> Result<Client, ClientError> {
     let began = Instant::now();
     loop {
         std::thread::sleep(PAUSE);

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use crate::bundle::PrivateKey;
-use crate::mqtt::access::Access;
+use crate::mqtt::access::BrokerAccess;
 use crate::mqtt::client::{Client, ClientError};
 use crate::mqtt::message::{ONLINE, SCHEMA, json};
 use crate::mqtt::topics::Topics;
-use crate::update::protocol::{Action, Answer, Note, Rollback, SignedOrder};
+use crate::update::protocol::{Action, Answer, ModelStatus, Rollback, SignedOrder};
 use crate::update::workstation::push::reconnected;
 
 /// How long a device may take to be seen, and to answer.
@@ -20,7 +20,7 @@ const REPEAT: Duration = Duration::from_secs(3);
 const TICK: Duration = Duration::from_millis(50);
 
 #[derive(Debug, thiserror::Error)]
-pub enum RecallError {
+pub enum RollbackError {
     #[error(transparent)]
     Client(#[from] ClientError),
     #[error("{device}: nothing says online on {topic}")]
@@ -32,13 +32,13 @@ pub enum RecallError {
 }
 
 /// Waits for the device's answer, which may be a refusal.
-pub fn recall(access: &Access, topics: &Topics, key: &PrivateKey) -> Result<Answer, RecallError> {
+pub fn rollback_device(access: &BrokerAccess, topics: &Topics, key: &PrivateKey) -> Result<Answer, RollbackError> {
     let filters = [topics.status(), topics.model(), topics.answer()];
     let mut client = Client::connect(access, &filters)?;
     let device = topics.device().to_string();
     let note = match look(&mut client, topics)? {
-        (false, _) => return Err(RecallError::Offline { device, topic: topics.status() }),
-        (true, None) => return Err(RecallError::NoNote { device, topic: topics.model() }),
+        (false, _) => return Err(RollbackError::Offline { device, topic: topics.status() }),
+        (true, None) => return Err(RollbackError::NoNote { device, topic: topics.model() }),
         (true, Some(note)) => note,
     };
     let order = SignedOrder::sign(key, Action::Rollback, topics.root(), note.generation, &note.model.sha256);
@@ -63,11 +63,11 @@ pub fn recall(access: &Access, topics: &Topics, key: &PrivateKey) -> Result<Answ
             }
         }
     }
-    Err(RecallError::Silent { device })
+    Err(RollbackError::Silent { device })
 }
 
 /// Whether the device says that it is there, and what it retains of its model.
-fn look(client: &mut Client, topics: &Topics) -> Result<(bool, Option<Note>), ClientError> {
+fn look(client: &mut Client, topics: &Topics) -> Result<(bool, Option<ModelStatus>), ClientError> {
     let (began, mut online, mut note) = (Instant::now(), false, None);
     while began.elapsed() < LOOK && !(online && note.is_some()) {
         let Some(message) = client.next(TICK)? else { continue };

@@ -1,7 +1,7 @@
 //! The frozen network that turns a picture into features; with what stands in this folder the only
 //! place that names tract.
 
-mod anatomy;
+mod onnx_info;
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -19,12 +19,12 @@ use tract_onnx::tract_core::runtime::{DefaultRuntime, Runnable, Runtime, State, 
 #[cfg(feature = "cuda")]
 use tract_cuda as _;
 
-pub use anatomy::{Anatomy, LastConv};
+pub use onnx_info::{LastConv, ModelInfo};
 
 use super::clock;
 use super::kernels::{self, Instructions, Part, Taken, Team, Whole};
+use super::last_conv::LastConvWeights;
 use super::preprocess::{Preprocess, TensorLayout};
-use super::tail::Tail;
 use crate::system::hash::sha256_hex;
 
 /// MobileNetV2 1.0/224, made by `models/build_backbone.py`; `models/README.md` tells where its
@@ -63,7 +63,7 @@ pub struct Network {
     sha256: String,
     onnx: Arc<Cow<'static, [u8]>>,
     model: Arc<ModelProto>,
-    anatomy: Anatomy,
+    info: ModelInfo,
     input: [usize; 4],
     device: Device,
     kernels: Option<Instructions>,
@@ -123,7 +123,7 @@ impl Network {
     }
 
     /// in: an ONNX model with one input, a square picture with its channels first or last, f32, and a tensor
-    /// `[N, width]` in front of its classification layer; [`Anatomy::of`] finds it where `feature` is none.
+    /// `[N, width]` in front of its classification layer; [`ModelInfo::of`] finds it where `feature` is none.
     pub fn from_bytes(
         name: &str,
         onnx: Cow<'static, [u8]>,
@@ -144,12 +144,12 @@ impl Network {
     ) -> Result<Self, BackboneError> {
         let failed = |reason: String| BackboneError::Load { name: name.into(), reason };
         let model = parse(&onnx).map_err(failed)?;
-        let anatomy = Anatomy::of(&model, feature).map_err(failed)?;
-        if anatomy.layout != preprocess.layout {
-            let (is, not) = (anatomy.layout.axes(), preprocess.layout.axes());
+        let info = ModelInfo::of(&model, feature).map_err(failed)?;
+        if info.layout != preprocess.layout {
+            let (is, not) = (info.layout.axes(), preprocess.layout.axes());
             return Err(failed(format!("its input is {is}, not {not}")));
         }
-        if let Some(size) = anatomy.size.filter(|size| *size != preprocess.size) {
+        if let Some(size) = info.size.filter(|size| *size != preprocess.size) {
             return Err(failed(format!("looks at {size} pixels, not {}", preprocess.size)));
         }
         let size = preprocess.size as usize;
@@ -159,7 +159,7 @@ impl Network {
         };
         let (onnx, model) = (Arc::new(onnx), Arc::new(model));
         let (device, kernels, team) = (Device::Cpu, kernels::chosen(), None);
-        Ok(Network { name: name.into(), sha256, onnx, model, anatomy, input, device, kernels, team })
+        Ok(Network { name: name.into(), sha256, onnx, model, info, input, device, kernels, team })
     }
 
     pub fn name(&self) -> &str {
@@ -176,8 +176,8 @@ impl Network {
         &self.onnx
     }
 
-    pub fn anatomy(&self) -> &Anatomy {
-        &self.anatomy
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
     }
 
     /// Width and height of the input, in pixels.
@@ -205,25 +205,25 @@ impl Network {
     }
 
     /// Pictures in, features out; with `tail` in place of the network's own last convolution, where there is one.
-    pub fn features(&self, tail: Option<&Tail>) -> Result<Backbone, BackboneError> {
+    pub fn features(&self, tail: Option<&LastConvWeights>) -> Result<Backbone, BackboneError> {
         let mut model = Cow::Borrowed(&*self.model);
         if let Some(tail) = tail {
             let own = self.last_conv()?;
-            if (own.tail.inputs(), own.tail.outputs()) != (tail.inputs(), tail.outputs()) {
+            if (own.weights.inputs(), own.weights.outputs()) != (tail.inputs(), tail.outputs()) {
                 return Err(self.failed(format!(
                     "its last convolution is {} × {}, the fine-tuned one is {} × {}",
-                    own.tail.outputs(),
-                    own.tail.inputs(),
+                    own.weights.outputs(),
+                    own.weights.inputs(),
                     tail.outputs(),
                     tail.inputs()
                 )));
             }
             own.replace(model.to_mut(), tail);
         }
-        let backbone = self.cut(&model, &self.anatomy.feature)?;
+        let backbone = self.cut(&model, &self.info.feature)?;
         if backbone.shape.iter().filter(|n| **n != 1).count() > 1 {
             let shape = &backbone.shape;
-            return Err(self.failed(format!("`{}` is {shape:?}, expected one vector", self.anatomy.feature)));
+            return Err(self.failed(format!("`{}` is {shape:?}, expected one vector", self.info.feature)));
         }
         Ok(backbone)
     }
@@ -233,14 +233,14 @@ impl Network {
         let own = self.last_conv()?;
         let trunk = self.cut(&self.model, &own.input)?;
         match trunk.shape[..] {
-            [channels, height, width] if channels == own.tail.inputs() && height * width > 0 => Ok(trunk),
+            [channels, height, width] if channels == own.weights.inputs() && height * width > 0 => Ok(trunk),
             _ => Err(self.failed(format!("`{}` is {:?}, expected a map", own.input, trunk.shape))),
         }
     }
 
     /// The convolution that can be fine-tuned.
     pub fn last_conv(&self) -> Result<&LastConv, BackboneError> {
-        self.anatomy.last_conv.as_ref().ok_or_else(|| {
+        self.info.last_conv.as_ref().ok_or_else(|| {
             let expected = "expected a 1×1 convolution, ReLU6 and a mean over all places before the features";
             self.failed(format!("has no last convolution that can be fine-tuned: {expected}"))
         })
@@ -340,8 +340,8 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>, BackboneError> {
 }
 
 /// What an ONNX file holds; `name` stands in the error.
-pub fn inspect(name: &str, onnx: &[u8], feature: Option<&str>) -> Result<Anatomy, BackboneError> {
-    let model = parse(onnx).and_then(|model| Anatomy::of(&model, feature));
+pub fn inspect(name: &str, onnx: &[u8], feature: Option<&str>) -> Result<ModelInfo, BackboneError> {
+    let model = parse(onnx).and_then(|model| ModelInfo::of(&model, feature));
     model.map_err(|reason| BackboneError::Load { name: name.into(), reason })
 }
 
@@ -445,17 +445,17 @@ mod tests {
         let trunk = network.trunk().unwrap();
         assert_eq!(trunk.width(), 320 * 7 * 7);
         let map = channels_last(trunk.session().unwrap().features(&input()).unwrap(), 320);
-        let own = &network.last_conv().unwrap().tail;
+        let own = &network.last_conv().unwrap().weights;
         // Another convolution: one that looks at its channels the other way round, with half the weights.
         let weight: Vec<f32> = own.weight().iter().rev().map(|w| w / 2.0).collect();
-        let other = Tail::new(320, weight, own.bias().to_vec()).unwrap();
+        let other = LastConvWeights::new(320, weight, own.bias().to_vec()).unwrap();
         for (tail, whole) in [(own, network.features(None)), (&other, network.features(Some(&other)))] {
             let mut session = whole.unwrap().session().unwrap();
             let expected = session.features(&input()).unwrap();
             let worst = tail.features(&map).iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < 1e-4, "differs by {worst}");
         }
-        let narrow = Tail::new(2, vec![0.0; 4], vec![0.0; 2]).unwrap();
+        let narrow = LastConvWeights::new(2, vec![0.0; 4], vec![0.0; 2]).unwrap();
         let error = network.features(Some(&narrow)).err().unwrap().to_string();
         assert!(error.contains("1280 × 320, the fine-tuned one is 2 × 2"), "{error}");
     }

@@ -7,7 +7,7 @@ use super::head::dot;
 
 /// The directions in which the classes' features point, and how near to them a picture must come.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Subspace {
+pub struct OodDetector {
     width: usize,
     /// `[rank, width]`, a direction a row, orthonormal.
     basis: Vec<f32>,
@@ -16,7 +16,7 @@ pub struct Subspace {
 }
 
 #[derive(Debug, PartialEq, thiserror::Error)]
-pub enum SubspaceError {
+pub enum OodError {
     #[error("{0} numbers in the subspace, expected a multiple of {1}, at most {1} rows")]
     Shape(usize, usize),
     #[error("a direction of the subspace is not of length 1")]
@@ -25,24 +25,24 @@ pub enum SubspaceError {
     Threshold(f32),
 }
 
-impl Subspace {
+impl OodDetector {
     /// `basis`: `[rank, width]`, a direction a row, orthonormal.
-    pub fn new(width: usize, basis: Vec<f32>, threshold: f32) -> Result<Self, SubspaceError> {
+    pub fn new(width: usize, basis: Vec<f32>, threshold: f32) -> Result<Self, OodError> {
         if width == 0 || basis.is_empty() || !basis.len().is_multiple_of(width) || basis.len() / width > width {
-            return Err(SubspaceError::Shape(basis.len(), width));
+            return Err(OodError::Shape(basis.len(), width));
         }
         let unit = |row: &[f32]| (dot(row, row) - 1.0).abs() < 1e-3;
         if !basis.chunks_exact(width).all(unit) {
-            return Err(SubspaceError::Length);
+            return Err(OodError::Length);
         }
         if !(0.0..=1.0).contains(&threshold) {
-            return Err(SubspaceError::Threshold(threshold));
+            return Err(OodError::Threshold(threshold));
         }
-        Ok(Subspace { width, basis, threshold })
+        Ok(OodDetector { width, basis, threshold })
     }
 
     /// The same directions with another threshold.
-    pub fn with_threshold(self, threshold: f32) -> Result<Self, SubspaceError> {
+    pub fn with_threshold(self, threshold: f32) -> Result<Self, OodError> {
         Self::new(self.width, self.basis, threshold)
     }
 
@@ -71,7 +71,7 @@ impl Subspace {
     }
 
     /// True where a picture of this similarity may be one of the classes.
-    pub fn knows(&self, similarity: f32) -> bool {
+    pub fn is_known(&self, similarity: f32) -> bool {
         similarity >= self.threshold
     }
 }
@@ -82,21 +82,21 @@ mod tests {
 
     #[test]
     fn the_angle_counts_and_length_does_not() {
-        let plane = Subspace::new(3, vec![1.0, 0.0, 0.0, 0.0, 1.0, 0.0], 0.9).unwrap();
+        let plane = OodDetector::new(3, vec![1.0, 0.0, 0.0, 0.0, 1.0, 0.0], 0.9).unwrap();
         assert!((plane.similarity(&[3.0, 4.0, 0.0]) - 1.0).abs() < 1e-6);
         let steep = plane.similarity(&[30.0, 40.0, 50.0]);
         assert!((steep - 0.5f32.sqrt()).abs() < 1e-6, "{steep}");
-        assert!(!plane.knows(steep) && plane.knows(0.9));
+        assert!(!plane.is_known(steep) && plane.is_known(0.9));
         assert_eq!(plane.similarity(&[0.0; 3]), 0.0);
-        assert!(!plane.knows(plane.similarity(&[f32::NAN, 1.0, 0.0])));
+        assert!(!plane.is_known(plane.similarity(&[f32::NAN, 1.0, 0.0])));
     }
 
     #[test]
     fn what_is_no_subspace_is_refused() {
-        assert_eq!(Subspace::new(2, vec![1.0; 3], 0.0), Err(SubspaceError::Shape(3, 2)));
-        assert_eq!(Subspace::new(1, vec![1.0; 2], 0.0), Err(SubspaceError::Shape(2, 1)));
-        assert_eq!(Subspace::new(2, vec![1.0; 2], 0.0), Err(SubspaceError::Length));
-        assert_eq!(Subspace::new(1, vec![f32::NAN], 0.0), Err(SubspaceError::Length));
-        assert!(Subspace::new(1, vec![1.0], f32::NAN).is_err());
+        assert_eq!(OodDetector::new(2, vec![1.0; 3], 0.0), Err(OodError::Shape(3, 2)));
+        assert_eq!(OodDetector::new(1, vec![1.0; 2], 0.0), Err(OodError::Shape(2, 1)));
+        assert_eq!(OodDetector::new(2, vec![1.0; 2], 0.0), Err(OodError::Length));
+        assert_eq!(OodDetector::new(1, vec![f32::NAN], 0.0), Err(OodError::Length));
+        assert!(OodDetector::new(1, vec![1.0], f32::NAN).is_err());
     }
 }

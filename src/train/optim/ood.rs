@@ -78,7 +78,7 @@ fn sign(rng: &mut ChaCha8Rng) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vision::Subspace;
+    use crate::vision::OodDetector;
 
     #[test]
     fn the_plane_that_rows_lie_in_is_found() {
@@ -91,7 +91,7 @@ mod tests {
             .collect();
         let basis = span(rows.iter().map(Vec::as_slice), 4, 4, 1);
         assert_eq!(basis.len(), 2 * 4, "two directions are all there is");
-        let plane = Subspace::new(4, basis.clone(), 0.5).unwrap();
+        let plane = OodDetector::new(4, basis.clone(), 0.5).unwrap();
         assert!(dot(&basis[..4], &basis[4..]).abs() < 1e-5);
         assert!(plane.similarity(&[2.0, 2.0, 1.0, -1.0]) > 0.9999);
         assert!(plane.similarity(&[1.0, -1.0, 1.0, 1.0]) < 1e-3);

@@ -1,26 +1,26 @@
-//! Tells whether a camera still sees what it saw.
+//! Tells whether a camera frame_diff sees what it saw.
 
 /// Width and height of a block, in pixels of what the network looks at.
 const BLOCK: usize = 16;
 
 /// The last picture that was classified, and how far another may lie from it and be the same.
 #[derive(Debug)]
-pub struct Still {
+pub struct FrameDiff {
     /// Grey levels, 0–255; 0: no picture is the same.
     threshold: f32,
     /// size×size×3.
     last: Vec<u8>,
 }
 
-impl Still {
+impl FrameDiff {
     pub fn new(threshold: f32) -> Self {
-        Still { threshold, last: Vec::new() }
+        FrameDiff { threshold, last: Vec::new() }
     }
 
     /// Whether the picture is the last one, as far as the threshold goes: in no block of it do the values differ by more in the mean.
     /// A flower that comes into a corner is seen in its blocks, where a mean over the whole picture would drown it in the noise of the
     /// rest. A picture that is another one is the last from now on. in: size×size×3 u8 RGB.
-    pub fn holds(&mut self, pixels: &[u8]) -> bool {
+    pub fn is_unchanged(&mut self, pixels: &[u8]) -> bool {
         if self.threshold <= 0.0 {
             return false;
         }
@@ -69,34 +69,38 @@ mod tests {
 
     #[test]
     fn noise_is_still_and_a_corner_that_changes_is_not() {
-        let mut still = Still::new(4.0);
-        assert!(!still.holds(&noisy(0)), "the first is no other's");
-        assert!(still.holds(&noisy(1)) && still.holds(&noisy(2)));
+        let mut frame_diff = FrameDiff::new(4.0);
+        assert!(!frame_diff.is_unchanged(&noisy(0)), "the first is no other's");
+        assert!(frame_diff.is_unchanged(&noisy(1)) && frame_diff.is_unchanged(&noisy(2)));
         // The last block, which is smaller than the others: 8×8 pixels.
         let mut corner = noisy(3);
         for y in 32..SIZE {
             corner[(y * SIZE + 32) * 3..(y + 1) * SIZE * 3].fill(120);
         }
-        assert!(!still.holds(&corner), "2 % of the picture");
-        assert!(still.holds(&corner));
-        assert!(!still.holds(&noisy(4)), "it goes again");
+        assert!(!frame_diff.is_unchanged(&corner), "2 % of the picture");
+        assert!(frame_diff.is_unchanged(&corner));
+        assert!(!frame_diff.is_unchanged(&noisy(4)), "it goes again");
     }
 
     #[test]
     fn what_changes_slowly_is_seen_in_the_end() {
-        let mut still = Still::new(4.0);
+        let mut frame_diff = FrameDiff::new(4.0);
         let at = |level: u8| vec![level; SIZE * SIZE * 3];
-        let seen: Vec<u8> = (0..20).filter(|level| !still.holds(&at(*level))).collect();
+        let seen: Vec<u8> = (0..20).filter(|level| !frame_diff.is_unchanged(&at(*level))).collect();
         assert_eq!(seen, [0, 5, 10, 15], "each is compared with the last that was classified");
     }
 
     #[test]
     fn nothing_is_still_where_it_is_off_or_forgotten_or_of_another_size() {
-        let mut off = Still::new(0.0);
-        assert!(!off.holds(&noisy(0)) && !off.holds(&noisy(0)));
-        let mut still = Still::new(255.0);
-        assert!(!still.holds(&noisy(0)) && still.holds(&noisy(0)) && !still.holds(&noisy(0)[..27]));
-        still.forget();
-        assert!(!still.holds(&noisy(0)[..27]));
+        let mut off = FrameDiff::new(0.0);
+        assert!(!off.is_unchanged(&noisy(0)) && !off.is_unchanged(&noisy(0)));
+        let mut frame_diff = FrameDiff::new(255.0);
+        assert!(
+            !frame_diff.is_unchanged(&noisy(0))
+                && frame_diff.is_unchanged(&noisy(0))
+                && !frame_diff.is_unchanged(&noisy(0)[..27])
+        );
+        frame_diff.forget();
+        assert!(!frame_diff.is_unchanged(&noisy(0)[..27]));
     }
 }

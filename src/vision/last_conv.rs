@@ -13,7 +13,7 @@ const NUMBER_MAX: f32 = 1e4;
 
 /// The numbers of a last convolution.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Tail {
+pub struct LastConvWeights {
     inputs: usize,
     /// `[outputs, inputs]`, a filter a row.
     weight: Vec<f32>,
@@ -22,23 +22,23 @@ pub struct Tail {
 }
 
 #[derive(Debug, PartialEq, thiserror::Error)]
-pub enum TailError {
+pub enum LastConvError {
     #[error("the last convolution has {weights} weights and {biases} biases, expected {biases} × {inputs}")]
     Shape { weights: usize, biases: usize, inputs: usize },
     #[error("the last convolution holds a number that is not finite, or beyond {NUMBER_MAX}")]
     TooLarge,
 }
 
-impl Tail {
+impl LastConvWeights {
     /// `weight`: `[outputs, inputs]`, a filter a row; `bias`: `[outputs]`.
-    pub fn new(inputs: usize, weight: Vec<f32>, bias: Vec<f32>) -> Result<Self, TailError> {
+    pub fn new(inputs: usize, weight: Vec<f32>, bias: Vec<f32>) -> Result<Self, LastConvError> {
         if inputs == 0 || bias.is_empty() || inputs.checked_mul(bias.len()) != Some(weight.len()) {
-            return Err(TailError::Shape { weights: weight.len(), biases: bias.len(), inputs });
+            return Err(LastConvError::Shape { weights: weight.len(), biases: bias.len(), inputs });
         }
         if !weight.iter().chain(&bias).all(|v| v.abs() <= NUMBER_MAX) {
-            return Err(TailError::TooLarge);
+            return Err(LastConvError::TooLarge);
         }
-        Ok(Tail { inputs, weight, bias })
+        Ok(LastConvWeights { inputs, weight, bias })
     }
 
     /// Channels of the map it looks at.
@@ -107,7 +107,7 @@ mod tests {
     #[test]
     fn features_are_the_mean_of_what_relu6_lets_through() {
         // Two filters over two channels, three places.
-        let tail = Tail::new(2, vec![1.0, 0.0, 1.0, -1.0], vec![0.5, 0.0]).unwrap();
+        let tail = LastConvWeights::new(2, vec![1.0, 0.0, 1.0, -1.0], vec![0.5, 0.0]).unwrap();
         let map = [1.0, 2.0, 9.0, 1.0, -3.0, -6.0];
         assert_eq!(tail.activations(&map), [1.5, 0.0, 6.0, 6.0, 0.0, 3.0]);
         assert_eq!(tail.features(&map), [2.5, 3.0]);
@@ -115,9 +115,9 @@ mod tests {
 
     #[test]
     fn what_is_no_convolution_is_refused() {
-        assert!(matches!(Tail::new(2, vec![0.0; 3], vec![0.0; 2]), Err(TailError::Shape { .. })));
-        assert!(matches!(Tail::new(2, vec![], vec![]), Err(TailError::Shape { .. })));
-        assert!(matches!(Tail::new(0, vec![], vec![0.0]), Err(TailError::Shape { .. })));
-        assert_eq!(Tail::new(1, vec![f32::NAN], vec![0.0]), Err(TailError::TooLarge));
+        assert!(matches!(LastConvWeights::new(2, vec![0.0; 3], vec![0.0; 2]), Err(LastConvError::Shape { .. })));
+        assert!(matches!(LastConvWeights::new(2, vec![], vec![]), Err(LastConvError::Shape { .. })));
+        assert!(matches!(LastConvWeights::new(0, vec![], vec![0.0]), Err(LastConvError::Shape { .. })));
+        assert_eq!(LastConvWeights::new(1, vec![f32::NAN], vec![0.0]), Err(LastConvError::TooLarge));
     }
 }

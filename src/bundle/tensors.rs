@@ -5,12 +5,12 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 
 use super::Manifest;
 use crate::vision::head::HeadError;
-use crate::vision::subspace::SubspaceError;
-use crate::vision::tail::TailError;
-use crate::vision::{Head, Subspace, Tail};
+use crate::vision::last_conv::LastConvError;
+use crate::vision::ood::OodError;
+use crate::vision::{Head, LastConvWeights, OodDetector};
 
 #[derive(Debug, thiserror::Error)]
-pub enum NumbersError {
+pub enum TensorError {
     #[error("{0}")]
     Format(#[from] safetensors::SafeTensorError),
     #[error("{name} is {got:?} {dtype:?}, expected {expected} F32")]
@@ -18,9 +18,9 @@ pub enum NumbersError {
     #[error("{0}")]
     Head(#[from] HeadError),
     #[error("{0}")]
-    Subspace(#[from] SubspaceError),
+    OodDetector(#[from] OodError),
     #[error("{0}")]
-    Tail(#[from] TailError),
+    LastConvWeights(#[from] LastConvError),
     #[error("expected 1 to 16 vectors of {width} features, 1 to 4 pictures and an answer of {classes} classes each")]
     SelfTest { classes: usize, width: usize },
     #[error("holds a number that is not finite")]
@@ -28,7 +28,7 @@ pub enum NumbersError {
 }
 
 /// `weight` `[classes, width]`, `bias` `[classes]`, `subspace` `[rank, width]`.
-pub fn head_from(manifest: &Manifest, bytes: &[u8]) -> Result<(Head, Subspace), NumbersError> {
+pub fn head_from_bytes(manifest: &Manifest, bytes: &[u8]) -> Result<(Head, OodDetector), TensorError> {
     let tensors = SafeTensors::deserialize(bytes)?;
     let width = manifest.backbone.width;
     let of_width = |name: &'static str| match matrix(&tensors, name)? {
@@ -36,11 +36,11 @@ pub fn head_from(manifest: &Manifest, bytes: &[u8]) -> Result<(Head, Subspace), 
         _ => Err(shape(name, &tensors.tensor(name)?, format!("n × {width}"))),
     };
     let head = Head::new(width, of_width("weight")?, vector(&tensors, "bias")?, manifest.temperature)?;
-    let subspace = Subspace::new(width, of_width("subspace")?, manifest.unknown.threshold)?;
+    let subspace = OodDetector::new(width, of_width("subspace")?, manifest.unknown.threshold)?;
     Ok((head, subspace))
 }
 
-pub fn head_to_bytes(head: &Head, subspace: &Subspace) -> Vec<u8> {
+pub fn head_to_bytes(head: &Head, subspace: &OodDetector) -> Vec<u8> {
     let width = head.width();
     to_bytes(&[
         ("weight", vec![head.classes(), width], head.weight()),
@@ -50,13 +50,13 @@ pub fn head_to_bytes(head: &Head, subspace: &Subspace) -> Vec<u8> {
 }
 
 /// `weight` `[outputs, inputs]`, `bias` `[outputs]`.
-pub fn tail_from(bytes: &[u8]) -> Result<Tail, NumbersError> {
+pub fn last_conv_from_bytes(bytes: &[u8]) -> Result<LastConvWeights, TensorError> {
     let tensors = SafeTensors::deserialize(bytes)?;
     let (inputs, weight) = matrix(&tensors, "weight")?;
-    Ok(Tail::new(inputs, weight, vector(&tensors, "bias")?)?)
+    Ok(LastConvWeights::new(inputs, weight, vector(&tensors, "bias")?)?)
 }
 
-pub fn tail_to_bytes(tail: &Tail) -> Vec<u8> {
+pub fn last_conv_to_bytes(tail: &LastConvWeights) -> Vec<u8> {
     to_bytes(&[
         ("weight", vec![tail.outputs(), tail.inputs()], tail.weight()),
         ("bias", vec![tail.outputs()], tail.bias()),
@@ -64,7 +64,7 @@ pub fn tail_to_bytes(tail: &Tail) -> Vec<u8> {
 }
 
 /// Columns and values of a tensor with two axes.
-pub(super) fn matrix(tensors: &SafeTensors<'_>, name: &'static str) -> Result<(usize, Vec<f32>), NumbersError> {
+pub(super) fn matrix(tensors: &SafeTensors<'_>, name: &'static str) -> Result<(usize, Vec<f32>), TensorError> {
     let tensor = tensors.tensor(name)?;
     match *tensor.shape() {
         [_, columns] if tensor.dtype() == Dtype::F32 => Ok((columns, floats(tensor.data()))),
@@ -72,7 +72,7 @@ pub(super) fn matrix(tensors: &SafeTensors<'_>, name: &'static str) -> Result<(u
     }
 }
 
-pub(super) fn vector(tensors: &SafeTensors<'_>, name: &'static str) -> Result<Vec<f32>, NumbersError> {
+pub(super) fn vector(tensors: &SafeTensors<'_>, name: &'static str) -> Result<Vec<f32>, TensorError> {
     let tensor = tensors.tensor(name)?;
     match tensor.shape() {
         [_] if tensor.dtype() == Dtype::F32 => Ok(floats(tensor.data())),
@@ -80,8 +80,8 @@ pub(super) fn vector(tensors: &SafeTensors<'_>, name: &'static str) -> Result<Ve
     }
 }
 
-fn shape(name: &'static str, tensor: &TensorView<'_>, expected: String) -> NumbersError {
-    NumbersError::Shape { name, got: tensor.shape().to_vec(), dtype: tensor.dtype(), expected }
+fn shape(name: &'static str, tensor: &TensorView<'_>, expected: String) -> TensorError {
+    TensorError::Shape { name, got: tensor.shape().to_vec(), dtype: tensor.dtype(), expected }
 }
 
 /// Tensors by name, with their shapes.

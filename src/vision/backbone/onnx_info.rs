@@ -9,12 +9,12 @@ use tract_onnx::pb::type_proto::Value as Type;
 use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorProto};
 
 use super::FEATURES;
+use crate::vision::last_conv::{CEILING, LastConvWeights};
 use crate::vision::preprocess::TensorLayout;
-use crate::vision::tail::{CEILING, Tail};
 
 /// What was found.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Anatomy {
+pub struct ModelInfo {
     pub input: String,
     pub layout: TensorLayout,
     /// Width and height in pixels, where the file fixes them.
@@ -32,12 +32,12 @@ pub struct Anatomy {
 pub struct LastConv {
     /// The tensor that enters it.
     pub input: String,
-    pub tail: Tail,
+    pub weights: LastConvWeights,
     weight_name: String,
     bias_name: String,
 }
 
-impl Anatomy {
+impl ModelInfo {
     /// `feature` names the tensor to use; found by itself where it is none: the output `features`, else
     /// what feeds the last matrix product.
     pub fn of(model: &ModelProto, feature: Option<&str>) -> Result<Self, String> {
@@ -51,13 +51,13 @@ impl Anatomy {
         let needed = graph.before(&feature);
         let parameters = graph.parameters(&needed);
         let last_conv = graph.last_conv(&feature);
-        Ok(Anatomy { input, layout, size, feature, parameters, last_conv })
+        Ok(ModelInfo { input, layout, size, feature, parameters, last_conv })
     }
 }
 
 impl LastConv {
     /// Puts the numbers of `tail` into the model, in place of its own.
-    pub fn replace(&self, model: &mut ModelProto, tail: &Tail) {
+    pub fn replace(&self, model: &mut ModelProto, tail: &LastConvWeights) {
         let graph = model.graph.as_mut().expect("the graph was read");
         for (name, values) in [(&self.weight_name, tail.weight()), (&self.bias_name, tail.bias())] {
             let tensor = graph.initializer.iter_mut().find(|tensor| tensor.name == *name).expect("it was read");
@@ -188,8 +188,8 @@ impl<'a> Graph<'a> {
         if !plain || grouped || uses(weight_name) != 1 || uses(bias_name) != 1 {
             return None;
         }
-        let tail = Tail::new(inputs.try_into().ok()?, floats(weight)?, floats(bias)?).ok()?;
-        Some(LastConv { input: input.clone(), tail, weight_name: weight_name.clone(), bias_name: bias_name.clone() })
+        let weights = LastConvWeights::new(inputs.try_into().ok()?, floats(weight)?, floats(bias)?).ok()?;
+        Some(LastConv { input: input.clone(), weights, weight_name: weight_name.clone(), bias_name: bias_name.clone() })
     }
 
     /// The one number of a weight or a constant.
@@ -223,17 +223,17 @@ mod tests {
     #[test]
     fn the_built_in_network_is_understood() {
         let model = super::super::parse(MOBILENET_V2).unwrap();
-        let anatomy = Anatomy::of(&model, None).unwrap();
-        assert_eq!((anatomy.input.as_str(), anatomy.layout, anatomy.size), ("image", TensorLayout::Nchw, Some(224)));
-        assert_eq!(anatomy.feature, "features");
+        let info = ModelInfo::of(&model, None).unwrap();
+        assert_eq!((info.input.as_str(), info.layout, info.size), ("image", TensorLayout::Nchw, Some(224)));
+        assert_eq!(info.feature, "features");
         // Keras counts 2,257,984 for MobileNetV2 1.0 without its top.
-        assert_eq!(anatomy.parameters, 2_257_984);
-        let last_conv = anatomy.last_conv.unwrap();
+        assert_eq!(info.parameters, 2_257_984);
+        let last_conv = info.last_conv.unwrap();
         assert_eq!(last_conv.input, "last_conv_input");
-        assert_eq!((last_conv.tail.inputs(), last_conv.tail.outputs()), (320, 1280));
-        let error = Anatomy::of(&model, Some("none")).unwrap_err();
+        assert_eq!((last_conv.weights.inputs(), last_conv.weights.outputs()), (320, 1280));
+        let error = ModelInfo::of(&model, Some("none")).unwrap_err();
         assert_eq!(error, "no tensor is called `none`");
-        let earlier = Anatomy::of(&model, Some("last_conv_input")).unwrap();
+        let earlier = ModelInfo::of(&model, Some("last_conv_input")).unwrap();
         assert!(earlier.last_conv.is_none() && earlier.parameters == 2_257_984 - 409_600 - 4 * 1280);
     }
 }
