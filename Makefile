@@ -39,19 +39,19 @@ demo: build
 # Unit tests and whole-program tests; a test that lacks its photographs says `skipped:` and is counted here.
 test: setup
 	@mkdir -p target; \
-	{ $(CARGO) test --release --locked 2>&1; echo $$? >target/test-status; } | tee target/test-log; \
+	{ $(CARGO) test --release --locked --workspace 2>&1; echo $$? >target/test-status; } | tee target/test-log; \
 	echo "skipped: $$(grep -c '^skipped: ' target/test-log) tests"; \
 	exit "$$(cat target/test-status)"
 
 lint: setup
-	$(CARGO) fmt --check
-	$(CARGO) clippy --release --locked --all-targets -- -D warnings
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --locked --workspace --all-targets -- -D warnings
 	$(CARGO) clippy --release --locked --no-default-features -- -D warnings
 	$(CARGO) clippy --release --locked --features cuda -- -D warnings
 
 # The kernels' tests, where every access to memory is checked. Nightly; all is compiled anew for it.
 sanitize: setup
-	RUSTFLAGS=-Zsanitizer=address $(CARGO) +nightly test --locked --lib --no-default-features --target $(HOST) --target-dir target/sanitized vision::kernels
+	RUSTFLAGS=-Zsanitizer=address $(CARGO) +nightly test --locked -p bloomcast-kernels --lib --tests --target $(HOST) --target-dir target/sanitized
 
 # What may be linked, by deny.toml.
 licences: setup
@@ -59,7 +59,7 @@ licences: setup
 	$(CARGO) deny check bans licenses sources
 
 doc: setup
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --locked --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --locked --workspace --no-deps --document-private-items
 
 # Ten minutes, beginning with what earlier runs found interesting (fuzz/corpus.tar.gz); what breaks is kept in fuzz/artifacts.
 FUZZ_SECONDS ?= 600
@@ -110,7 +110,8 @@ arm64 armhf: setup
 # The program for ARM, run by an emulator, gives what this machine's own gives; and each kernel what tract gives there.
 arm64-smoke: build arm64
 	@$(call install,qemu-user-static)
-	$(call for,arm64,test --lib) vision::kernels
+	$(call for,arm64,test -p bloomcast-kernels)
+	$(call for,arm64,test --lib) vision::backbone::fusion
 	BLOOMCAST_FOREIGN="$(EMULATOR) target/cross/$(TRIPLE_arm64)/release/bloomcast" \
 	  $(CARGO) test --release --locked --test program foreign:: -- --nocapture
 

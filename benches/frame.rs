@@ -1,4 +1,4 @@
-//! One frame, stage by stage: `cargo bench`.
+//! Times the stages of a frame: `cargo bench --bench frame`.
 
 use bloomcast::bundle::Bundle;
 use bloomcast::vision::test_pattern;

@@ -8,9 +8,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use bloomcast::bundle::{Bundle, Manifest, Parts, PrivateKey, SelfTest, sign};
+use bloomcast::bundle::{Bundle, Contents, Manifest, PrivateKey, SelfTest, sign};
 use bloomcast::config::Config;
-use bloomcast::daemon::{Daemon, End};
+use bloomcast::daemon::{Daemon, StopReason};
 use bloomcast::mqtt::access::BrokerAccess;
 use bloomcast::mqtt::topics::DeviceName;
 use bloomcast::update::protocol::identity;
@@ -28,40 +28,40 @@ fn main() {
     PrivateKey::generate(&key).unwrap();
     let key = PrivateKey::read(&key).unwrap();
     let config = config(dir.path(), port);
-    let topics = config.topics_of(DeviceName::new("bench").unwrap());
-    let (seen, predictions) = mpsc::sync_channel(100_000);
+    let topics = config.topics.for_device(DeviceName::new("bench").unwrap());
+    let (classified, predictions) = mpsc::sync_channel(100_000);
     let daemon = Daemon::prepare(config).unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let daemon = std::thread::spawn(move || {
         let ended = async {
             drop(stopped.await);
-            End::Stop
+            StopReason::Stop
         };
-        daemon.run(ended, Box::new(move |_| seen.try_send(Instant::now()).unwrap())).unwrap();
+        daemon.run(ended, Box::new(move |_| classified.try_send(Instant::now()).unwrap())).unwrap();
     });
     predictions.recv().unwrap();
 
-    let head: fn(&mut Manifest, &mut Parts) = |manifest, parts| {
-        let (width, bias) = (parts.head.width(), parts.head.bias().to_vec());
-        let weight = parts.head.weight().iter().map(|weight| weight * 0.99).collect();
-        parts.head = Head::new(width, weight, bias, manifest.temperature).unwrap();
+    let head: fn(&mut Manifest, &mut Contents) = |manifest, contents| {
+        let (width, bias) = (contents.head.width(), contents.head.bias().to_vec());
+        let weight = contents.head.weight().iter().map(|weight| weight * 0.99).collect();
+        contents.head = Head::new(width, weight, bias, manifest.temperature).unwrap();
     };
-    let frozen = |_: &mut Manifest, parts: &mut Parts| parts.last_conv = None;
-    let carried = |_: &mut Manifest, parts: &mut Parts| parts.backbone = Some(MOBILENET_V2.to_vec());
+    let frozen = |_: &mut Manifest, contents: &mut Contents| contents.last_conv = None;
+    let embedded = |_: &mut Manifest, contents: &mut Contents| contents.backbone = Some(MOBILENET_V2.to_vec());
     println!("{:34} {:>9} {:>12} {:>12} {:>12}", "model", "bytes", "confirmed s", "worst s", "longest gap");
     let mut version = 0;
     for (name, change) in
-        [("another head", head), ("another head, no convolution", frozen), ("with its own network", carried)]
+        [("another head", head), ("another head, no convolution", frozen), ("with its own network", embedded)]
     {
         let (mut times, mut gaps, mut bytes) = (Vec::new(), Vec::new(), 0);
         for _ in 0..ROUNDS {
             version += 1;
-            let parcel = parcel(version, change, &key);
-            bytes = parcel.bytes.len();
+            let payload = payload(version, change, &key);
+            bytes = payload.bytes.len();
             while predictions.try_recv().is_ok() {}
             let began = Instant::now();
             let report =
-                push(&BrokerAccess::local(port), vec![topics.clone()], &parcel, &PushOptions::default(), &|_| {})
+                push(&BrokerAccess::local(port), vec![topics.clone()], &payload, &PushOptions::default(), &|_| {})
                     .unwrap();
             assert!(report.is_good(), "{report}");
             times.push(began.elapsed());
@@ -79,16 +79,16 @@ fn main() {
     broker.wait().unwrap();
 }
 
-/// The built-in model, a little newer. What the self-test asks is what the change leads to.
-fn parcel(newer: u64, change: fn(&mut Manifest, &mut Parts), key: &PrivateKey) -> PushPayload {
+/// Returns the built-in model with a higher version and this change; its self-test is recorded anew.
+fn payload(newer: u64, change: fn(&mut Manifest, &mut Contents), key: &PrivateKey) -> PushPayload {
     let built_in = Bundle::built_in().unwrap();
-    let (mut manifest, mut parts) = (built_in.manifest().clone(), built_in.parts().clone());
+    let (mut manifest, mut contents) = (built_in.manifest().clone(), built_in.contents().clone());
     manifest.version += newer;
-    change(&mut manifest, &mut parts);
-    let (features, images) = parts.self_test.take().unwrap().into_inputs();
-    let mut bundle = Bundle::new(manifest, parts);
+    change(&mut manifest, &mut contents);
+    let (features, images) = contents.self_test.take().unwrap().into_inputs();
+    let mut bundle = Bundle::new(manifest, contents);
     let mut classifier = bundle.classifier(None).unwrap();
-    bundle.set_self_test(SelfTest::ask(&mut classifier, features, images).unwrap());
+    bundle.set_self_test(SelfTest::record(&mut classifier, features, images).unwrap());
     let bytes = sign("bench", &bundle.to_bytes(), key).unwrap();
     let signed = Bundle::from_bytes("bench", &bytes).unwrap();
     let model = identity(signed.manifest(), signed.sha256());
@@ -96,7 +96,7 @@ fn parcel(newer: u64, change: fn(&mut Manifest, &mut Parts), key: &PrivateKey) -
 }
 
 fn config(dir: &Path, port: u16) -> Config {
-    let image = dir.join("drawn.jpg");
+    let image = dir.join("pattern.jpg");
     std::fs::write(&image, test_pattern::jpeg(640, 480)).unwrap();
     let list = dir.join("list.txt");
     std::fs::write(&list, image.display().to_string()).unwrap();
@@ -109,7 +109,7 @@ fn config(dir: &Path, port: u16) -> Config {
         format!("model.trusted_keys={}", dir.display()),
         "model.offer_bytes_max=33554432".into(),
     ];
-    Config::of_settings(&settings).unwrap()
+    Config::from_settings(&settings).unwrap()
 }
 
 fn mosquitto() -> (u16, Child) {

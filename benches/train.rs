@@ -78,7 +78,10 @@ fn extraction(c: &mut Criterion) {
     }
     group.finish();
     // Against what `bloomcast bench` says of one frame on one thread.
-    let frame = Bench::new(&Bundle::built_in().unwrap(), None, 1).unwrap().run(Some(&path), 100).unwrap();
+    let frame = Bench::new(&Bundle::built_in().unwrap(), None, Some(bloomcast_kernels::Isa::best()), 1)
+        .unwrap()
+        .run(Some(&path), 100)
+        .unwrap();
     let single = 1e3 / frame.stages.frame.median_ms;
     let began = Instant::now();
     extractor(threads()).run(&photographs, &|_| {}).unwrap();

@@ -1,4 +1,4 @@
-//! The demo's broker alone, in a process that can be killed: `broker PORT`. For the tests.
+//! Runs the demo's MQTT broker in a process of its own, so that a test can kill it: `broker PORT`.
 
 fn main() {
     let port = std::env::args().nth(1).and_then(|port| port.parse().ok()).expect("usage: broker PORT");

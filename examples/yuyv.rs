@@ -1,5 +1,5 @@
-//! A photograph as a raw frame for a virtual camera, stretched to its size: `yuyv PHOTO WIDTH HEIGHT >FRAME`.
-//! 4:2:2, BT.601, studio range, as [`bloomcast::frame::Layout::Yuyv`]. For the tests.
+//! Converts a photograph to a raw frame for a virtual camera, resized without keeping its aspect ratio:
+//! `yuyv PHOTO WIDTH HEIGHT >FRAME`. The format is [`bloomcast::frame::Layout::Yuyv`]: 4:2:2, BT.601, limited range.
 
 use std::io::{self, Write};
 
@@ -8,15 +8,16 @@ use image::imageops::{FilterType, resize};
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [photo, width, height] = &arguments[..] else { panic!("usage: yuyv PHOTO WIDTH HEIGHT") };
-    let [width, height] = [width, height].map(|number| number.parse().expect("a number of pixels"));
-    let photo = image::open(photo).expect("a photograph").into_rgb8();
+    let [width, height] = [width, height].map(|pixels| pixels.parse().expect("WIDTH and HEIGHT are numbers of pixels"));
+    let photo = image::open(photo).expect("PHOTO is a readable image").into_rgb8();
     let pixels = resize(&photo, width, height, FilterType::Triangle);
-    let frame: Vec<u8> = pixels.as_raw().chunks_exact(6).flat_map(pair).collect();
-    io::stdout().write_all(&frame).expect("the output takes the frame");
+    let frame: Vec<u8> = pixels.as_raw().chunks_exact(6).flat_map(yuyv).collect();
+    io::stdout().write_all(&frame).expect("standard output is writable");
 }
 
-/// Two pixels beside each other: Y0 U Y1 V.
-fn pair(rgb: &[u8]) -> [u8; 4] {
+/// Converts two adjacent RGB pixels to Y0 U Y1 V, with the coefficients of ITU-R BT.601-7 and 8-bit limited range (Y
+/// 16–235, U and V 16–240).
+fn yuyv(rgb: &[u8]) -> [u8; 4] {
     let [r0, g0, b0, r1, g1, b1] = std::array::from_fn(|index| f32::from(rgb[index]) / 255.0);
     let luma = |r: f32, g: f32, b: f32| 0.299 * r + 0.587 * g + 0.114 * b;
     let (y0, y1) = (luma(r0, g0, b0), luma(r1, g1, b1));

@@ -1,90 +1,116 @@
-//! The daemon: the only file that starts the stages' threads and makes the channels between them.
+//! The daemon: starts the threads of the stages, makes the channels between them, joins them.
 //!
-//! `camera` (a thread) → mailbox → `vision` (a thread: decode, classify, decide) → outbox and state →
-//! `mqtt` (the thread that called [`Daemon::run`]). Each stage ends when the one before it has ended, so
-//! that what was decided is still said. Beside the street, `fleet` (a thread) takes new models from `mqtt`
-//! and hands them to `vision`.
+//! `camera` (a thread) → mailbox → `vision` (a thread: decode, classify, decide) → event queue and newest observation → `mqtt`
+//! (the thread that called [`Daemon::run`]). Each stage ends when the one before it has ended, so that every decided event is
+//! published. Beside them, `update` (a thread) receives models from `mqtt` and hands them to `vision`.
 
 use std::future::Future;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use bloomcast_kernels::ThreadPool;
 use tokio::runtime::Runtime;
 use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 
 use crate::bundle::Keyring;
 use crate::bundle::signature::KeyError;
-use crate::camera::latest;
-use crate::camera::rpicam::{self, Rpicam};
-use crate::camera::{self, CameraError, FrameSource, Next, Pace, replay};
-use crate::config::{Config, ConfigError, Source};
-use crate::decide::Decider;
-use crate::mqtt::outbox::Limits;
-use crate::mqtt::{ConnectionOptions, Link, Outbox, message, topics::Topics};
+use crate::camera::{self, CameraError, FrameSource, NextFrame, Pace, latest};
+use crate::config::Config;
+use crate::decide::{Decider, UnknownClass};
+use crate::mqtt::device_client::{Announcements, DeviceClient};
+use crate::mqtt::events::queue_events;
+use crate::mqtt::message::Encoder;
+use crate::mqtt::outbox::{Outbox, OutboxLimits};
 use crate::system::{Counters, Heartbeat, systemd};
-use crate::update::device::Store;
-use crate::update::device::agent::{Ends, Receiver, Setup};
-use crate::update::device::model_loader::{ActiveModel, ModelError, ModelLoader};
+use crate::update::device::agent::AgentHandles;
+use crate::update::device::model_loader::ModelError;
 use crate::update::device::store::State;
-use crate::vision::kernels::Team;
+use crate::update::device::{ActiveModel, ModelLoader, Store, UpdateAgent};
 use crate::vision::{BackboneError, FrameDiff, Labels, decode};
-use crate::vision_stage::{Habits, Observer, Orders, Voice, Watcher};
+use crate::vision_stage::{Commands, OnClassified, Publisher, VisionOptions, VisionStage};
 
-/// Settings from afar that wait for the vision thread.
-const ORDERS_MAX: usize = 16;
-/// How long a stop waits for the vision thread, which may be at a frame, and then for the camera's.
-const VISION_END: Duration = Duration::from_millis(800);
-const CAMERA_END: Duration = Duration::from_millis(300);
-/// The model thread may be at a proof.
-const FLEET_END: Duration = Duration::from_millis(300);
-/// Answers to whoever sends models, which wait while the broker is away.
-const ANSWERS: Limits = Limits { entries_max: 64, bytes_max: 256 << 10 };
+/// Settings that wait for the vision thread.
+const SETTINGS_MAX: usize = 16;
+/// Events that wait for the broker's thread, which moves them to the outbox at once.
+const EVENTS_MAX: usize = 256;
+/// The longest wait for each thread when the daemon stops: the vision thread may be classifying a frame, the update agent
+/// validating a model.
+const VISION_TIMEOUT: Duration = Duration::from_millis(800);
+const CAMERA_TIMEOUT: Duration = Duration::from_millis(300);
+const UPDATE_TIMEOUT: Duration = Duration::from_millis(300);
+/// The longest wait for the event queue, whose sender a vision thread that does not end still holds.
+const QUEUE_TIMEOUT: Duration = Duration::from_millis(100);
+/// Limits of the update agent's answers that wait for the broker.
+const ANSWERS: OutboxLimits = OutboxLimits { entries_max: 64, bytes_max: 256 << 10 };
 
+/// An error of the daemon.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
-    #[error(transparent)]
-    Config(#[from] ConfigError),
+    /// The active model cannot be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// Thresholds are configured for a class that the model does not have.
+    #[error("decide.classes: {0}")]
+    Classes(#[from] UnknownClass),
+    /// The trusted keys cannot be read.
     #[error("model.trusted_keys: {0}")]
     Keys(#[from] KeyError),
+    /// The backbone failed.
     #[error(transparent)]
     Backbone(#[from] BackboneError),
+    /// The camera's settings are wrong, or it gives no frames.
     #[error("camera: {0}")]
     Camera(#[from] CameraError),
+    /// A thread cannot be started.
     #[error("cannot start the thread {name}: {source}")]
     Thread { name: &'static str, source: std::io::Error },
-    #[error("the thread {0} panicked; its message stands above")]
+    /// A thread panicked.
+    #[error("the thread {0} panicked; see the message above")]
     Panicked(&'static str),
 }
 
-/// What a daemon is asked to end for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// For good.
-    Stop,
-    /// For another with a changed configuration, in the same process.
-    Reload,
+impl DaemonError {
+    /// Whether a changed configuration can mend it; a thread or the store's disk is not of that kind.
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            DaemonError::Thread { .. } | DaemonError::Panicked(_) | DaemonError::Model(ModelError::Store(_)) => false,
+            DaemonError::Model(_)
+            | DaemonError::Classes(_)
+            | DaemonError::Keys(_)
+            | DaemonError::Backbone(_)
+            | DaemonError::Camera(_) => true,
+        }
+    }
 }
 
-/// What is left of a daemon that has ended.
-pub struct Remains {
-    pub end: End,
+/// The reason why a daemon stops.
+#[derive(Debug, Clone)]
+pub enum StopReason {
+    /// The program ends.
+    Stop,
+    /// A daemon with this configuration, which was checked, takes its place.
+    Reload(Box<Config>),
+}
+
+/// A daemon that has stopped, with what its successor continues.
+pub struct StoppedDaemon {
+    /// Why it stopped.
+    pub reason: StopReason,
     counters: Arc<Counters>,
-    /// Events, and answers about models, that the broker has not acknowledged.
+    /// Events, and answers of the update agent, that the broker has not acknowledged.
     outbox: Outbox,
     answers: Outbox,
-    /// What is seen, in the classes of the model that decided last.
-    seen: Option<(Labels, Decider)>,
+    /// The decision state; `None` if the vision thread did not end in time.
+    decider: Option<Decider>,
 }
 
-impl Remains {
-    /// Nobody comes after it: tells what is lost, and gives the final counts.
+impl StoppedDaemon {
+    /// Logs what is lost, and the counters; returns these.
     pub fn close(self) -> Arc<Counters> {
         if !self.outbox.is_empty() {
             error!("{} events were not acknowledged by the broker and are lost", self.outbox.len());
@@ -98,13 +124,11 @@ impl Remains {
     }
 }
 
-/// A daemon whose configuration, model and camera settings were found good.
+/// A daemon whose configuration, model and camera settings were checked.
 pub struct Daemon {
     config: Config,
-    topics: Topics,
-    link: ConnectionOptions,
-    shelf: ModelLoader,
-    deciding: ActiveModel,
+    loader: ModelLoader,
+    active: ActiveModel,
     decider: Decider,
     source: Box<dyn FrameSource>,
     pace: Pace,
@@ -114,212 +138,283 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Loads the model and checks what can be checked without the camera and the broker. What the store needs, is done.
+    /// Loads the active model and checks what can be checked without camera and broker. The store is changed as a start
+    /// requires: a trial begins or, after a crash, is rolled back.
+    ///
+    /// # Errors
+    /// The model, the keys or the camera's settings cannot be used, or threads cannot be started.
     pub fn prepare(config: Config) -> Result<Self, DaemonError> {
         Self::with_store(config, Store::new)
     }
 
-    /// The same, and changes nothing.
-    pub fn examine(config: Config) -> Result<Self, DaemonError> {
-        Self::with_store(config, Store::for_looking)
+    /// Does the same without changing the store.
+    ///
+    /// # Errors
+    /// As [`Daemon::prepare`].
+    pub fn check(config: Config) -> Result<Self, DaemonError> {
+        Self::with_store(config, Store::read_only)
     }
 
     fn with_store(config: Config, open: fn(&Path) -> Store) -> Result<Self, DaemonError> {
-        Keyring::read(&config.model.trusted_keys)?;
+        Keyring::read(&config.update.trusted_keys)?;
         let pace = Pace::new(config.camera.interval_ms);
-        let (topics, link, source) = (config.topics()?, config.link()?, source(&config, &pace)?);
-        // Last: a model on trial must not pay for a mistake in the configuration.
-        let team = Team::of(config.threads()).map_err(|source| DaemonError::Thread { name: "kernels", source })?;
-        let shelf = ModelLoader { team, ..ModelLoader::of(&config, open) };
-        let deciding = shelf.deciding()?;
-        let labels = deciding.loaded.classifier.labels();
-        let rules = match deciding.state == State::default() {
-            true => config.rules(labels)?,
-            false => config.rules_of_known(labels),
+        let source = config.camera.source.create(&pace)?;
+        let thread_pool = ThreadPool::with_threads(config.threads);
+        let thread_pool = thread_pool.map_err(|source| DaemonError::Thread { name: "kernels", source })?;
+        // Last: an error in the configuration must not end a model's trial.
+        let loader = ModelLoader::new(&config.models, config.kernels, open).with_thread_pool(thread_pool);
+        let active = loader.active_model()?;
+        let labels = active.loaded.classifier.labels().clone();
+        // Other models come and go where something was installed: thresholds for their classes are not an error there.
+        let rules = match active.state == State::default() {
+            true => config.update.policy.rules(&labels)?,
+            false => config.update.policy.rules_for_known(&labels),
         };
-        let decider = Decider::new(rules, SystemTime::now());
-        let (outbox, answers) = (Outbox::new(config.outbox()), Outbox::new(ANSWERS));
-        let counters = Arc::default();
-        Ok(Daemon { config, topics, link, shelf, deciding, decider, source, pace, counters, outbox, answers })
+        let decider = Decider::new(rules, labels, active.loaded.model.manifest.version, SystemTime::now());
+        let (outbox, answers) = (Outbox::new(config.outbox), Outbox::new(ANSWERS));
+        Ok(Daemon { config, loader, active, decider, source, pace, counters: Arc::default(), outbox, answers })
     }
 
-    /// Goes on where another has ended: nothing that was decided is lost, or decided twice.
-    pub fn resume(mut self, remains: Remains) -> Self {
-        let Remains { counters, outbox, answers, seen, .. } = remains;
-        self.answers.adopt(&answers);
-        let lost = self.outbox.adopt(&outbox);
+    /// Continues a daemon that has stopped: its counters, its unacknowledged messages and, if the classes are the same, its
+    /// observation.
+    pub fn resume(mut self, stopped: StoppedDaemon) -> Self {
+        let StoppedDaemon { counters, outbox, answers, decider, .. } = stopped;
+        self.answers.append(&answers);
+        let lost = self.outbox.append(&outbox);
         if lost > 0 {
-            error!("{lost} events are lost: mqtt.outbox_entries_max or outbox_bytes_max is smaller now");
+            error!("{lost} events lost: mqtt.outbox_entries_max or outbox_bytes_max is smaller now");
             counters.events_lost.add(lost as u64);
         }
         self.counters = counters;
-        if let Some((_, mut decider)) = seen.filter(|(labels, _)| labels == self.labels()) {
+        if let Some(mut decider) = decider.filter(|decider| decider.labels() == self.labels()) {
             *decider.rules_mut() = self.decider.rules_mut().clone();
+            decider.set_model(self.active.loaded.model.manifest.version);
             self.decider = decider;
         }
         self
     }
 
-    /// The model's name and version.
+    /// Name and version of the active model.
     pub fn model(&self) -> String {
-        self.deciding.loaded.model.identity().to_string()
+        self.active.loaded.model.identity().to_string()
     }
 
+    /// The classes of the active model.
     pub fn labels(&self) -> &Labels {
-        self.deciding.loaded.classifier.labels()
+        self.active.loaded.classifier.labels()
     }
 
-    /// Waits for one frame from the camera and classifies it, within the stall time.
+    /// Waits for one frame, at most `camera.stall_ms`, and classifies it.
+    ///
+    /// # Errors
+    /// The camera gives no frame that can be classified.
     pub fn try_camera(&mut self) -> Result<(), DaemonError> {
         self.source.open()?;
-        let stall = Duration::from_millis(self.config.camera.stall_ms);
+        let stall = self.config.camera.stall;
         let began = Instant::now();
         let frame = loop {
             let left = stall.saturating_sub(began.elapsed());
             match self.source.next(left)? {
-                Next::Frame(frame) => break frame,
-                Next::Pending if left.is_zero() => return Err(CameraError::Stalled(stall.as_millis()).into()),
-                Next::Pending => {}
-                Next::Broken(reason) => return Err(CameraError::Broken(reason).into()),
-                Next::Ended => return Err(CameraError::Ended.into()),
+                NextFrame::Frame(frame) => break frame,
+                NextFrame::Pending if left.is_zero() => return Err(CameraError::Stalled(stall.as_millis()).into()),
+                NextFrame::Pending => {}
+                NextFrame::Broken(reason) => return Err(CameraError::Broken(reason).into()),
+                NextFrame::Ended => return Err(CameraError::Ended.into()),
             }
         };
         self.source.close();
         let picture = decode::picture(&frame.picture).map_err(|e| CameraError::Broken(e.to_string()))?;
-        self.deciding.loaded.classifier.classify(&picture)?;
+        self.active.loaded.classifier.classify(&picture)?;
         Ok(())
     }
 
-    /// Watches, decides and publishes until `stop` is ready or the camera has no more frames.
-    pub fn run(self, stop: impl Future<Output = End>, observer: Observer) -> Result<Remains, DaemonError> {
+    /// Runs until `stop` is ready or the camera has no more frames. `on_classified` is called for each classified frame.
+    ///
+    /// # Errors
+    /// A thread cannot be started, or panicked.
+    pub fn run(
+        self,
+        stop: impl Future<Output = StopReason>,
+        on_classified: OnClassified,
+    ) -> Result<StoppedDaemon, DaemonError> {
         let runtime = runtime()?;
-        let remains = self.run_on(&runtime, stop, observer);
-        // Not dropped: that would wait for a name that is being looked up.
+        let stopped = self.run_on(&runtime, stop, on_classified);
+        // A drop would wait for a pending name lookup.
         runtime.shutdown_background();
-        remains
+        stopped
     }
 
-    /// The same, where the runtime outlives the daemon.
+    /// Does the same on a runtime that outlives the daemon.
+    ///
+    /// # Errors
+    /// As [`Daemon::run`].
     pub fn run_on(
         self,
         runtime: &Runtime,
-        stop: impl Future<Output = End>,
-        observer: Observer,
-    ) -> Result<Remains, DaemonError> {
+        stop: impl Future<Output = StopReason>,
+        on_classified: OnClassified,
+    ) -> Result<StoppedDaemon, DaemonError> {
         let (counters, outbox, answers) = (self.counters.clone(), self.outbox.clone(), self.answers.clone());
-        let log_interval = Duration::from_secs(self.config.log.counters_interval_s);
+        let log_interval = self.config.log.counters_interval;
         let model = self.model();
         let heartbeats = [Heartbeat::new("camera"), Heartbeat::new("vision")];
-        let (stages, link, seen) = self.start(observer, &heartbeats)?;
-        systemd::notify_ready(&model);
-        let watching = async {
+        let (stages, client, queue, decider) = self.start(on_classified, &heartbeats)?;
+        systemd::notify_ready(&format!("{model} is active"));
+        let monitors = async {
             tokio::join!(log_counters(&counters, log_interval), systemd::feed_watchdog(&heartbeats));
         };
-        let ended = runtime.block_on(conduct(stages, link, stop, watching));
-        ended.map(|end| Remains { end, counters, outbox, answers, seen: seen.try_recv().ok() })
+        let reason = runtime.block_on(run_stages(stages, client, queue, stop, monitors))?;
+        Ok(StoppedDaemon { reason, counters, outbox, answers, decider: decider.try_recv().ok() })
     }
 
-    /// Makes the channels and starts the threads; the link is for the caller to run.
-    fn start(self, observer: Observer, heartbeats: &[Heartbeat; 2]) -> Result<(Stages, Link, Seen), DaemonError> {
+    /// Makes the channels and starts the threads. Returns them with the MQTT client and the event queue, which the caller runs,
+    /// and the receiver of the decision state.
+    fn start(
+        self,
+        on_classified: OnClassified,
+        heartbeats: &[Heartbeat; 2],
+    ) -> Result<(Stages, DeviceClient, EventQueue, mpsc::Receiver<Decider>), DaemonError> {
+        let Daemon { config, loader, active, mut decider, mut source, pace, counters, outbox, answers } = self;
         let [camera_heartbeat, vision_heartbeat] = heartbeats.clone();
-        let labels = self.deciding.loaded.classifier.labels().clone();
-        let sender = message::Sender {
-            device: self.topics.device().to_string(),
-            camera: self.config.camera.name.clone(),
-            labels,
-            model: self.deciding.loaded.model.manifest.version,
-        };
-        let (outbox, answers) = (self.outbox, self.answers);
-        let (orders, settings) = mpsc::sync_channel(ORDERS_MAX);
-        let (swaps, swapped) = mpsc::sync_channel(1);
+        let Config { camera, connection, topics, update, .. } = config;
+        let (settings_sender, settings) = mpsc::sync_channel(SETTINGS_MAX);
+        let (swap_sender, swaps) = mpsc::sync_channel(1);
         let (frames, mailbox) = latest::mailbox();
-        let rules = self.config.supervisor(&self.pace);
-        let (pace, stall_ms) = (self.pace, self.config.camera.stall_ms);
-        let still = FrameDiff::new(self.config.camera.still_threshold);
-        let habits = Habits { pace, patience: Duration::from_millis(stall_ms), still };
-        let (topics, counters) = (self.topics, self.counters);
-        let setup =
-            Setup { config: self.config, topics: topics.clone(), shelf: self.shelf, answers: answers.clone(), swaps };
         let (stop, stopped) = watch::channel(false);
-        let (receiver, classifier, Ends { inbox, about, witness }) =
-            Receiver::new(setup, self.deciding, stopped.clone());
-        let voice = Voice::new(self.decider, sender, topics.event(), outbox.clone(), counters.clone());
-        let said = about.subscribe();
-        let ordered = Orders { settings, swaps: swapped, about, witness };
-        let (mut watcher, state) = Watcher::new(mailbox, classifier, voice, ordered, habits, observer);
-        let link = Link {
-            settings: self.link,
+        let discovery = update.discovery;
+        let (agent, classifier, AgentHandles { commands, announcement, observer }) =
+            UpdateAgent::new(update, topics.clone(), loader, active, answers.clone(), swap_sender, stopped.clone());
+        let (publisher, events, state) = Publisher::new(&mut decider, EVENTS_MAX, counters.clone());
+        let supervisor = camera.supervisor(&pace);
+        let frame_diff = FrameDiff::new(camera.still_threshold);
+        let options = VisionOptions { pace, lost_after: camera.stall, frame_diff };
+        let vision_commands = Commands { settings, swaps, observer };
+        let vision = VisionStage::new(mailbox, classifier, decider, publisher, vision_commands, options, on_classified);
+        let encoder = Encoder { device: topics.device().to_string(), camera: camera.name };
+        let queue = queue_events(events, encoder.clone(), topics.event(), outbox.clone(), counters.clone());
+        let client = DeviceClient {
+            options: connection,
             topics,
-            about: said,
+            encoder,
+            discovery,
+            announcements: Announcements::new(announcement),
             state,
             outbox,
             answers,
-            orders,
-            mail: Box::new(move |mail| inbox.try_send(mail).is_ok()),
+            settings: settings_sender,
+            commands: Box::new(move |command| commands.try_send(command).is_ok()),
             counters: counters.clone(),
         };
-        let mut source = self.source;
         let camera = Stage::spawn("camera", move || {
-            camera::watch(source.as_mut(), &rules, &frames, &counters, &camera_heartbeat);
+            camera::supervise(source.as_mut(), &supervisor, &frames, &counters, &camera_heartbeat);
         })?;
-        let fleet = Stage::spawn("fleet", move || receiver.run())?;
-        let (left, seen) = mpsc::sync_channel(1);
+        let update = Stage::spawn("update", move || agent.run())?;
+        let (decider_sender, last_decider) = mpsc::sync_channel(1);
         let vision = Stage::spawn("vision", move || {
-            watcher.watch(&stopped, &vision_heartbeat);
-            // Nobody waits for it where it took too long to end.
-            let _ = left.send(watcher.into_seen());
+            let decider = vision.run(&stopped, &vision_heartbeat);
+            // The receiver is gone if this thread took too long to end.
+            let _ = decider_sender.send(decider);
         })?;
-        Ok((Stages { camera, vision, fleet, stop }, link, seen))
+        Ok((Stages { camera, vision, update, stop }, client, Box::pin(queue), last_decider))
     }
 }
 
-/// Gives what was seen last, once the vision thread has ended.
-type Seen = mpsc::Receiver<(Labels, Decider)>;
+/// Moves events from the vision stage to the outbox; see [`queue_events`].
+type EventQueue = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// The threads before the link.
+/// Runs daemons one after the other, each with the configuration that `next` gives when it asks for a reload. A daemon that
+/// cannot be prepared again is replaced by one with the configuration before.
+///
+/// # Errors
+/// The first daemon cannot be prepared, or a running one fails.
+pub fn run_with_reloads(
+    runtime: &Runtime,
+    mut config: Config,
+    mut next: impl AsyncFnMut() -> StopReason,
+) -> Result<Arc<Counters>, DaemonError> {
+    let mut daemon = Daemon::prepare(config.clone())?;
+    loop {
+        info!("ready: the model {} has the classes {}", daemon.model(), daemon.labels().names().join(", "));
+        let stopped = daemon.run_on(runtime, next(), Box::new(|_| {}))?;
+        let StopReason::Reload(changed) = &stopped.reason else { return Ok(stopped.close()) };
+        let prepared = match Daemon::prepare((**changed).clone()) {
+            Ok(prepared) => {
+                config = (**changed).clone();
+                Ok(prepared)
+            }
+            Err(error) => {
+                error!("configuration reload failed, keeping the current configuration: {error}");
+                Daemon::prepare(config.clone())
+            }
+        };
+        daemon = match prepared {
+            Ok(prepared) => prepared.resume(stopped),
+            Err(error) => {
+                stopped.close();
+                return Err(error);
+            }
+        };
+    }
+}
+
+/// The threads before the MQTT client.
 struct Stages {
     camera: Stage,
     vision: Stage,
-    fleet: Stage,
+    update: Stage,
     stop: watch::Sender<bool>,
 }
 
-/// Lets the link talk until there is a reason to stop, then ends one stage after the other, none of
-/// which can hold up the farewell for long.
-async fn conduct(
+/// Runs the MQTT client until there is a reason to stop, then ends one stage after the other. No stage can delay the client's
+/// shutdown for long.
+async fn run_stages(
     mut stages: Stages,
-    link: Link,
-    stop: impl Future<Output = End>,
-    watching: impl Future<Output = ()>,
-) -> Result<End, DaemonError> {
-    let (end_link, link_ended) = watch::channel(false);
-    let mut link = tokio::spawn(link.run(link_ended));
-    let end = tokio::select! {
-        end = stop => end,
-        () = stages.vision.ended() => End::Stop,
-        // It ends by itself only where it panicked, which is told when it is joined.
-        () = stages.fleet.ended() => End::Stop,
-        () = watching => End::Stop,
-        // It ends by itself only where it panicked.
-        _ = &mut link => return Err(DaemonError::Panicked("mqtt")),
+    client: DeviceClient,
+    queue: EventQueue,
+    stop: impl Future<Output = StopReason>,
+    monitors: impl Future<Output = ()>,
+) -> Result<StopReason, DaemonError> {
+    let (stop_client, client_stopped) = watch::channel(false);
+    let queue = tokio::spawn(queue);
+    let mut client = tokio::spawn(client.run(client_stopped));
+    let reason = tokio::select! {
+        reason = stop => reason,
+        () = stages.vision.ended() => StopReason::Stop,
+        // It ends by itself only if it panicked, which its join reports.
+        () = stages.update.ended() => StopReason::Stop,
+        () = monitors => StopReason::Stop,
+        // It ends by itself only if it panicked.
+        _ = &mut client => return Err(DaemonError::Panicked("mqtt")),
     };
-    match end {
-        End::Stop => {
+    match reason {
+        StopReason::Stop => {
             info!("stopping");
             systemd::notify_stopping();
         }
-        End::Reload => info!("the configuration has changed: beginning anew"),
+        StopReason::Reload(_) => info!("reloading the configuration"),
     }
     stages.stop.send_replace(true);
-    let vision = stages.vision.join(VISION_END).await;
-    let camera = stages.camera.join(CAMERA_END).await;
-    let fleet = stages.fleet.join(FLEET_END).await;
-    end_link.send_replace(true);
-    link.await.map_err(|_| DaemonError::Panicked("mqtt"))?;
-    vision.and(camera).and(fleet).map(|()| end)
+    let vision = stages.vision.join(VISION_TIMEOUT).await;
+    let camera = stages.camera.join(CAMERA_TIMEOUT).await;
+    let update = stages.update.join(UPDATE_TIMEOUT).await;
+    drain_queue(queue).await?;
+    stop_client.send_replace(true);
+    client.await.map_err(|_| DaemonError::Panicked("mqtt"))?;
+    vision.and(camera).and(update).map(|()| reason)
 }
 
-/// A thread whose end can be waited for.
+/// Waits until the last events are in the outbox.
+async fn drain_queue(mut queue: JoinHandle<()>) -> Result<(), DaemonError> {
+    match timeout(QUEUE_TIMEOUT, &mut queue).await {
+        Ok(ended) => ended.map_err(|_| DaemonError::Panicked("mqtt")),
+        Err(_) => {
+            queue.abort();
+            Ok(())
+        }
+    }
+}
+
+/// A thread whose end can be awaited.
 struct Stage {
     name: &'static str,
     thread: thread::JoinHandle<()>,
@@ -328,10 +423,10 @@ struct Stage {
 
 impl Stage {
     fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<Self, DaemonError> {
-        let (working, done) = oneshot::channel::<()>();
+        let (running, done) = oneshot::channel::<()>();
         let work = move || {
-            // Dropped when the work is over, and when it panics.
-            let _working = working;
+            // Dropped when the work ends, also by a panic.
+            let _running = running;
             work();
         };
         let thread = thread::Builder::new().name(name.into()).spawn(work);
@@ -339,57 +434,30 @@ impl Stage {
     }
 
     async fn ended(&mut self) {
-        // An error means that the other end was dropped, which is the news.
+        // An error means that the sender was dropped: the thread has ended.
         let _ = (&mut self.done).await;
     }
 
-    /// Waits for its end; what takes longer is left behind.
+    /// Waits for the thread's end; a thread that takes longer than `patience` is left running.
     async fn join(mut self, patience: Duration) -> Result<(), DaemonError> {
         if !self.done.is_terminated() && timeout(patience, self.ended()).await.is_err() {
-            warn!("the thread {} does not end; left behind", self.name);
+            warn!("the thread {} does not end; it is left running", self.name);
             return Ok(());
         }
         self.thread.join().map_err(|_| DaemonError::Panicked(self.name))
     }
 }
 
-fn source(config: &Config, pace: &Pace) -> Result<Box<dyn FrameSource>, CameraError> {
-    let camera = &config.camera;
-    match camera.source {
-        #[cfg(feature = "camera")]
-        Source::V4l2 => {
-            let wanted = camera::v4l2::Wanted {
-                width: camera.width,
-                height: camera.height,
-                fps: camera.fps,
-                format: camera.format,
-            };
-            Ok(Box::new(camera::v4l2::V4l2::new(camera.device.clone(), wanted)))
-        }
-        #[cfg(not(feature = "camera"))]
-        Source::V4l2 => Err(CameraError::NotBuilt),
-        Source::Rpicam => Ok(Box::new(Rpicam::new(rpicam::Wanted {
-            command: camera.rpicam.command.clone(),
-            width: camera.width,
-            height: camera.height,
-            fps: camera.fps,
-            frame_bytes_max: camera.frame_bytes_max as usize,
-        }))),
-        Source::Replay => {
-            let images = replay::images(&camera.replay.path)?;
-            let looped = camera.replay.looped;
-            Ok(Box::new(replay::Replay::new(images, pace.clone(), looped, camera.frame_bytes_max)))
-        }
-    }
-}
-
-/// What a daemon runs on: one thread, the caller's.
+/// Creates the runtime of a daemon: one thread, the caller's.
+///
+/// # Errors
+/// The system gives no event queue.
 pub fn runtime() -> Result<Runtime, DaemonError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|source| DaemonError::Thread { name: "mqtt", source })
 }
 
-/// Tells the counters at an interval, for ever: the log, and `systemctl status`.
+/// Logs the counters at an interval and shows them in `systemctl status`; never returns.
 async fn log_counters(counters: &Counters, interval: Duration) {
     loop {
         tokio::time::sleep(interval).await;

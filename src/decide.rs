@@ -1,160 +1,319 @@
-//! From predictions to events: what is seen now, and when that changes.
+//! Decides from predictions what is observed: smoothing, hysteresis and dwell times.
 //!
-//! Pure: no clock, no I/O. Time comes with the frames.
+//! Pure: no clock and no I/O; each frame brings its capture time.
 //!
-//! Each class has a value that follows its probability with a time constant (a frame that is
-//! unknown counts zero for every class). The class with the largest value is entered when the value
-//! reaches its enter threshold, and left when it falls below its leave threshold; either must last
-//! for its dwell time. Whatever interrupts it makes the waiting begin anew.
+//! Each class has a score that follows the class's probability as an exponential moving average (a frame that is unknown
+//! counts as probability 0 for every class). A class becomes the observed one when its score is the largest, reaches the
+//! enter threshold and stays so for the enter dwell time; it is left when its score falls below the leave threshold for the
+//! leave dwell time. An interruption restarts the dwell time.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
 
 use smallvec::SmallVec;
+use tracing::warn;
 
-use crate::vision::Prediction;
+use crate::vision::head::argmax;
+use crate::vision::labels::ClassName;
+use crate::vision::{Labels, Prediction};
 
-/// How many classes a [`Sight`] lists.
+/// The most classes that an [`Observation`] lists.
 pub const TOP_MAX: usize = 5;
-/// After a longer gap, or a clock that was set, deciding begins anew.
+/// A longer gap between two frames, or a clock that was set, restarts smoothing and dwell times.
 const GAP_MAX: Duration = Duration::from_secs(60);
-/// A value that moved less than this since it was last told is not worth telling.
-const STEP: f32 = 0.05;
+/// An observation is published again when a score has changed by at least this since the last publication.
+const SCORE_STEP: f32 = 0.05;
 
-/// What is decided by.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Rules {
-    /// Time constant of the values; zero takes each frame for itself.
-    pub smoothing: Duration,
-    /// How long another class must hold before it is seen.
-    pub enter_dwell: Duration,
-    /// How long no class must hold before nothing is seen. Where this is the longer one, a flower that
-    /// takes another's place is one event.
-    pub leave_dwell: Duration,
-    /// A state that only differs in its values is told at most once in this time.
-    pub state_interval: Duration,
-    /// One a class.
-    pub thresholds: Vec<Thresholds>,
-}
-
-/// Both 0–1; the distance between them keeps a value at the edge from flickering.
+/// Hysteresis thresholds of a class, 0–1, `leave` at most `enter`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Thresholds {
+    /// Score at which the class is entered.
     pub enter: f32,
+    /// Score below which it is left.
     pub leave: f32,
 }
 
-/// Why a threshold was not changed: a class would be entered and left at once, again and again.
+/// The configured decision rules, for models of any classes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Policy {
+    /// See [`Rules::smoothing`].
+    pub smoothing: Duration,
+    /// See [`Rules::enter_dwell`].
+    pub enter_dwell: Duration,
+    /// See [`Rules::leave_dwell`].
+    pub leave_dwell: Duration,
+    /// See [`Rules::state_interval`].
+    pub state_interval: Duration,
+    /// Thresholds of a class that `class_thresholds` does not name.
+    pub thresholds: Thresholds,
+    /// Thresholds by class name.
+    pub class_thresholds: BTreeMap<String, Thresholds>,
+}
+
+/// The decision rules for the classes of one model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rules {
+    /// Time constant of the moving average; zero uses each frame alone.
+    pub smoothing: Duration,
+    /// Time for which another class must hold before it is observed.
+    pub enter_dwell: Duration,
+    /// Time for which no class must hold before `unknown` is observed. If it is longer than `enter_dwell`, a flower that
+    /// replaces another is one event.
+    pub leave_dwell: Duration,
+    /// Minimum time between two publications of observations that differ only in their scores.
+    pub state_interval: Duration,
+    /// Thresholds of each class.
+    pub thresholds: Vec<Thresholds>,
+}
+
+/// Thresholds that were refused because `leave` would be above `enter`, so that a class would be entered and left in turns.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("leave must not be above enter, for any class")]
-pub struct Flicker;
+pub struct InvalidHysteresis;
+
+/// Thresholds for a class that the model does not have.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the model has no class {class:?}; its classes are {classes}")]
+pub struct UnknownClass {
+    /// The configured class.
+    pub class: String,
+    /// The model's classes, comma separated.
+    pub classes: String,
+}
+
+impl Policy {
+    /// Returns the rules for a model's classes.
+    ///
+    /// # Errors
+    /// Thresholds are configured for a class that is not in `labels`.
+    pub fn rules(&self, labels: &Labels) -> Result<Rules, UnknownClass> {
+        match self.unknown_class(labels) {
+            None => Ok(self.rules_for_known(labels)),
+            Some(class) => Err(UnknownClass { class: class.into(), classes: labels.names().join(", ") }),
+        }
+    }
+
+    /// Returns the rules for a model's classes; thresholds for a class that is not in `labels` are logged and ignored, as
+    /// another model may have it.
+    pub fn rules_for_known(&self, labels: &Labels) -> Rules {
+        if let Some(class) = self.unknown_class(labels) {
+            warn!("decide.classes = {class}: the model has no such class");
+        }
+        let thresholds = |class: &String| *self.class_thresholds.get(class).unwrap_or(&self.thresholds);
+        Rules {
+            smoothing: self.smoothing,
+            enter_dwell: self.enter_dwell,
+            leave_dwell: self.leave_dwell,
+            state_interval: self.state_interval,
+            thresholds: labels.names().iter().map(thresholds).collect(),
+        }
+    }
+
+    fn unknown_class(&self, labels: &Labels) -> Option<&str> {
+        self.class_thresholds.keys().map(String::as_str).find(|class| labels.position(class).is_none())
+    }
+}
 
 impl Rules {
-    /// Sets every class's enter threshold, 0–1.
-    pub fn set_enter(&mut self, enter: f32) -> Result<(), Flicker> {
+    /// Sets the enter threshold of every class, 0–1.
+    ///
+    /// # Errors
+    /// It is below the leave threshold of a class; nothing is changed then.
+    pub fn set_enter(&mut self, enter: f32) -> Result<(), InvalidHysteresis> {
         if self.thresholds.iter().any(|class| class.leave > enter) {
-            return Err(Flicker);
+            return Err(InvalidHysteresis);
         }
         self.thresholds.iter_mut().for_each(|class| class.enter = enter);
         Ok(())
     }
 
-    /// Sets every class's leave threshold, 0–1.
-    pub fn set_leave(&mut self, leave: f32) -> Result<(), Flicker> {
+    /// Sets the leave threshold of every class, 0–1.
+    ///
+    /// # Errors
+    /// It is above the enter threshold of a class; nothing is changed then.
+    pub fn set_leave(&mut self, leave: f32) -> Result<(), InvalidHysteresis> {
         if self.thresholds.iter().any(|class| leave > class.enter) {
-            return Err(Flicker);
+            return Err(InvalidHysteresis);
         }
         self.thresholds.iter_mut().for_each(|class| class.leave = leave);
         Ok(())
     }
 }
 
-/// What is seen. A class is its place among the labels; none is `unknown`.
+/// A class and its score.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Sight {
-    pub class: Option<usize>,
-    /// The class's value; for `unknown`, what the best class lacks to 1.
+pub struct Ranked {
+    /// The class.
+    pub class: ClassName,
+    /// Its score, 0–1.
     pub confidence: f32,
-    /// Classes and values, best first, at most [`TOP_MAX`].
-    pub top: SmallVec<[(usize, f32); TOP_MAX]>,
-    /// When the frame was caught that made it this class.
-    pub since: SystemTime,
-    /// When the newest frame was caught.
-    pub captured_at: SystemTime,
-    /// False while the camera gives no frames.
-    pub camera_ok: bool,
 }
 
-/// What one frame led to.
+/// The best classes with their scores, best first.
+pub type Top = SmallVec<[Ranked; TOP_MAX]>;
+
+/// The present state of the camera's view.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Observation {
+    /// The observed class; `None` is `unknown`.
+    pub class: Option<ClassName>,
+    /// Score of the class, 0–1; of `unknown`, 1 minus the best score.
+    pub confidence: f32,
+    /// The best classes.
+    pub top: Top,
+    /// Capture time of the frame that made it this class.
+    pub since: SystemTime,
+    /// Capture time of the newest frame.
+    pub captured_at: SystemTime,
+    /// Whether the camera gives frames.
+    pub camera_ok: bool,
+    /// Whether classification is paused.
+    pub paused: bool,
+    /// Version of the model.
+    pub model: u64,
+}
+
+/// A change of the observed class.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// The new class; `None` is `unknown`.
+    pub class: Option<ClassName>,
+    /// The class before; `None` is `unknown`.
+    pub previous: Option<ClassName>,
+    /// See [`Observation::confidence`].
+    pub confidence: f32,
+    /// The best classes.
+    pub top: Top,
+    /// Capture time of the frame that caused the change.
+    pub captured_at: SystemTime,
+    /// Version of the model.
+    pub model: u64,
+}
+
+/// The result of one frame.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decision {
-    pub sight: Sight,
-    /// What was seen before, where this frame changed it.
-    pub previous: Option<Option<usize>>,
-    /// The sight differs enough from the one told last.
-    pub tell: bool,
+    /// The state after the frame.
+    pub observation: Observation,
+    /// The change, if the frame caused one.
+    pub event: Option<Event>,
+    /// Whether the observation differs enough from the one published last to be published.
+    pub publish: bool,
 }
 
-/// The state of one camera.
+/// The decision state of one camera.
 #[derive(Debug)]
 pub struct Decider {
     rules: Rules,
-    values: Vec<f32>,
+    labels: Labels,
+    /// Version of the model.
+    model: u64,
+    /// Moving average of each class's probability.
+    scores: Vec<f32>,
     last_frame: Option<SystemTime>,
     class: Option<usize>,
     since: SystemTime,
-    /// A change that has not lasted long enough, and since when it is due.
+    /// A change that has not lasted for its dwell time, and its first frame's time.
     pending: Option<(Option<usize>, SystemTime)>,
-    told: Option<Sight>,
+    paused: bool,
+    published: Option<Observation>,
 }
 
 impl Decider {
-    /// `now` is when the watching begins.
-    pub fn new(rules: Rules, now: SystemTime) -> Self {
-        let values = vec![0.0; rules.thresholds.len()];
-        Decider { rules, values, last_frame: None, class: None, since: now, pending: None, told: None }
+    /// Starts with `unknown`, observed since `now`. `model` is the version of the model that has these labels.
+    ///
+    /// # Panics
+    /// If `rules` has not one threshold a label.
+    pub fn new(rules: Rules, labels: Labels, model: u64, now: SystemTime) -> Self {
+        assert_eq!(rules.thresholds.len(), labels.names().len(), "one threshold a class");
+        Decider {
+            scores: vec![0.0; rules.thresholds.len()],
+            rules,
+            labels,
+            model,
+            last_frame: None,
+            class: None,
+            since: now,
+            pending: None,
+            paused: false,
+            published: None,
+        }
     }
 
-    /// Whether the camera gave frames when it was last heard of.
+    /// The classes that are decided among.
+    pub fn labels(&self) -> &Labels {
+        &self.labels
+    }
+
+    /// Whether the camera gave frames when an observation was published last.
     pub fn camera_ok(&self) -> bool {
-        self.told.as_ref().is_some_and(|told| told.camera_ok)
+        self.published.as_ref().is_some_and(|published| published.camera_ok)
     }
 
-    /// What was told last.
-    pub fn told(&self) -> Option<&Sight> {
-        self.told.as_ref()
+    /// Whether classification is paused.
+    pub fn paused(&self) -> bool {
+        self.paused
     }
 
-    /// Other classes: what was seen of the old ones is forgotten, and should have been taken back before.
-    pub fn relearn(&mut self, thresholds: Vec<Thresholds>) {
-        self.values = vec![0.0; thresholds.len()];
-        self.rules.thresholds = thresholds;
-        (self.class, self.last_frame, self.pending, self.told) = (None, None, None, None);
+    /// The observation that was published last.
+    pub fn published(&self) -> Option<&Observation> {
+        self.published.as_ref()
     }
 
+    /// The rules, to be changed while it runs.
     pub fn rules_mut(&mut self) -> &mut Rules {
         &mut self.rules
     }
 
-    /// A frame was classified.
-    pub fn seen(&mut self, prediction: &Prediction, at: SystemTime) -> Decision {
+    /// Continues with another model of the same classes; the observation stays.
+    pub fn set_model(&mut self, model: u64) {
+        self.model = model;
+        if let Some(published) = &mut self.published {
+            published.model = model;
+        }
+    }
+
+    /// Continues with a model of other classes and drops the present observation, which the caller has ended with
+    /// [`Decider::signal_lost`] before.
+    ///
+    /// # Panics
+    /// If there is not one threshold a label.
+    pub fn reset_classes(&mut self, labels: Labels, model: u64, thresholds: Vec<Thresholds>) {
+        assert_eq!(thresholds.len(), labels.names().len(), "one threshold a class");
+        self.scores = vec![0.0; thresholds.len()];
+        self.rules.thresholds = thresholds;
+        (self.labels, self.model) = (labels, model);
+        (self.class, self.last_frame, self.pending, self.published) = (None, None, None, None);
+    }
+
+    /// Takes the prediction of a frame captured at `at`.
+    pub fn classified(&mut self, prediction: &Prediction, at: SystemTime) -> Decision {
         self.smooth(prediction, at);
         let target = self.target();
-        let class = if self.lasted(target, at) { target } else { self.class };
+        let class = if self.dwell_elapsed(target, at) { target } else { self.class };
         self.decide(class, at, true)
     }
 
-    /// Nothing is seen from now on, and at once: before the first frame, when the camera fails, when
-    /// the watching is paused.
-    pub fn blind(&mut self, at: SystemTime, camera_ok: bool) -> Decision {
-        self.values.fill(0.0);
+    /// Observes `unknown` from now on, without dwell time: before the first frame, when the camera fails, while
+    /// classification is paused.
+    pub fn signal_lost(&mut self, at: SystemTime, camera_ok: bool) -> Decision {
+        self.scores.fill(0.0);
         self.last_frame = None;
         self.pending = None;
         self.decide(None, at, camera_ok)
     }
 
+    /// Pauses or resumes classification; either observes `unknown` and publishes.
+    pub fn set_paused(&mut self, paused: bool, at: SystemTime) -> Decision {
+        self.paused = paused;
+        let decision = self.signal_lost(at, self.camera_ok());
+        self.published = Some(decision.observation.clone());
+        Decision { publish: true, ..decision }
+    }
+
     fn smooth(&mut self, prediction: &Prediction, at: SystemTime) {
-        // A clock that was set begins anew, as the first frame does: a device without a battery wakes up
-        // in the past.
+        // After a clock that was set, smoothing restarts as with the first frame: a device without a battery-backed clock
+        // boots in the past.
         let elapsed = self.last_frame.and_then(|last| at.duration_since(last).ok()).filter(|gap| *gap <= GAP_MAX);
         if elapsed.is_none() {
             self.pending = None;
@@ -165,24 +324,24 @@ impl Decider {
             }
             _ => 1.0,
         };
-        for (value, probability) in self.values.iter_mut().zip(&prediction.probabilities) {
-            let seen = if prediction.known { *probability } else { 0.0 };
-            *value += weight * (seen - *value);
+        for (score, probability) in self.scores.iter_mut().zip(&prediction.probabilities) {
+            let observed = if prediction.known { *probability } else { 0.0 };
+            *score += weight * (observed - *score);
         }
         self.last_frame = Some(at);
     }
 
-    /// What the values speak for.
+    /// The class that the scores and thresholds ask for.
     fn target(&self) -> Option<usize> {
-        let best = crate::vision::head::argmax(&self.values);
-        if self.values[best] >= self.rules.thresholds[best].enter {
+        let best = argmax(&self.scores);
+        if self.scores[best] >= self.rules.thresholds[best].enter {
             return Some(best);
         }
-        self.class.filter(|class| self.values[*class] >= self.rules.thresholds[*class].leave)
+        self.class.filter(|class| self.scores[*class] >= self.rules.thresholds[*class].leave)
     }
 
-    /// True once `target` differs from what is seen, and has done so for the dwell time.
-    fn lasted(&mut self, target: Option<usize>, at: SystemTime) -> bool {
+    /// Returns whether `target` differs from the present class and has done so for the dwell time.
+    fn dwell_elapsed(&mut self, target: Option<usize>, at: SystemTime) -> bool {
         if target == self.class {
             self.pending = None;
             return false;
@@ -199,44 +358,71 @@ impl Decider {
     }
 
     fn decide(&mut self, class: Option<usize>, at: SystemTime, camera_ok: bool) -> Decision {
-        let mut previous = None;
-        if class != self.class {
-            previous = Some(std::mem::replace(&mut self.class, class));
+        let top = self.top();
+        let confidence = match class {
+            Some(class) => self.scores[class],
+            None => 1.0 - top.first().map_or(0.0, |best| best.confidence),
+        };
+        let name = |class: Option<usize>| class.map(|class| self.labels.class_name(class));
+        let event = (class != self.class).then(|| Event {
+            class: name(class),
+            previous: name(self.class),
+            confidence,
+            top: top.clone(),
+            captured_at: at,
+            model: self.model,
+        });
+        if event.is_some() {
+            self.class = class;
             self.since = at;
             self.pending = None;
         }
-        let mut top = SmallVec::new();
-        for (class, value) in self.values.iter().copied().enumerate() {
-            let place = top.partition_point(|(_, better)| *better >= value);
-            top.truncate(TOP_MAX - usize::from(place < TOP_MAX));
-            if place < TOP_MAX {
-                top.insert(place, (class, value));
-            }
+        let observation = Observation {
+            class: name(class),
+            confidence,
+            top,
+            since: self.since,
+            captured_at: at,
+            camera_ok,
+            paused: self.paused,
+            model: self.model,
+        };
+        let publish = self.is_worth_publishing(&observation);
+        if publish {
+            self.published = Some(observation.clone());
         }
-        let best = top.first().map_or(0.0, |(_, value)| *value);
-        let confidence = class.map_or(1.0 - best, |class| self.values[class]);
-        let sight = Sight { class, confidence, top, since: self.since, captured_at: at, camera_ok };
-        let tell = self.worth_telling(&sight);
-        if tell {
-            self.told = Some(sight.clone());
-        }
-        Decision { sight, previous, tell }
+        Decision { observation, event, publish }
     }
 
-    fn worth_telling(&self, sight: &Sight) -> bool {
-        let Some(told) = &self.told else { return true };
-        if told.class != sight.class || told.camera_ok != sight.camera_ok {
+    /// The best classes; of equal scores the first class comes first.
+    fn top(&self) -> Top {
+        let mut best: SmallVec<[(usize, f32); TOP_MAX]> = SmallVec::new();
+        for (class, score) in self.scores.iter().copied().enumerate() {
+            let rank = best.partition_point(|(_, better)| *better >= score);
+            best.truncate(TOP_MAX - usize::from(rank < TOP_MAX));
+            if rank < TOP_MAX {
+                best.insert(rank, (class, score));
+            }
+        }
+        best.into_iter()
+            .map(|(class, confidence)| Ranked { class: self.labels.class_name(class), confidence })
+            .collect()
+    }
+
+    fn is_worth_publishing(&self, observation: &Observation) -> bool {
+        let Some(published) = &self.published else { return true };
+        if published.class != observation.class || published.camera_ok != observation.camera_ok {
             return true;
         }
-        let waited = match sight.captured_at.duration_since(told.captured_at) {
+        let due = match observation.captured_at.duration_since(published.captured_at) {
             Ok(elapsed) => elapsed >= self.rules.state_interval,
             Err(_) => true,
         };
-        let value = |sight: &Sight, class: usize| {
-            sight.top.iter().find(|(there, _)| *there == class).map_or(0.0, |(_, value)| *value)
+        let score_before = |class: &ClassName| {
+            published.top.iter().find(|ranked| ranked.class == *class).map_or(0.0, |ranked| ranked.confidence)
         };
-        let moved = |(class, now): &(usize, f32)| (now - value(told, *class)).abs() >= STEP;
-        waited && sight.top.iter().any(moved)
+        let changed = |now: &Ranked| (now.confidence - score_before(&now.class)).abs() >= SCORE_STEP;
+        due && observation.top.iter().any(changed)
     }
 }
 
@@ -247,6 +433,18 @@ mod tests {
     const A: Option<usize> = Some(0);
     const B: Option<usize> = Some(1);
     const UNKNOWN: Option<usize> = None;
+
+    fn labels() -> Labels {
+        Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap()
+    }
+
+    fn decider(rules: Rules) -> Decider {
+        Decider::new(rules, labels(), 7, at(0))
+    }
+
+    fn index(class: &Option<ClassName>) -> Option<usize> {
+        class.as_ref().map(|class| labels().position(class).unwrap())
+    }
 
     fn at(ms: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_millis(10_000 + ms)
@@ -266,30 +464,31 @@ mod tests {
         Prediction { probabilities: vec![a, 1.0 - a], similarity: 0.0, known }
     }
 
-    /// A trace: milliseconds, the probability of A (the rest is B's), or none for an unknown frame.
+    /// Returns the events of a trace: milliseconds, the probability of A (the rest is B's), or `None` for an unknown frame.
     fn changes(rules: Rules, trace: &[(u64, Option<f32>)]) -> Vec<(u64, Option<usize>)> {
-        let mut decider = Decider::new(rules, at(0));
+        let mut decider = decider(rules);
         let mut changes = Vec::new();
         for (ms, a) in trace {
-            let decision = decider.seen(&prediction(a.unwrap_or(0.9), a.is_some()), at(*ms));
-            if let Some(previous) = decision.previous {
-                assert_ne!(previous, decision.sight.class);
-                assert!(decision.tell, "a change is always told");
-                assert_eq!(decision.sight.since, at(*ms));
-                changes.push((*ms, decision.sight.class));
+            let decision = decider.classified(&prediction(a.unwrap_or(0.9), a.is_some()), at(*ms));
+            if let Some(event) = decision.event {
+                assert_ne!(event.previous, event.class);
+                assert_eq!((&event.class, event.model), (&decision.observation.class, 7));
+                assert!(decision.publish, "a change is always published");
+                assert_eq!((decision.observation.since, event.captured_at), (at(*ms), at(*ms)));
+                changes.push((*ms, index(&event.class)));
             }
         }
         changes
     }
 
     #[test]
-    fn traces_lead_to_the_changes_expected() {
+    fn traces_lead_to_the_expected_events() {
         type Trace<'a> = &'a [(u64, Option<f32>)];
         type Changes<'a> = &'a [(u64, Option<usize>)];
         let cases: &[(&str, u64, u64, Trace, Changes)] = &[
             ("entered at once without dwell", 0, 0, &[(0, Some(0.7))], &[(0, A)]),
             ("just below enter is not entered", 0, 0, &[(0, Some(0.69)), (100, Some(0.69))], &[]),
-            ("between leave and enter what is seen stays", 0, 0, &[(0, Some(0.9)), (100, Some(0.51))], &[(0, A)]),
+            ("between leave and enter the class stays", 0, 0, &[(0, Some(0.9)), (100, Some(0.51))], &[(0, A)]),
             ("below leave it is left", 0, 0, &[(0, Some(0.9)), (100, Some(0.49))], &[(0, A), (100, UNKNOWN)]),
             ("one class follows another directly", 0, 0, &[(0, Some(0.9)), (100, Some(0.1))], &[(0, A), (100, B)]),
             ("an unknown frame counts for no class", 0, 0, &[(0, Some(0.9)), (100, None)], &[(0, A), (100, UNKNOWN)]),
@@ -301,14 +500,14 @@ mod tests {
                 &[(200, A)],
             ),
             (
-                "below threshold resets what was pending",
+                "a score below the threshold restarts the dwell time",
                 0,
                 200,
                 &[(0, Some(0.9)), (150, Some(0.6)), (200, Some(0.9)), (399, Some(0.9)), (400, Some(0.9))],
                 &[(400, A)],
             ),
             (
-                "another class resets what was pending",
+                "another class restarts the dwell time",
                 0,
                 200,
                 &[(0, Some(0.9)), (100, Some(0.1)), (200, Some(0.9)), (300, Some(0.9)), (400, Some(0.9))],
@@ -322,28 +521,28 @@ mod tests {
                 &[(200, A)],
             ),
             (
-                "smoothing rides out one wrong frame",
+                "smoothing hides one wrong frame",
                 300,
                 0,
                 &[(0, Some(0.95)), (100, Some(0.95)), (200, Some(0.05)), (300, Some(0.95)), (400, Some(0.95))],
                 &[(0, A)],
             ),
             (
-                "smoothing goes by time, not by frames: after a long gap one frame is enough",
+                "smoothing depends on time, not on frames: after a long gap one frame is enough",
                 300,
                 0,
                 &[(0, Some(0.95)), (3000, Some(0.05))],
                 &[(0, A), (3000, B)],
             ),
             (
-                "a clock set forward makes nothing last",
+                "a clock set forward restarts the dwell time",
                 300,
                 200,
                 &[(0, Some(0.9)), (100, Some(0.9)), (99_000, Some(0.9)), (99_100, Some(0.9)), (99_200, Some(0.9))],
                 &[(99_200, A)],
             ),
             (
-                "a clock set back begins anew",
+                "a clock set back restarts smoothing and dwell time",
                 300,
                 100,
                 &[(5000, Some(0.9)), (5100, Some(0.9)), (0, Some(0.1)), (100, Some(0.1))],
@@ -356,7 +555,7 @@ mod tests {
     }
 
     #[test]
-    fn a_longer_dwell_for_leaving_makes_an_exchange_one_event() {
+    fn a_longer_leave_dwell_makes_a_replacement_one_event() {
         let rules = Rules { leave_dwell: Duration::from_millis(300), ..rules(0, 100) };
         let exchange = [0.9, 0.9, 0.6, 0.4, 0.4, 0.2, 0.2, 0.2].map(Some);
         let trace: Vec<_> = exchange.iter().enumerate().map(|(i, a)| (i as u64 * 100, *a)).collect();
@@ -374,46 +573,94 @@ mod tests {
     }
 
     #[test]
-    fn thresholds_are_changed_unless_a_class_would_flicker() {
+    fn refuses_a_leave_threshold_above_enter() {
         let mut rules = rules(0, 0);
-        assert_eq!(rules.set_enter(0.4), Err(Flicker));
-        assert_eq!(rules.set_leave(0.8), Err(Flicker));
+        assert_eq!(rules.set_enter(0.4), Err(InvalidHysteresis));
+        assert_eq!(rules.set_leave(0.8), Err(InvalidHysteresis));
         assert_eq!(rules.thresholds, [Thresholds { enter: 0.7, leave: 0.5 }; 2]);
         assert_eq!((rules.set_enter(0.9), rules.set_leave(0.8)), (Ok(()), Ok(())));
         assert_eq!(rules.thresholds, [Thresholds { enter: 0.9, leave: 0.8 }; 2]);
     }
 
     #[test]
-    fn a_lost_camera_sees_nothing_at_once_and_starts_anew() {
-        let mut decider = Decider::new(rules(0, 500), at(0));
-        let blind = decider.blind(at(0), false);
-        assert_eq!((blind.sight.class, blind.sight.camera_ok, blind.tell), (UNKNOWN, false, true));
-        decider.seen(&prediction(0.9, true), at(0));
-        assert_eq!(decider.seen(&prediction(0.9, true), at(500)).previous, Some(UNKNOWN));
-        let lost = decider.blind(at(600), false);
-        assert_eq!((lost.previous, lost.sight.class, lost.sight.camera_ok), (Some(A), UNKNOWN, false));
-        assert_eq!(lost.sight.confidence, 1.0);
-        let again = decider.blind(at(700), false);
-        assert_eq!((again.previous, again.tell), (None, false));
-        let back = decider.seen(&prediction(0.9, true), at(800));
-        assert_eq!((back.previous, back.sight.camera_ok, back.tell), (None, true, true));
-        assert_eq!(decider.seen(&prediction(0.9, true), at(1300)).sight.class, A);
+    fn a_lost_camera_is_unknown_at_once_and_restarts_the_dwell_time() {
+        let mut decider = decider(rules(0, 500));
+        let first = decider.signal_lost(at(0), false);
+        assert_eq!((first.observation.class, first.observation.camera_ok, first.publish), (None, false, true));
+        decider.classified(&prediction(0.9, true), at(0));
+        let entered = decider.classified(&prediction(0.9, true), at(500)).event.unwrap();
+        assert_eq!((index(&entered.class), entered.previous), (A, None));
+        let lost = decider.signal_lost(at(600), false);
+        assert_eq!(index(&lost.event.unwrap().previous), A);
+        assert_eq!((lost.observation.class, lost.observation.camera_ok), (None, false));
+        assert_eq!(lost.observation.confidence, 1.0);
+        let again = decider.signal_lost(at(700), false);
+        assert_eq!((again.event, again.publish), (None, false));
+        let back = decider.classified(&prediction(0.9, true), at(800));
+        assert_eq!((back.event, back.observation.camera_ok, back.publish), (None, true, true));
+        assert_eq!(index(&decider.classified(&prediction(0.9, true), at(1300)).observation.class), A);
     }
 
     #[test]
-    fn values_are_told_when_they_moved_but_not_too_often() {
-        let mut decider = Decider::new(rules(0, 0), at(0));
-        let told = [(0, 0.9), (1000, 0.89), (1500, 0.8), (1600, 0.95), (2500, 0.95), (4000, 0.93)]
-            .map(|(ms, a)| decider.seen(&prediction(a, true), at(ms)).tell);
-        assert_eq!(told, [true, false, true, false, true, false]);
+    fn changed_scores_are_published_at_most_once_an_interval() {
+        let mut decider = decider(rules(0, 0));
+        let published = [(0, 0.9), (1000, 0.89), (1500, 0.8), (1600, 0.95), (2500, 0.95), (4000, 0.93)]
+            .map(|(ms, a)| decider.classified(&prediction(a, true), at(ms)).publish);
+        assert_eq!(published, [true, false, true, false, true, false]);
     }
 
     #[test]
-    fn the_top_is_sorted_and_unknown_says_what_is_lacking() {
-        let mut decider = Decider::new(rules(0, 0), at(0));
-        let sight = decider.seen(&prediction(0.4, true), at(0)).sight;
-        assert_eq!(sight.class, UNKNOWN);
-        assert_eq!(sight.top.iter().map(|(class, _)| *class).collect::<Vec<_>>(), [1, 0]);
-        assert!((sight.confidence - 0.4).abs() < 1e-6);
+    fn the_top_is_sorted_and_unknown_has_the_remaining_confidence() {
+        let mut decider = decider(rules(0, 0));
+        let observation = decider.classified(&prediction(0.4, true), at(0)).observation;
+        assert_eq!(index(&observation.class), UNKNOWN);
+        let top: Vec<&str> = observation.top.iter().map(|ranked| &*ranked.class).collect();
+        assert_eq!(top, ["tulips", "daisy"]);
+        assert!((observation.confidence - 0.4).abs() < 1e-6);
+    }
+
+    #[test]
+    fn pausing_is_published_and_ends_the_observation() {
+        let mut decider = decider(rules(0, 0));
+        decider.classified(&prediction(0.9, true), at(0));
+        let paused = decider.set_paused(true, at(100));
+        assert_eq!((paused.publish, paused.observation.paused, paused.observation.camera_ok), (true, true, true));
+        assert_eq!(index(&paused.event.unwrap().previous), A);
+        assert!(decider.published().unwrap().paused);
+        let resumed = decider.set_paused(false, at(200));
+        assert_eq!((resumed.publish, resumed.observation.paused, resumed.event), (true, false, None));
+    }
+
+    #[test]
+    fn another_model_keeps_the_observation_unless_its_classes_differ() {
+        let mut decider = decider(rules(0, 0));
+        decider.classified(&prediction(0.9, true), at(0));
+        decider.set_model(8);
+        assert_eq!((decider.published().unwrap().model, index(&decider.published().unwrap().class)), (8, A));
+        let others = Labels::new(vec!["aster".into(), "rose".into(), "lily".into()]).unwrap();
+        decider.reset_classes(others, 9, vec![Thresholds { enter: 0.7, leave: 0.5 }; 3]);
+        assert_eq!(decider.published(), None);
+        let first = decider.signal_lost(at(100), true);
+        assert_eq!((first.publish, first.event, first.observation.model), (true, None, 9));
+        assert_eq!(first.observation.top.len(), 3);
+    }
+
+    #[test]
+    fn thresholds_of_a_class_that_the_model_lacks_are_an_error_or_ignored() {
+        let thresholds = Thresholds { enter: 0.7, leave: 0.5 };
+        let own = Thresholds { enter: 0.9, leave: 0.8 };
+        let mut policy = Policy {
+            smoothing: Duration::ZERO,
+            enter_dwell: Duration::ZERO,
+            leave_dwell: Duration::ZERO,
+            state_interval: Duration::ZERO,
+            thresholds,
+            class_thresholds: [("tulips".to_owned(), own)].into(),
+        };
+        assert_eq!(policy.rules(&labels()).unwrap().thresholds, [thresholds, own]);
+        policy.class_thresholds.insert("orchid".into(), own);
+        let error = policy.rules(&labels()).unwrap_err().to_string();
+        assert_eq!(error, "the model has no class \"orchid\"; its classes are daisy, tulips");
+        assert_eq!(policy.rules_for_known(&labels()).thresholds, [thresholds, own]);
     }
 }

@@ -1,23 +1,28 @@
-//! A device watches a camera, names the flower it sees, and says so over MQTT; the same program
-//! teaches that params on a workstation.
-//!
-//! The data takes a one-way street, and the modules below stand along it in reading order:
+//! A device watches a camera, classifies the flower and publishes it over MQTT; a workstation trains the model and deploys it
+//! to devices.
 //!
 //! ```text
-//! camera ──Frame──▶ vision ──Prediction──▶ decide ──Event──▶ mqtt ──▶ broker
-//!                     ▲                                       │
-//! train ──Bundle──▶ fleet ◀──────────── offers ───────────────┘
+//! camera ──Frame──▶ vision ──Prediction──▶ decide ──Event, Observation──▶ mqtt ──▶ broker
+//!                     ▲ swap                                               │
+//!                     └──────────────── update agent ◀────── commands ─────┘
+//! workstation: train ──bundle──▶ push ──MQTT──▶ update agent
 //! ```
 //!
-//! - [`camera`] keeps the newest frame only and counts what it dropped.
-//! - [`vision`] is the only place that turns pixels into numbers; the trainer calls the same functions.
-//! - [`decide`] is pure: predictions in, events out, no clock, no I/O.
-//! - [`mqtt`] never makes a stage before it wait, and loses no event that was decided.
-//! - [`update`] brings new models to devices, and takes them back.
-//! - [`vision_stage`] is the stage from frames to decisions, a thread of its own.
-//! - [`daemon`] is the only file that starts the stages' threads and joins them.
+//! A module imports only modules before it in this order:
+//!
+//! - [`system`]: hashing, paths, memory, counters, systemd; [`frame`]: pictures; [`chart`]: SVG charts.
+//! - [`camera`] keeps the newest frame and counts the frames that it replaces.
+//! - [`vision`] turns pixels into features and predictions; the trainer calls the same functions.
+//! - [`decide`] turns predictions into events and observations; it has no clock and no I/O.
+//! - [`vision_stage`] is the thread from frames to decisions.
+//! - [`bundle`] is the file format of a model.
+//! - [`mqtt`] encodes and delivers; no stage waits for it, and events wait in its outbox for the broker.
+//! - [`update`] deploys models to devices and rolls them back.
+//! - [`config`] holds the parsed configuration.
+//! - [`train`] trains and evaluates models; [`zoo`], `fetch` and [`bench`] belong to the workstation too.
+//! - [`daemon`] starts the threads of the stages and joins them; `demo` shows it at work.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 pub mod bench;
 pub mod bundle;

@@ -1,318 +1,337 @@
-//! The stage from frames to decisions: decodes, classifies, decides, and hands over what is to be said.
+//! The stage from frames to decisions: a thread that decodes, classifies, decides and publishes the result into channels.
+//!
+//! ```text
+//! mailbox ──Frame──▶ decode ──▶ classify ──Prediction──▶ decide ──Event──▶ events (a queue)
+//!                                  ▲                        └──Observation──▶ state (the newest value)
+//!                     Commands ────┘  settings, model swaps
+//! ```
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant, SystemTime};
 
 use image::RgbImage;
-use tokio::sync::watch;
+use tokio::sync::{mpsc as queue, watch};
 use tracing::{error, info, warn};
-use uuid::Uuid;
 
 use crate::camera::Pace;
 use crate::camera::latest::{self, MailboxItem, RecvResult};
-use crate::decide::{Decider, Decision, Flicker, Thresholds};
+use crate::decide::{Decider, Decision, Event, InvalidHysteresis, Observation, Thresholds};
 use crate::frame::Frame;
-use crate::mqtt::{About, Outbox, Setting, message};
 use crate::system::{Counters, Heartbeat};
-use crate::vision::{Classifier, FrameDiff, Labels, Prediction, Stages, decode};
+use crate::vision::decode::DecodeError;
+use crate::vision::{BackboneError, Classifier, FrameDiff, Prediction, StageTimes, decode};
 
-/// How often settings are looked for while no frame comes.
+/// Interval at which commands are checked while no frame arrives.
 const IDLE: Duration = Duration::from_millis(100);
 
-/// A frame that was classified, for whoever wants to look on.
-#[derive(Debug, Clone)]
-pub struct Seen {
-    /// The file a replayed frame came from.
-    pub origin: Option<PathBuf>,
-    pub captured_at: SystemTime,
-    /// What it was taken for; none where it is unknown.
-    pub class: Option<usize>,
-    pub stages: Stages,
+/// A setting that can be changed while the daemon runs; it lasts until the next start or reload.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Setting {
+    /// Whether classification is paused.
+    Pause(bool),
+    /// Interval between two frames that are classified.
+    IntervalMs(u64),
+    /// [`crate::decide::Rules::smoothing`].
+    SmoothingMs(u64),
+    /// [`crate::decide::Rules::enter_dwell`].
+    EnterDwellMs(u64),
+    /// [`crate::decide::Rules::leave_dwell`].
+    LeaveDwellMs(u64),
+    /// Enter threshold of every class, above 0, at most 1.
+    Enter(f32),
+    /// Leave threshold of every class, above 0, at most 1.
+    Leave(f32),
 }
 
-/// Called with each frame that was classified, on the vision thread.
-pub type Observer = Box<dyn FnMut(Seen) + Send>;
+/// A frame that was classified.
+#[derive(Debug, Clone)]
+pub struct ClassifiedFrame {
+    /// The file that a replayed frame was read from.
+    pub origin: Option<PathBuf>,
+    /// Time of the capture.
+    pub captured_at: SystemTime,
+    /// The predicted class; `None` is unknown.
+    pub class: Option<usize>,
+    /// Time of each processing stage.
+    pub stages: StageTimes,
+}
 
-/// Is told how a model fares with each frame; false once it wants to know no more.
-pub type Witness = Box<dyn FnMut(Report) -> bool + Send>;
+/// Called on the vision thread for each classified frame.
+pub type OnClassified = Box<dyn FnMut(ClassifiedFrame) + Send>;
 
-/// How a model fared with a frame.
+/// Receives a report for each frame of a model on trial; returns `false` once it needs no more.
+pub type FrameObserver = Box<dyn FnMut(FrameReport) -> bool + Send>;
+
+/// How the model processed a frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Report {
-    /// How long its network worked.
-    Seen(Duration),
-    /// The model failed, which no picture is to blame for.
+pub enum FrameReport {
+    /// It classified the frame; processor time of the backbone.
+    Classified(Duration),
+    /// It failed on a picture that was decoded, for this reason.
     Failed(String),
 }
 
-/// Another model, to be put in the place of the present one between two frames.
+/// Another model, to replace the present one between two frames.
 pub struct Swap {
+    /// The model.
     pub classifier: Classifier,
+    /// Its version.
     pub version: u64,
-    /// Of its classes.
+    /// The thresholds of its classes.
     pub thresholds: Vec<Thresholds>,
-    /// What there is to say of it.
-    pub about: About,
-    pub witness: Option<Witness>,
-    /// Takes the model that was replaced, and is thereby told that it was.
+    /// Observes its frames, if it is on trial.
+    pub observer: Option<FrameObserver>,
+    /// Receives the replaced model once the swap is done.
     pub replaced: mpsc::SyncSender<Classifier>,
 }
 
-/// What comes to the vision thread besides frames.
-pub struct Orders {
+/// The inputs of the vision thread beside frames.
+pub struct Commands {
+    /// Changed settings.
     pub settings: mpsc::Receiver<Setting>,
+    /// Models to swap in.
     pub swaps: mpsc::Receiver<Swap>,
-    /// Where it is told what there is to say of another model.
-    pub about: watch::Sender<About>,
-    /// Of the model at the start, where it is on trial.
-    pub witness: Option<Witness>,
+    /// Observes the frames of the first model, if it is on trial.
+    pub observer: Option<FrameObserver>,
 }
 
-/// What the vision thread works with.
-pub struct Watcher {
+/// The outputs of the vision thread. Neither waits for its receiver.
+pub struct Publisher {
+    events: queue::Sender<Event>,
+    state: watch::Sender<Observation>,
+    counters: Arc<Counters>,
+}
+
+/// Options of the vision thread.
+pub struct VisionOptions {
+    /// The interval between frames, shared with the camera.
+    pub pace: Pace,
+    /// Time without a frame that could be classified after which `unknown` is observed.
+    pub lost_after: Duration,
+    /// Detects frames that need no classification.
+    pub frame_diff: FrameDiff,
+}
+
+/// The vision thread's state.
+pub struct VisionStage {
     mailbox: latest::Receiver,
     classifier: Classifier,
-    voice: Voice,
-    state: watch::Sender<Vec<u8>>,
-    orders: Orders,
-    habits: Habits,
-    observer: Observer,
-    last_good: Instant,
+    decider: Decider,
+    publisher: Publisher,
+    commands: Commands,
+    options: VisionOptions,
+    on_classified: OnClassified,
+    last_classified: Instant,
 }
 
-/// How it looks.
-pub struct Habits {
-    pub pace: Pace,
-    /// After so long without a frame that could be classified, nothing is seen.
-    pub patience: Duration,
-    /// Which frames need not be classified again.
-    pub still: FrameDiff,
+/// A frame that could not be classified.
+#[derive(Debug, thiserror::Error)]
+enum FrameError {
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    #[error(transparent)]
+    Backbone(#[from] BackboneError),
+    #[error("the model panicked; see the message above in the log")]
+    Panicked,
 }
 
-impl Watcher {
-    /// Gives the newest state as well: what was seen before, or else what a camera sees that has yet to show itself.
+impl Publisher {
+    /// Creates the outputs. Returns the receivers of the events, of which at most `events_max` wait, and of the newest
+    /// observation, which begins as the decider's last published one, else as `unknown` with `camera_ok: false`.
+    pub fn new(
+        decider: &mut Decider,
+        events_max: usize,
+        counters: Arc<Counters>,
+    ) -> (Self, queue::Receiver<Event>, watch::Receiver<Observation>) {
+        let first = match decider.published() {
+            Some(published) => published.clone(),
+            None => decider.signal_lost(SystemTime::now(), false).observation,
+        };
+        let (events, event_queue) = queue::channel(events_max);
+        let (state, newest) = watch::channel(first);
+        (Publisher { events, state, counters }, event_queue, newest)
+    }
+
+    fn publish(&self, decision: Decision) {
+        if let Some(event) = decision.event {
+            self.counters.events.add(1);
+            if let Err(error) = self.events.try_send(event) {
+                self.counters.events_lost.add(1);
+                error!("an event is lost: the queue to the broker's connection is full or closed: {error}");
+            }
+        }
+        if decision.publish {
+            self.state.send_replace(decision.observation);
+        }
+    }
+}
+
+impl VisionStage {
+    /// Creates the stage; [`VisionStage::run`] starts it.
     pub fn new(
         mailbox: latest::Receiver,
         classifier: Classifier,
-        mut voice: Voice,
-        orders: Orders,
-        habits: Habits,
-        observer: Observer,
-    ) -> (Self, watch::Receiver<Vec<u8>>) {
-        let sight = match voice.decider.told() {
-            Some(told) => told.clone(),
-            None => voice.decider.blind(SystemTime::now(), false).sight,
-        };
-        let (state, newest) = watch::channel(voice.sender.state(&sight, false));
-        let last_good = Instant::now();
-        (Watcher { mailbox, classifier, voice, state, orders, habits, observer, last_good }, newest)
+        decider: Decider,
+        publisher: Publisher,
+        commands: Commands,
+        options: VisionOptions,
+        on_classified: OnClassified,
+    ) -> Self {
+        let last_classified = Instant::now();
+        VisionStage { mailbox, classifier, decider, publisher, commands, options, on_classified, last_classified }
     }
 
-    /// Works until the camera has ended or `stop` is set.
-    pub fn watch(&mut self, stop: &watch::Receiver<bool>, heartbeat: &Heartbeat) {
+    /// Runs until the camera has ended or `stop` is set; returns the decision state, for a daemon that continues it.
+    pub fn run(mut self, stop: &watch::Receiver<bool>, heartbeat: &Heartbeat) -> Decider {
         while !*stop.borrow() {
             heartbeat.beat();
-            self.obey();
-            match self.mailbox.take(IDLE) {
-                RecvResult::MailboxItem(MailboxItem::Frame(frame)) => self.look(frame),
-                RecvResult::MailboxItem(MailboxItem::Lost { at }) => self.see_nothing(at, false),
-                RecvResult::Nothing => {}
-                RecvResult::Ended => return info!("the camera has no more frames"),
+            self.apply_commands();
+            match self.mailbox.recv(IDLE) {
+                RecvResult::Item(MailboxItem::Frame(frame)) => self.process(frame),
+                RecvResult::Item(MailboxItem::Lost { at }) => self.signal_lost(at, false),
+                RecvResult::Timeout => {}
+                RecvResult::Closed => {
+                    info!("the camera has no more frames");
+                    break;
+                }
             }
         }
+        self.decider
     }
 
-    /// What is seen, for whoever goes on with it.
-    pub fn into_seen(self) -> (Labels, Decider) {
-        (self.voice.sender.labels, self.voice.decider)
-    }
-
-    fn look(&mut self, frame: Frame) {
-        if self.voice.paused {
-            // That it gives frames is told all the same.
-            return self.see_nothing(frame.captured_at, true);
+    fn process(&mut self, frame: Frame) {
+        if self.decider.paused() {
+            // Frames while paused still show that the camera works.
+            return self.signal_lost(frame.captured_at, true);
         }
         let captured_at = frame.captured_at;
-        let (decision, class, stages) = match self.decide(&frame) {
-            Ok(decided) => decided,
-            Err(reason) => {
-                self.habits.still.forget();
-                return self.skip(&frame, &reason);
+        let (decision, class, stages) = match self.classify(&frame) {
+            Ok(classified) => classified,
+            Err(error) => {
+                self.options.frame_diff.reset();
+                return self.skip(&frame, &error);
             }
         };
-        self.last_good = Instant::now();
-        self.say(&decision);
-        let Some(stages) = stages else { return self.voice.counters.still.add(1) };
-        self.voice.counters.classified.add(1);
-        (self.observer)(Seen { origin: frame.origin, captured_at, class, stages });
+        self.last_classified = Instant::now();
+        self.publisher.publish(decision);
+        let Some(stages) = stages else { return self.publisher.counters.still.add(1) };
+        self.publisher.counters.classified.add(1);
+        (self.on_classified)(ClassifiedFrame { origin: frame.origin, captured_at, class, stages });
     }
 
-    /// What a frame leads to, what it was taken for, and how long that took; a frame that is like the last one took no time.
-    fn decide(&mut self, frame: &Frame) -> Result<(Decision, Option<usize>, Option<Stages>), String> {
-        let began = Instant::now();
-        let picture = decode::picture(&frame.picture).map_err(|e| e.to_string())?;
-        let decode = began.elapsed();
-        let Watcher { classifier, orders, habits, voice, .. } = self;
-        let (prediction, stages) = judge(classifier, orders, &mut habits.still, &picture)?;
-        let decision = voice.decider.seen(prediction, frame.captured_at);
-        Ok((decision, prediction.class(), stages.map(|stages| Stages { decode, ..stages })))
+    /// Returns the decision, the predicted class, and the time of each stage; `None` for a frame that equals the previous
+    /// one and was not classified.
+    fn classify(&mut self, frame: &Frame) -> Result<(Decision, Option<usize>, Option<StageTimes>), FrameError> {
+        let started = Instant::now();
+        let picture = decode::picture(&frame.picture)?;
+        let decode = started.elapsed();
+        let VisionStage { classifier, commands, options, decider, .. } = self;
+        let (prediction, stages) = predict(classifier, &mut commands.observer, &mut options.frame_diff, &picture)?;
+        let decision = decider.classified(prediction, frame.captured_at);
+        Ok((decision, prediction.class(), stages.map(|stages| StageTimes { decode, ..stages })))
     }
 
-    fn skip(&mut self, frame: &Frame, reason: &str) {
-        self.voice.counters.broken.add(1);
-        let from = frame.origin.as_ref().map_or(String::new(), |path| format!("{}: ", path.display()));
-        warn!("{from}a frame is broken and skipped: {reason}");
-        if self.last_good.elapsed() >= self.habits.patience {
-            self.see_nothing(frame.captured_at, false);
+    fn skip(&mut self, frame: &Frame, error: &FrameError) {
+        self.publisher.counters.broken.add(1);
+        let origin = frame.origin.as_ref().map_or(String::new(), |path| format!("{}: ", path.display()));
+        warn!("{origin}broken frame skipped: {error}");
+        if self.last_classified.elapsed() >= self.options.lost_after {
+            self.signal_lost(frame.captured_at, false);
         }
     }
 
-    fn see_nothing(&mut self, at: SystemTime, camera_ok: bool) {
-        let decision = self.voice.decider.blind(at, camera_ok);
-        self.say(&decision);
+    fn signal_lost(&mut self, at: SystemTime, camera_ok: bool) {
+        let decision = self.decider.signal_lost(at, camera_ok);
+        self.publisher.publish(decision);
     }
 
-    fn say(&mut self, decision: &Decision) {
-        if let Some(state) = self.voice.say(decision) {
-            self.state.send_replace(state);
-        }
-    }
-
-    /// Does what was asked from afar.
-    fn obey(&mut self) {
-        while let Ok(setting) = self.orders.settings.try_recv() {
+    fn apply_commands(&mut self) {
+        while let Ok(setting) = self.commands.settings.try_recv() {
             match self.apply(setting) {
-                Ok(()) => info!("set from afar: {setting:?}"),
-                Err(flicker) => warn!("the setting {setting:?} is left out: {flicker}"),
+                Ok(()) => info!("setting changed over MQTT: {setting:?}"),
+                Err(error) => warn!("setting {setting:?} rejected: {error}"),
             }
         }
-        if let Ok(swap) = self.orders.swaps.try_recv() {
+        if let Ok(swap) = self.commands.swaps.try_recv() {
             self.swap(swap);
         }
     }
 
-    /// Puts another model in the place of the present one. What is seen stays seen where the classes are the same.
-    fn swap(&mut self, swap: Swap) {
-        let same_classes = self.voice.sender.labels == *swap.classifier.labels();
-        if !same_classes {
-            // In the words of the old model.
-            let camera_ok = self.voice.decider.camera_ok();
-            self.see_nothing(SystemTime::now(), camera_ok);
-        }
-        let replaced = std::mem::replace(&mut self.classifier, swap.classifier);
-        self.habits.still.forget();
-        self.voice.sender.labels = self.classifier.labels().clone();
-        self.voice.sender.model = swap.version;
-        self.orders.about.send_replace(swap.about);
-        self.orders.witness = swap.witness;
-        if same_classes {
-            if let Some(sight) = self.voice.decider.told() {
-                self.state.send_replace(self.voice.sender.state(sight, self.voice.paused));
-            }
-        } else {
-            let camera_ok = self.voice.decider.camera_ok();
-            self.voice.decider.relearn(swap.thresholds);
-            self.see_nothing(SystemTime::now(), camera_ok);
-        }
-        // Nobody waits for it where the program is about to end.
-        let _ = swap.replaced.send(replaced);
-    }
-
-    fn pause(&mut self, paused: bool) {
-        if paused == self.voice.paused {
-            return;
-        }
-        self.voice.paused = paused;
-        self.last_good = Instant::now();
-        let decider = &mut self.voice.decider;
-        let decision = decider.blind(SystemTime::now(), decider.camera_ok());
-        self.say(&Decision { tell: true, ..decision });
-    }
-
-    fn apply(&mut self, setting: Setting) -> Result<(), Flicker> {
-        let rules = self.voice.decider.rules_mut();
+    fn apply(&mut self, setting: Setting) -> Result<(), InvalidHysteresis> {
+        let rules = self.decider.rules_mut();
         match setting {
             Setting::Enter(enter) => rules.set_enter(enter)?,
             Setting::Leave(leave) => rules.set_leave(leave)?,
             Setting::SmoothingMs(ms) => rules.smoothing = Duration::from_millis(ms),
             Setting::EnterDwellMs(ms) => rules.enter_dwell = Duration::from_millis(ms),
             Setting::LeaveDwellMs(ms) => rules.leave_dwell = Duration::from_millis(ms),
-            Setting::IntervalMs(ms) => self.habits.pace.set(ms),
+            Setting::IntervalMs(ms) => self.options.pace.set(ms),
             Setting::Pause(paused) => self.pause(paused),
         }
         Ok(())
     }
-}
 
-/// A model that panics has failed on this picture, as one that gives an error has. One on trial looks at every picture.
-fn judge<'a>(
-    classifier: &'a mut Classifier,
-    orders: &mut Orders,
-    still: &mut FrameDiff,
-    picture: &RgbImage,
-) -> Result<(&'a Prediction, Option<Stages>), String> {
-    if orders.witness.is_some() {
-        still.forget();
-    }
-    let classify = || classifier.classify_if_changed(picture, still).map_err(|e| e.to_string());
-    let judged = catch_unwind(AssertUnwindSafe(classify))
-        .unwrap_or_else(|_| Err("the model panicked; its message stands in the log".into()));
-    if let Some(witness) = &mut orders.witness {
-        let report = match &judged {
-            Ok(stages) => Report::Seen(stages.map_or(Duration::ZERO, |stages| stages.work)),
-            Err(reason) => Report::Failed(reason.clone()),
-        };
-        if !witness(report) {
-            orders.witness = None;
+    fn pause(&mut self, paused: bool) {
+        if paused == self.decider.paused() {
+            return;
         }
-    }
-    judged.map(|stages| (classifier.last(), stages))
-}
-
-/// Turns decisions into messages.
-pub struct Voice {
-    decider: Decider,
-    sender: message::Sender,
-    /// Where events go.
-    topic: String,
-    outbox: Outbox,
-    counters: Arc<Counters>,
-    paused: bool,
-}
-
-impl Voice {
-    pub fn new(
-        decider: Decider,
-        sender: message::Sender,
-        topic: String,
-        outbox: Outbox,
-        counters: Arc<Counters>,
-    ) -> Self {
-        Voice { decider, sender, topic, outbox, counters, paused: false }
+        self.last_classified = Instant::now();
+        let decision = self.decider.set_paused(paused, SystemTime::now());
+        self.publisher.publish(decision);
     }
 
-    /// Puts the event of a change into the outbox; gives the state where it is worth telling.
-    fn say(&mut self, decision: &Decision) -> Option<Vec<u8>> {
-        if let Some(previous) = decision.previous {
-            let id = Uuid::now_v7();
-            let labels = &self.sender.labels;
-            info!(
-                "event {id}: {} → {}, confidence {:.2}",
-                labels.name(previous),
-                labels.name(decision.sight.class),
-                decision.sight.confidence
-            );
-            self.counters.events.add(1);
-            let event = self.sender.event(id, &decision.sight, previous);
-            let lost = self.outbox.push(self.topic.clone(), event);
-            if !lost.is_empty() {
-                self.counters.events_lost.add(lost.len() as u64);
-                error!("the outbox is full: {} events are lost, oldest first; see mqtt.outbox_entries_max", lost.len());
+    /// Replaces the model. The observation stays if the classes are the same; otherwise it ends as `unknown` under the old
+    /// model, and the new one starts with `unknown`.
+    fn swap(&mut self, swap: Swap) {
+        let same_classes = self.decider.labels() == swap.classifier.labels();
+        let camera_ok = self.decider.camera_ok();
+        if !same_classes {
+            self.signal_lost(SystemTime::now(), camera_ok);
+        }
+        let replaced = std::mem::replace(&mut self.classifier, swap.classifier);
+        self.options.frame_diff.reset();
+        self.commands.observer = swap.observer;
+        if same_classes {
+            self.decider.set_model(swap.version);
+            if let Some(observation) = self.decider.published() {
+                self.publisher.state.send_replace(observation.clone());
             }
+        } else {
+            let labels = self.classifier.labels().clone();
+            self.decider.reset_classes(labels, swap.version, swap.thresholds);
+            self.signal_lost(SystemTime::now(), camera_ok);
         }
-        decision.tell.then(|| self.sender.state(&decision.sight, self.paused))
+        // The receiver is gone if the daemon is about to stop.
+        let _ = swap.replaced.send(replaced);
     }
+}
+
+/// Classifies a picture unless it equals the previous one; a model on trial classifies every picture. A panic of the model is
+/// an error, as it is for the trial.
+fn predict<'a>(
+    classifier: &'a mut Classifier,
+    observer: &mut Option<FrameObserver>,
+    frame_diff: &mut FrameDiff,
+    picture: &RgbImage,
+) -> Result<(&'a Prediction, Option<StageTimes>), FrameError> {
+    if observer.is_some() {
+        frame_diff.reset();
+    }
+    let classify = || classifier.classify_if_changed(picture, frame_diff);
+    let classified = match catch_unwind(AssertUnwindSafe(classify)) {
+        Ok(classified) => classified.map_err(FrameError::from),
+        Err(_) => Err(FrameError::Panicked),
+    };
+    if let Some(observe) = observer {
+        let report = match &classified {
+            Ok(stages) => FrameReport::Classified(stages.map_or(Duration::ZERO, |stages| stages.cpu_time)),
+            Err(error) => FrameReport::Failed(error.to_string()),
+        };
+        if !observe(report) {
+            *observer = None;
+        }
+    }
+    classified.map(|stages| (classifier.last_prediction(), stages))
 }

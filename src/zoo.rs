@@ -1,4 +1,4 @@
-//! Other networks that are known by name: where they are published, and how their input is made.
+//! The zoo: published backbones by name, with their addresses, checksums and preprocessing.
 
 use std::path::{Path, PathBuf};
 
@@ -8,20 +8,25 @@ use crate::vision::Preprocess;
 
 const ZOO: &str = include_str!("../models/zoo.toml");
 
-/// A network that somebody publishes.
+/// A published backbone, an entry of `models/zoo.toml`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Published {
+    /// Name on the command line.
     pub name: String,
+    /// Description in one line.
     pub about: String,
-    /// Its file's name.
+    /// File name of the ONNX file.
     pub file: String,
-    /// In hexadecimal.
+    /// SHA-256 of the ONNX file, in hexadecimal.
     pub sha256: String,
+    /// Size of the ONNX file, bytes.
     pub bytes: u64,
+    /// SPDX identifier of the licence.
     pub licence: String,
-    /// Where it can be fetched, tried in order; none where it has to be made.
+    /// Addresses of the ONNX file, tried in order; empty if it is not published as ONNX.
     pub urls: Vec<String>,
+    /// Preprocessing of its input.
     pub preprocess: Preprocess,
 }
 
@@ -30,26 +35,29 @@ struct Zoo {
     backbone: Vec<Published>,
 }
 
-/// Where fetched networks lie, in the user's cache.
+/// Returns the folder of fetched backbones in the user's cache; `None` if the user has no home directory.
 pub fn folder() -> Option<PathBuf> {
     crate::system::paths::user_cache().map(|cache| cache.join("backbones"))
 }
 
+/// Returns all entries, in the order of `models/zoo.toml`.
 pub fn all() -> Vec<Published> {
-    let zoo: Zoo = toml::from_str(ZOO).expect("the zoo inside the program is good; a test reads it");
+    let zoo: Zoo = toml::from_str(ZOO).expect("models/zoo.toml is valid; a unit test parses it");
     zoo.backbone
 }
 
+/// Returns the entry with this name.
 pub fn named(name: &str) -> Option<Published> {
     all().into_iter().find(|published| published.name == name)
 }
 
+/// Returns the entry with this SHA-256, in lower-case hexadecimal.
 pub fn with_sha256(sha256: &str) -> Option<Published> {
     all().into_iter().find(|published| published.sha256 == sha256)
 }
 
 impl Published {
-    /// Where a fetched one lies.
+    /// Returns the path of its ONNX file in `folder`.
     pub fn place(&self, folder: &Path) -> PathBuf {
         folder.join(&self.file)
     }
@@ -60,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_entry_is_whole() {
+    fn every_entry_is_valid() {
         assert!(all().len() >= 5);
         for published in all() {
             published.preprocess.check().unwrap();

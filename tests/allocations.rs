@@ -1,14 +1,14 @@
-//! A frame's steady state asks for no memory: what a device runs for months does not wear its heap out.
+//! Checks that frames in the steady state allocate no memory, so that the heap of a device does not fragment over months.
 //!
-//! Counted over all threads of the process, from the pixels of a picture as large as the network's input to the decision. What decodes
-//! a JPEG and resizes a picture are libraries, which allocate: that count is printed, and must not grow.
+//! Counts the allocations of all threads of the process, from the pixels of an image of the network's input size to the decision. The
+//! libraries that decode a JPEG and resize an image do allocate: their count is printed, and must not grow.
 
 use std::time::{Duration, SystemTime};
 
 use bloomcast::bundle::Bundle;
 use bloomcast::decide::{Decider, Rules, Thresholds};
-use bloomcast::vision::kernels::Team;
 use bloomcast::vision::{Classifier, FrameDiff, decode, test_pattern};
+use bloomcast_kernels::ThreadPool;
 use image::RgbImage;
 
 #[global_allocator]
@@ -16,18 +16,18 @@ static COUNTING: dhat::Alloc = dhat::Alloc;
 
 const FRAMES: u32 = 20;
 
-/// What sees a frame as the daemon's vision thread does.
-struct Watching {
+/// Processes frames as the daemon's vision thread does.
+struct Pipeline {
     classifier: Classifier,
     decider: Decider,
-    still: FrameDiff,
+    frame_diff: FrameDiff,
     now: SystemTime,
 }
 
-impl Watching {
+impl Pipeline {
     fn with_threads(threads: usize) -> Self {
         let bundle = Bundle::built_in().unwrap();
-        let network = bundle.network(None).unwrap().with_team(Team::of(threads).unwrap());
+        let network = bundle.network(None).unwrap().with_thread_pool(ThreadPool::with_threads(threads).unwrap());
         let classifier = Classifier::new(&bundle.backbone(&network).unwrap(), bundle.classifier_params()).unwrap();
         let rules = Rules {
             smoothing: Duration::from_millis(400),
@@ -37,17 +37,18 @@ impl Watching {
             thresholds: vec![Thresholds { enter: 0.7, leave: 0.45 }; bundle.manifest().classes.names().len()],
         };
         let now = SystemTime::now();
-        Watching { classifier, decider: Decider::new(rules, now), still: FrameDiff::new(1.0), now }
+        let decider = Decider::new(rules, classifier.labels().clone(), 1, now);
+        Pipeline { classifier, decider, frame_diff: FrameDiff::new(1.0), now }
     }
 
-    fn look(&mut self, picture: &RgbImage) {
+    fn process(&mut self, image: &RgbImage) {
         self.now += Duration::from_millis(200);
-        self.classifier.classify_if_changed(picture, &mut self.still).unwrap();
-        self.decider.seen(self.classifier.last(), self.now);
+        self.classifier.classify_if_changed(image, &mut self.frame_diff).unwrap();
+        self.decider.classified(self.classifier.last_prediction(), self.now);
     }
 }
 
-/// Allocations of some frames, after some others.
+/// Returns the allocations of [`FRAMES`] frames, after five frames of warm-up.
 fn allocations(mut frame: impl FnMut()) -> u64 {
     let count = || dhat::HeapStats::get().total_blocks;
     (0..5).for_each(|_| frame());
@@ -60,20 +61,24 @@ fn main() {
     let _profiler = dhat::Profiler::builder().testing().build();
     let jpeg = test_pattern::jpeg(640, 480);
     let large = decode::encoded(&jpeg).unwrap();
-    let pictures = [decode::encoded(&test_pattern::jpeg(224, 224)).unwrap(), RgbImage::new(224, 224)];
+    let images = [decode::encoded(&test_pattern::jpeg(224, 224)).unwrap(), RgbImage::new(224, 224)];
     for threads in [1, 2, 3] {
-        let mut watching = Watching::with_threads(threads);
-        // Each picture twice: every other frame is still.
-        let mut next = (0..).map(|nth: usize| &pictures[nth / 2 % 2]);
-        let counted = allocations(|| watching.look(next.next().unwrap()));
+        let mut pipeline = Pipeline::with_threads(threads);
+        // Each image twice: every other frame is unchanged.
+        let mut frames = (0..).map(|frame: usize| &images[frame / 2 % 2]);
+        let counted = allocations(|| pipeline.process(frames.next().unwrap()));
         println!("threads: {threads}; allocations in {FRAMES} frames from pixels to decision: {counted}");
-        assert_eq!(counted, 0, "a frame allocates");
+        assert_eq!(counted, 0, "a frame allocates memory");
     }
-    let mut watching = Watching::with_threads(1);
-    watching.still = FrameDiff::new(0.0);
-    let resized = allocations(|| watching.look(&large));
-    let whole = allocations(|| watching.look(&decode::encoded(&jpeg).unwrap()));
-    println!("allocations a frame: {} to resize 640×480, {} with its decoding", resized / 20, whole / 20);
-    assert_eq!(allocations(|| watching.look(&large)), resized, "the same for each frame");
-    assert_eq!(allocations(|| watching.look(&decode::encoded(&jpeg).unwrap())), whole, "the same for each frame");
+    let mut pipeline = Pipeline::with_threads(1);
+    pipeline.frame_diff = FrameDiff::new(0.0);
+    let resizing = allocations(|| pipeline.process(&large));
+    let decoding = allocations(|| pipeline.process(&decode::encoded(&jpeg).unwrap()));
+    println!(
+        "allocations per frame: {} with resizing from 640×480, {} with decoding as well",
+        resizing / 20,
+        decoding / 20
+    );
+    assert_eq!(allocations(|| pipeline.process(&large)), resizing, "the count must not grow");
+    assert_eq!(allocations(|| pipeline.process(&decode::encoded(&jpeg).unwrap())), decoding, "the count must not grow");
 }

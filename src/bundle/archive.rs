@@ -1,35 +1,37 @@
-//! The bundle as a file: a tar within limits, read from memory and written whole or not at all.
+//! The container of a bundle: a canonical tar within limits, read from memory and written atomically.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-/// A bundle that carries a ResNet50 stays below these.
+/// Largest bundle file, in bytes; a bundle with a ResNet50 inside is smaller.
 pub const FILE_BYTES_MAX: u64 = 128 << 20;
+/// Most members of a bundle.
 pub const MEMBERS_MAX: usize = 8;
 
+/// An error of reading or writing the container of a bundle.
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
     #[error("{0}")]
     Io(#[from] io::Error),
     #[error("larger than the {FILE_BYTES_MAX} bytes allowed")]
     TooLarge,
-    #[error("no bundle: {0}")]
+    #[error("not a bundle: {0}")]
     Tar(String),
     #[error("{0}: not the name of a plain file")]
     Name(String),
-    #[error("{0} stands in it twice")]
-    Double(String),
-    #[error("more than {MEMBERS_MAX} members")]
+    #[error("duplicate member {0}")]
+    Duplicate(String),
+    #[error("more members than the {MEMBERS_MAX} allowed")]
     TooMany,
-    #[error("{0}: no member of a bundle, or out of its place")]
+    #[error("{0}: unknown member, or in the wrong order")]
     Unexpected(String),
     #[error("{0} is missing")]
     Missing(String),
     #[error("{name}: {bytes} bytes, expected at most {max}")]
     LargeMember { name: &'static str, bytes: usize, max: usize },
-    #[error("no bundle as this program writes it: byte {0} is another")]
-    Strange(usize),
+    #[error("not a canonical tar: unexpected content at byte {0}")]
+    NotCanonical(usize),
 }
 
 /// The members of a bundle by name, in the order of the file.
@@ -37,17 +39,30 @@ pub enum ArchiveError {
 pub struct Members(Vec<(String, Vec<u8>)>);
 
 impl Members {
-    pub fn take(&mut self, name: &str) -> Option<Vec<u8>> {
-        let at = self.0.iter().position(|(there, _)| there == name);
-        at.map(|at| self.0.remove(at).1)
+    /// Returns the content of a member, if there is one of this name.
+    pub fn get(&self, name: &str) -> Option<&[u8]> {
+        self.iter().find(|(member, _)| *member == name).map(|(_, content)| content)
     }
 
+    /// Removes a member and returns its content, if there is one of this name.
+    pub fn take(&mut self, name: &str) -> Option<Vec<u8>> {
+        let index = self.0.iter().position(|(member, _)| member == name);
+        index.map(|index| self.0.remove(index).1)
+    }
+
+    /// Removes a member and returns its content.
+    ///
+    /// # Errors
+    /// If there is no member of this name.
     pub fn require(&mut self, name: &str) -> Result<Vec<u8>, ArchiveError> {
         self.take(name).ok_or_else(|| ArchiveError::Missing(name.into()))
     }
 
-    /// What [`Self::require`] gives, where it is no larger than `max`.
-    pub fn require_small(&mut self, name: &'static str, max: usize) -> Result<Vec<u8>, ArchiveError> {
+    /// Removes a member of at most `max` bytes and returns its content.
+    ///
+    /// # Errors
+    /// If there is no member of this name, or it is larger.
+    pub fn require_at_most(&mut self, name: &'static str, max: usize) -> Result<Vec<u8>, ArchiveError> {
         let content = self.require(name)?;
         match content.len() {
             bytes if bytes > max => Err(ArchiveError::LargeMember { name, bytes, max }),
@@ -55,13 +70,16 @@ impl Members {
         }
     }
 
-    /// The members as [`pack`] takes them.
+    /// Returns the names and contents, as [`pack`] takes them.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.0.iter().map(|(name, content)| (name.as_str(), content.as_slice()))
     }
 }
 
-/// Reads a file, no more of it than a bundle may have.
+/// Reads a file of at most [`FILE_BYTES_MAX`] bytes.
+///
+/// # Errors
+/// If the file cannot be read or is too large.
 pub fn read_file(path: &Path) -> Result<Vec<u8>, ArchiveError> {
     let mut bytes = Vec::new();
     File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
@@ -71,29 +89,32 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>, ArchiveError> {
     Ok(bytes)
 }
 
-/// in: a whole tar, as [`pack`] writes it, to the last byte. What a header claims is never allocated: a member is copied
-/// from the bytes there.
+/// Reads the members of a tar. Allocates for a member as many bytes as there are, not the size in its header.
+///
+/// # Errors
+/// If the bytes are not exactly those that [`pack`] writes for these members, a name is duplicate or not that of a plain file, or
+/// there are more than [`MEMBERS_MAX`] members.
 pub fn unpack(bytes: &[u8]) -> Result<Members, ArchiveError> {
-    let tar = |e: io::Error| ArchiveError::Tar(e.to_string());
+    let invalid = |e: io::Error| ArchiveError::Tar(e.to_string());
     let mut archive = tar::Archive::new(bytes);
     let mut members: Vec<(String, Vec<u8>)> = Vec::new();
-    for entry in archive.entries().map_err(tar)? {
-        let mut entry = entry.map_err(tar)?;
+    for entry in archive.entries().map_err(invalid)? {
+        let mut entry = entry.map_err(invalid)?;
         let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
         if !entry.header().entry_type().is_file() || name.contains(['/', '\\']) || name.starts_with('.') {
             return Err(ArchiveError::Name(name));
         }
-        if members.iter().any(|(there, _)| *there == name) {
-            return Err(ArchiveError::Double(name));
+        if members.iter().any(|(member, _)| *member == name) {
+            return Err(ArchiveError::Duplicate(name));
         }
         if members.len() == MEMBERS_MAX {
             return Err(ArchiveError::TooMany);
         }
-        let claimed = entry.size();
+        let declared_bytes = entry.size();
         let mut content = Vec::new();
-        entry.read_to_end(&mut content).map_err(tar)?;
-        if content.len() as u64 != claimed {
-            return Err(ArchiveError::Tar(format!("{name} is cut short")));
+        entry.read_to_end(&mut content).map_err(invalid)?;
+        if content.len() as u64 != declared_bytes {
+            return Err(ArchiveError::Tar(format!("{name} is truncated")));
         }
         members.push((name, content));
     }
@@ -101,28 +122,29 @@ pub fn unpack(bytes: &[u8]) -> Result<Members, ArchiveError> {
         return Err(ArchiveError::Tar("empty".into()));
     }
     let members = Members(members);
-    expect_same(bytes, &members)?;
+    expect_canonical(bytes, &members)?;
     Ok(members)
 }
 
-/// Refuses whatever differs from what these members are packed into: no byte of a bundle is without a meaning.
-fn expect_same(bytes: &[u8], members: &Members) -> Result<(), ArchiveError> {
-    let mut same = Same { rest: bytes };
-    let packed = pack_to(&mut same, members.iter());
-    let at = bytes.len() - same.rest.len();
-    if packed.is_err() || !same.rest.is_empty() { Err(ArchiveError::Strange(at)) } else { Ok(()) }
+/// Checks that the bytes are those that [`pack`] writes for these members, so that every byte of a bundle is significant.
+fn expect_canonical(bytes: &[u8], members: &Members) -> Result<(), ArchiveError> {
+    let mut writer = CompareWriter { expected: bytes };
+    let packed = pack_to(&mut writer, members.iter());
+    let offset = bytes.len() - writer.expected.len();
+    if packed.is_err() || !writer.expected.is_empty() { Err(ArchiveError::NotCanonical(offset)) } else { Ok(()) }
 }
 
-/// Takes what is written to it only where it goes on with the same bytes.
-struct Same<'a> {
-    rest: &'a [u8],
+/// A writer that fails at the first byte that differs from the expected ones.
+struct CompareWriter<'a> {
+    /// The bytes that have not been compared yet.
+    expected: &'a [u8],
 }
 
-impl Write for Same<'_> {
+impl Write for CompareWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let same = bytes.iter().zip(self.rest).take_while(|(a, b)| a == b).count();
-        self.rest = &self.rest[same..];
-        if same == bytes.len() { Ok(same) } else { Err(io::ErrorKind::InvalidData.into()) }
+        let equal = bytes.iter().zip(self.expected).take_while(|(a, b)| a == b).count();
+        self.expected = &self.expected[equal..];
+        if equal == bytes.len() { Ok(equal) } else { Err(io::ErrorKind::InvalidData.into()) }
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -130,10 +152,13 @@ impl Write for Same<'_> {
     }
 }
 
-/// The same members give the same bytes: no times, no owners.
+/// Writes a tar of these members. The result is deterministic: headers have no times and no owners.
+///
+/// # Panics
+/// If a name does not fit into a tar header.
 pub fn pack<'a>(members: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Vec<u8> {
     let mut bytes = Vec::new();
-    pack_to(&mut bytes, members).expect("memory takes short names and their bytes");
+    pack_to(&mut bytes, members).expect("writing to memory cannot fail, and names are short");
     bytes
 }
 
@@ -149,11 +174,14 @@ fn pack_to<'a>(out: &mut impl Write, members: impl IntoIterator<Item = (&'a str,
     builder.finish()
 }
 
-/// DeliveryStatus of a file that is being written.
+/// Extension of a file that is being written.
 pub const PART: &str = "part";
 
-/// Writes beside the file, flushes to the disk, and renames: there is the old file or the new one.
-pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), ArchiveError> {
+/// Replaces a file atomically: writes a temporary file beside it, syncs it to the disk, and renames it.
+///
+/// # Errors
+/// If the bytes are more than [`FILE_BYTES_MAX`], or writing fails; the old file then stays and the temporary one is removed.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), ArchiveError> {
     if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(ArchiveError::TooLarge);
     }
@@ -162,7 +190,7 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), ArchiveError> {
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
         .and_then(|()| fs::rename(&temporary, path));
     if written.is_err() {
-        // The reason stands in the error that is returned; a part that cannot be removed adds nothing.
+        // The returned error has the cause; a failure to remove the temporary file adds nothing.
         let _ = fs::remove_file(&temporary);
     }
     written?;
@@ -176,18 +204,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn path_tricks_doubles_and_crowds_are_refused() {
-        let unpack_of = |members: &[(&str, &[u8])]| unpack(&pack(members.iter().copied())).map(|_| ());
-        assert!(matches!(unpack_of(&[("a/b", b"x")]), Err(ArchiveError::Name(_))));
-        assert!(matches!(unpack_of(&[(".hidden", b"x")]), Err(ArchiveError::Name(_))));
-        assert!(matches!(unpack_of(&[("a", b"x"), ("a", b"y")]), Err(ArchiveError::Double(_))));
-        let crowd: Vec<_> = ["a", "b", "c", "d", "e", "f", "g", "h", "i"].map(|n| (n, b"".as_slice())).into();
-        assert!(matches!(unpack_of(&crowd), Err(ArchiveError::TooMany)));
+    fn rejects_paths_duplicates_and_too_many_members() {
+        let unpack_packed = |members: &[(&str, &[u8])]| unpack(&pack(members.iter().copied())).map(|_| ());
+        assert!(matches!(unpack_packed(&[("a/b", b"x")]), Err(ArchiveError::Name(_))));
+        assert!(matches!(unpack_packed(&[(".hidden", b"x")]), Err(ArchiveError::Name(_))));
+        assert!(matches!(unpack_packed(&[("a", b"x"), ("a", b"y")]), Err(ArchiveError::Duplicate(_))));
+        let nine: Vec<_> = ["a", "b", "c", "d", "e", "f", "g", "h", "i"].map(|n| (n, b"".as_slice())).into();
+        assert!(matches!(unpack_packed(&nine), Err(ArchiveError::TooMany)));
         assert!(matches!(unpack(b""), Err(ArchiveError::Tar(_))));
     }
 
     #[test]
-    fn a_member_that_claims_more_than_is_there_is_cut_short() {
+    fn rejects_a_member_shorter_than_its_header_states() {
         let mut bytes = pack([("a", [7; 100].as_slice())]);
         let mut header = tar::Header::new_ustar();
         header.set_path("a").unwrap();
@@ -198,16 +226,16 @@ mod tests {
     }
 
     #[test]
-    fn every_byte_counts() {
+    fn every_byte_is_significant() {
         let bytes = pack([("a", [7; 100].as_slice()), ("b", b"x")]);
-        for at in 0..bytes.len() {
-            for bit in [1, 32, 128] {
+        for offset in 0..bytes.len() {
+            for mask in [1, 32, 128] {
                 let mut changed = bytes.clone();
-                changed[at] ^= bit;
+                changed[offset] ^= mask;
                 let same = unpack(&changed).is_ok_and(|members| {
                     members.iter().collect::<Vec<_>>() == [("a", [7; 100].as_slice()), ("b", b"x")]
                 });
-                assert!(!same, "byte {at} means nothing");
+                assert!(!same, "byte {offset} is not significant");
             }
         }
         assert!(unpack(&[&bytes[..], &[0; 512]].concat()).is_err(), "longer");

@@ -1,4 +1,4 @@
-//! What a bundle says of itself.
+//! The manifest of a bundle: its metadata, and the hashes of its members.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,48 +7,52 @@ use serde::{Deserialize, Serialize};
 
 use crate::system::hash::sha256_hex;
 use crate::vision::labels::NAME_BYTES_MAX;
+use crate::vision::preprocess::PreprocessError;
 use crate::vision::{Labels, Preprocess};
 
-/// The member that holds it.
+/// Name of the member with the manifest.
 pub const NAME: &str = "manifest.json";
-/// The member that vouches for it.
+/// Name of the member with the manifest's signature.
 pub const SIGNATURE: &str = "manifest.json.sig";
-/// A manifest with as many and as long class names as there may be is smaller.
+/// Largest manifest, in bytes; one with the most and longest class names is smaller.
 pub const BYTES_MAX: usize = 256 << 10;
-/// The format this program writes, and the only one it reads.
+/// Version of the format that this program writes, and the only one that it reads.
 pub const FORMAT: u32 = 1;
 
+/// The metadata of a model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
+    /// [`FORMAT`]
     pub format: u32,
     pub name: String,
-    /// Larger is newer. By default the time of training, `YYYYMMDDhhmmss` in UTC.
+    /// Increases with every model. By default the time of training, `YYYYMMDDhhmmss` in UTC.
     pub version: u64,
-    /// RFC 3339, UTC.
+    /// Time of training, RFC 3339, UTC.
     pub created_at: String,
     pub classes: Labels,
     pub backbone: BackboneRef,
     pub preprocess: Preprocess,
-    /// Divides the logits; fitted on the validation set.
+    /// Divisor of the logits, above 0; fitted on the validation set.
     pub temperature: f32,
     pub unknown: Unknown,
     pub dataset: DatasetRef,
     /// On the validation set.
     pub metrics: Metrics,
+    /// Seed of the training's random numbers.
     pub seed: u64,
-    /// The program that trained it, with its version.
+    /// Name and version of the program that trained the model.
     pub program: String,
-    /// Every other member of the bundle.
+    /// All members of the bundle except the manifest and its signature.
     pub members: BTreeMap<String, Member>,
 }
 
-/// Which model it is.
+/// The identity of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     pub name: String,
     pub version: u64,
-    /// Of the whole file, in hexadecimal.
+    /// Of the bundle file, 64 lower-case hexadecimal digits.
     pub sha256: String,
 }
 
@@ -58,51 +62,53 @@ impl fmt::Display for Identity {
     }
 }
 
-/// The network a model stands on.
+/// The network that a model was trained on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BackboneRef {
     pub name: String,
-    /// Of the ONNX file, in hexadecimal.
+    /// Of the ONNX file, 64 lower-case hexadecimal digits.
     pub sha256: String,
-    /// The tensor the head looks at.
+    /// Name of the feature tensor, the head's input.
     pub feature: String,
-    /// Numbers in it.
+    /// Length of a feature vector.
     pub width: usize,
 }
 
-/// When a picture is none of the classes.
+/// The out-of-distribution detection.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Unknown {
     pub rule: UnknownRule,
+    /// Similarity below which an image is unknown, 0–1.
     pub threshold: f32,
-    /// The share of the validation set's pictures that the threshold rejects, 0–1.
+    /// Fraction of the validation images that the threshold rejects, 0–1.
     pub rejected_share: f32,
 }
 
+/// The similarity measure of the out-of-distribution detection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum UnknownRule {
-    /// The cosine of the angle to the subspace of the classes is below the threshold.
+    /// The cosine of the angle between the features and the subspace of the classes.
     CosineSubspace,
 }
 
-/// What it was taught with.
+/// The dataset of the training.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DatasetRef {
-    /// Over the classes and the files' contents, in order.
+    /// Over the classes and the contents of the files, in order.
     pub sha256: String,
     pub train_images: usize,
     pub val_images: usize,
 }
 
-/// How good it is.
+/// The metrics of the model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Metrics {
-    /// Share of pictures whose best class is right, 0–1; nothing is rejected as unknown here.
+    /// Top-1 accuracy, 0–1, without rejection of unknown images.
     pub accuracy: f64,
     /// Mean cross-entropy after the temperature, in nats.
     pub loss: f64,
@@ -110,6 +116,7 @@ pub struct Metrics {
     pub ece: f64,
 }
 
+/// Hash and size of a member.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Member {
@@ -118,64 +125,107 @@ pub struct Member {
 }
 
 impl Member {
-    fn of(content: &[u8]) -> Self {
+    fn from_content(content: &[u8]) -> Self {
         Member { sha256: sha256_hex(content), bytes: content.len() }
     }
 }
 
-/// Refuses what no model and no network may be called; gives what was expected.
-pub fn check_name(name: &str) -> Result<(), String> {
+/// An error of the manifest.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    #[error("{0}")]
+    Json(#[from] serde_json::Error),
+    #[error("format {0}, this program reads {FORMAT}")]
+    Format(u32),
+    #[error("{key}: expected {source}")]
+    Name { key: &'static str, source: InvalidName },
+    #[error("{0}")]
+    Preprocess(#[from] PreprocessError),
+}
+
+/// A difference between the members of a bundle and the manifest's list.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MemberError {
+    #[error("{NAME} does not list the member {0}")]
+    Unlisted(String),
+    #[error(
+        "{name} was altered: {} bytes with sha256 {}, {NAME} lists {} bytes with {}",
+        .found.bytes, .found.sha256, .listed.bytes, .listed.sha256
+    )]
+    Altered { name: String, found: Member, listed: Member },
+    #[error("{NAME} lists the member {0}, which is missing")]
+    Missing(String),
+}
+
+/// An error of the name of a model or a network; its text is the expected form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("1 to {NAME_BYTES_MAX} bytes without control characters")]
+pub struct InvalidName;
+
+/// Validates the name of a model or a network.
+///
+/// # Errors
+/// If the name is empty, longer than [`NAME_BYTES_MAX`], or has control characters.
+pub fn check_name(name: &str) -> Result<(), InvalidName> {
     if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
-        return Err(format!("1 to {NAME_BYTES_MAX} bytes without control characters"));
+        return Err(InvalidName);
     }
     Ok(())
 }
 
 impl Manifest {
-    /// Checks the format before anything else, so that a newer bundle is named as such.
-    pub fn from_json(bytes: &[u8]) -> Result<Self, String> {
+    /// Parses and validates a manifest. Checks the format first, so that the error for a newer bundle names its format.
+    ///
+    /// # Errors
+    /// If the JSON is invalid, the format is another, or a field has an invalid value.
+    pub fn from_json(bytes: &[u8]) -> Result<Self, ManifestError> {
         #[derive(Deserialize)]
         struct Format {
             format: u32,
         }
-        let Format { format } = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
+        let Format { format } = serde_json::from_slice(bytes)?;
         if format != FORMAT {
-            return Err(format!("format {format}, this program reads {FORMAT}"));
+            return Err(ManifestError::Format(format));
         }
-        let manifest: Self = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-        for (key, text) in [("name", &manifest.name), ("backbone.name", &manifest.backbone.name)] {
-            check_name(text).map_err(|expected| format!("{key}: expected {expected}"))?;
+        let manifest: Self = serde_json::from_slice(bytes)?;
+        for (key, name) in [("name", &manifest.name), ("backbone.name", &manifest.backbone.name)] {
+            check_name(name).map_err(|source| ManifestError::Name { key, source })?;
         }
-        manifest.preprocess.check().map_err(|e| e.to_string())?;
+        manifest.preprocess.check()?;
         Ok(manifest)
     }
 
+    /// Returns the manifest as indented JSON with a final newline.
     pub fn to_json(&self) -> Vec<u8> {
-        let mut json = serde_json::to_vec_pretty(self).expect("a manifest can be written as JSON");
+        let mut json = serde_json::to_vec_pretty(self).expect("a manifest is serializable");
         json.push(b'\n');
         json
     }
 
+    /// Replaces the list of members.
     pub(super) fn set_members(&mut self, members: &[(&str, &[u8])]) {
-        self.members = members.iter().map(|(name, content)| ((*name).into(), Member::of(content))).collect();
+        self.members = members.iter().map(|(name, content)| ((*name).into(), Member::from_content(content))).collect();
     }
 
-    /// Every member that the manifest names is there, is what it says, and no other is there.
-    pub(super) fn check_members<'a>(&self, members: impl Iterator<Item = (&'a str, &'a [u8])>) -> Result<(), String> {
-        let mut left: Vec<&String> = self.members.keys().collect();
+    /// Compares the members with the list.
+    ///
+    /// # Errors
+    /// If a member is not listed, has another size or hash than listed, or is missing.
+    pub(super) fn check_members<'a>(
+        &self,
+        members: impl Iterator<Item = (&'a str, &'a [u8])>,
+    ) -> Result<(), MemberError> {
+        let mut missing: Vec<&String> = self.members.keys().collect();
         for (name, content) in members {
-            let found = Member::of(content);
+            let found = Member::from_content(content);
             match self.members.get(name) {
-                None => return Err(format!("{NAME} does not name {name}")),
-                Some(member) if *member != found => {
-                    return Err(format!(
-                        "{name} was altered: {} bytes and sha256 {}, {NAME} says {} and {}",
-                        found.bytes, found.sha256, member.bytes, member.sha256
-                    ));
+                None => return Err(MemberError::Unlisted(name.into())),
+                Some(listed) if *listed != found => {
+                    return Err(MemberError::Altered { name: name.into(), found, listed: listed.clone() });
                 }
-                Some(_) => left.retain(|named| *named != name),
+                Some(_) => missing.retain(|listed| *listed != name),
             }
         }
-        left.first().map_or(Ok(()), |missing| Err(format!("{NAME} names {missing}, which is missing")))
+        missing.first().map_or(Ok(()), |name| Err(MemberError::Missing((*name).clone())))
     }
 }

@@ -1,10 +1,9 @@
-//! A trained model in one file, `.bloom`: what it is, what it was made for, and its numbers.
+//! Model bundles: a trained model in one `.bloom` file.
 //!
-//! A tar of `manifest.json`, `manifest.json.sig`, `head.safetensors`, and where they belong to it
-//! `tail.safetensors`, a fine-tuned last convolution, `backbone.onnx`, the network it was made for, and
-//! `selftest.safetensors`, what it must answer wherever it runs. The manifest names every other member with
-//! its size and SHA-256, and the signature vouches for the manifest: no byte is without somebody who vouches
-//! for it.
+//! A bundle is a tar of `manifest.json`, `manifest.json.sig`, `head.safetensors`, and optionally `tail.safetensors` (a
+//! fine-tuned last convolution), `backbone.onnx` (the network that the model was trained on) and `selftest.safetensors`
+//! (inputs with the expected outputs). The manifest lists all other members with size and SHA-256, and the signature
+//! covers the manifest, so that every byte of a signed bundle is authenticated.
 
 pub mod archive;
 pub mod manifest;
@@ -20,213 +19,297 @@ pub use manifest::{BackboneRef, DatasetRef, Identity, Manifest, Metrics, Unknown
 pub use selftest::SelfTest;
 pub use signature::{Keyring, PrivateKey, PublicKey};
 
-use signature::Signed;
+use archive::Members;
+use manifest::{ManifestError, MemberError};
+use signature::{DetachedSignature, SignatureError};
+use tensors::TensorError;
 
 use crate::system::hash::sha256_hex;
 use crate::vision::backbone;
 use crate::vision::classifier::ClassifierParams;
 use crate::vision::{Backbone, BackboneError, Classifier, Head, LastConvWeights, Network, OodDetector};
 
-/// The model inside this program: five flowers.
+/// The bundle inside this program: a model of five flowers.
 pub static BUILT_IN: &[u8] = include_bytes!("../../models/flowers.bloom");
 
 const HEAD: &str = "head.safetensors";
-pub const TAIL: &str = "tail.safetensors";
+/// Name of the member with the fine-tuned last convolution.
+pub const LAST_CONV: &str = "tail.safetensors";
+/// Name of the member with the ONNX file of the backbone.
 pub const BACKBONE: &str = "backbone.onnx";
 const SELF_TEST: &str = "selftest.safetensors";
-/// The members, in the only order in which they may stand: another would be another file with the same signature.
-const ORDER: [&str; 6] = [manifest::NAME, manifest::SIGNATURE, HEAD, TAIL, BACKBONE, SELF_TEST];
+/// The members in their required order; with another order there would be two files with the same signature.
+const ORDER: [&str; 6] = [manifest::NAME, manifest::SIGNATURE, HEAD, LAST_CONV, BACKBONE, SELF_TEST];
 
+/// An error of a bundle; `file` is its name in messages.
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
     #[error("model {file}: {source}")]
     Archive { file: String, source: ArchiveError },
-    #[error("model {file}: {reason}")]
-    Content { file: String, reason: String },
-    #[error("model {file} was made for the backbone {wanted}, this one is {given}")]
-    OtherBackbone { file: String, wanted: String, given: String },
+    #[error("model {file}: {source}")]
+    Content { file: String, source: Box<ContentError> },
+    #[error("model {file} was made for the backbone {expected}, this one is {actual}")]
+    OtherBackbone { file: String, expected: String, actual: String },
     #[error(transparent)]
     Backbone(#[from] BackboneError),
 }
 
-/// A model that was read and checked, or was just trained.
+/// An error of the contents of a bundle, whose container is valid.
+#[derive(Debug, thiserror::Error)]
+pub enum ContentError {
+    #[error("{member}: {0}", member = manifest::SIGNATURE)]
+    Signature(#[from] SignatureError),
+    #[error("{member}: {0}", member = manifest::NAME)]
+    Manifest(#[from] ManifestError),
+    #[error(transparent)]
+    Member(#[from] MemberError),
+    #[error("{member}: {source}")]
+    Tensors { member: &'static str, source: TensorError },
+    #[error("{LAST_CONV} gives {outputs} features, {HEAD} takes {width}")]
+    LastConvWidth { outputs: usize, width: usize },
+    #[error("the backbone gives {outputs} features, {HEAD} takes {width}")]
+    BackboneWidth { outputs: usize, width: usize },
+    #[error("{HEAD} has {classes} classes, {member} names {names}", member = manifest::NAME)]
+    Classes { classes: usize, names: usize },
+    /// Both are SHA-256.
+    #[error("{BACKBONE} has the sha256 {actual:.12}…, expected {expected:.12}… of the backbone in the manifest")]
+    OtherBackbone { actual: String, expected: String },
+}
+
+/// A model: a validated bundle, or one that was just trained.
+///
+/// ```
+/// use bloomcast::bundle::Bundle;
+///
+/// let bundle = Bundle::built_in()?;
+/// assert_eq!(bundle.manifest().classes.names(), ["daisy", "dandelion", "roses", "sunflowers", "tulips"]);
+/// assert_eq!(bundle.contents().head.classes(), 5);
+/// # Ok::<(), bloomcast::bundle::BundleError>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Bundle {
-    /// Where it came from, for messages.
+    /// Name of the file, for messages.
     file: String,
     sha256: String,
     manifest: Manifest,
-    /// The key that vouches for it, trusted or not.
     signer: Option<PublicKey>,
-    parts: Parts,
+    contents: Contents,
 }
 
-/// What a bundle holds beside its manifest.
+/// The contents of a bundle besides its manifest.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Parts {
+pub struct Contents {
     pub head: Head,
     pub ood: OodDetector,
-    /// A fine-tuned last convolution; the backbone's own where there is none.
+    /// A fine-tuned last convolution; `None` for the backbone's own.
     pub last_conv: Option<LastConvWeights>,
-    /// The ONNX file of a backbone that devices do not have.
+    /// The ONNX file of the backbone; `None` if devices have it.
     pub backbone: Option<Vec<u8>>,
     pub self_test: Option<SelfTest>,
 }
 
+/// An error of reading a bundle, without the name of its file.
+enum ReadError {
+    Archive(ArchiveError),
+    Content(ContentError),
+}
+
 impl Bundle {
-    /// Puts a trained model together; `manifest.members` is filled in when it is written.
-    pub fn new(manifest: Manifest, parts: Parts) -> Self {
-        Bundle { file: "just trained".into(), sha256: String::new(), manifest, signer: None, parts }
+    /// Creates a bundle of a trained model. [`Bundle::to_bytes`] fills in `manifest.members`.
+    pub fn new(manifest: Manifest, contents: Contents) -> Self {
+        Bundle { file: "just trained".into(), sha256: String::new(), manifest, signer: None, contents }
     }
 
-    /// The model inside this program.
+    /// Reads [`BUILT_IN`].
+    ///
+    /// # Errors
+    /// As [`Bundle::from_bytes`].
     pub fn built_in() -> Result<Self, BundleError> {
         Self::from_bytes("built-in", BUILT_IN)
     }
 
+    /// Reads a bundle file.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is too large, and as [`Bundle::from_bytes`].
     pub fn read(path: &Path) -> Result<Self, BundleError> {
         let file = path.display().to_string();
         let bytes = archive::read_file(path).map_err(|source| BundleError::Archive { file: file.clone(), source })?;
         Self::from_bytes(&file, &bytes)
     }
 
-    /// in: a whole `.bloom` file; `file` is its name in messages. A signature that is there must fit, whoever made it.
+    /// Reads and validates the bytes of a bundle file; `file` is its name in messages. Verifies the signature if there is
+    /// one, but not whether its key is trusted; see [`Bundle::signer`].
+    ///
+    /// # Errors
+    /// If the tar is not canonical, a member is unknown, missing, altered or invalid, the members do not fit each other, or
+    /// the signature does not match.
     pub fn from_bytes(file: &str, bytes: &[u8]) -> Result<Self, BundleError> {
-        let archive = |source| BundleError::Archive { file: file.into(), source };
-        let content = |reason: String| BundleError::Content { file: file.into(), reason };
-        let mut members = archive::unpack(bytes).map_err(archive)?;
-        expect_order(&members).map_err(archive)?;
-        let signer = signer(&members).map_err(|e| content(format!("{}: {e}", manifest::SIGNATURE)))?;
-        members.take(manifest::SIGNATURE);
-        let manifest = members.require_small(manifest::NAME, manifest::BYTES_MAX).map_err(archive)?;
-        let manifest = Manifest::from_json(&manifest).map_err(|e| content(format!("{}: {e}", manifest::NAME)))?;
-        manifest.check_members(members.iter()).map_err(content)?;
-        let head = members.require(HEAD).map_err(archive)?;
-        let (tail, backbone) = (members.take(TAIL), members.take(BACKBONE));
-        let self_test = members.take(SELF_TEST);
-        let (head, ood) = tensors::head_from_bytes(&manifest, &head).map_err(|e| content(format!("{HEAD}: {e}")))?;
-        let tail = tail.map(|tail| tensors::last_conv_from_bytes(&tail)).transpose();
-        let tail = tail.map_err(|e| content(format!("{TAIL}: {e}")))?;
-        if let Some(tail) = tail.as_ref().filter(|tail| tail.outputs() != head.width()) {
-            return Err(content(format!("{TAIL} gives {} features, {HEAD} takes {}", tail.outputs(), head.width())));
-        }
-        if head.classes() != manifest.classes.names().len() {
-            let (rows, names) = (head.classes(), manifest.classes.names().len());
-            return Err(content(format!("{HEAD} has {rows} classes, {} names {names}", manifest::NAME)));
-        }
-        if let Some(carried) =
-            manifest.members.get(BACKBONE).filter(|carried| carried.sha256 != manifest.backbone.sha256)
-        {
-            let (carried, wanted) = (&carried.sha256, &manifest.backbone.sha256);
-            return Err(content(format!(
-                "{BACKBONE} is not the network it was made for: {carried:.12}…, not {wanted:.12}…"
-            )));
-        }
-        let self_test = self_test.map(|test| SelfTest::from_bytes(&test, head.classes(), head.width())).transpose();
-        let self_test = self_test.map_err(|e| content(format!("{SELF_TEST}: {e}")))?;
-        let parts = Parts { head, ood, last_conv: tail, backbone, self_test };
-        Ok(Bundle { file: file.into(), sha256: sha256_hex(bytes), manifest, signer, parts })
+        let read = || -> Result<Self, ReadError> {
+            let mut members = archive::unpack(bytes)?;
+            expect_order(&members)?;
+            let signer = verify_signature(&mut members)?;
+            let manifest = members.require_at_most(manifest::NAME, manifest::BYTES_MAX)?;
+            let manifest = Manifest::from_json(&manifest).map_err(ContentError::from)?;
+            manifest.check_members(members.iter()).map_err(ContentError::from)?;
+            let contents = Contents::read(&manifest, &mut members)?;
+            Ok(Bundle { file: file.into(), sha256: sha256_hex(bytes), manifest, signer, contents })
+        };
+        read().map_err(|error| error.in_file(file))
     }
 
-    /// The whole file's bytes; unsigned, since a signature is for what was signed.
+    /// Returns the bytes of the bundle file, without a signature.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let head = tensors::head_to_bytes(&self.parts.head, &self.parts.ood);
-        let tail = self.parts.last_conv.as_ref().map(tensors::last_conv_to_bytes);
-        let self_test = self.parts.self_test.as_ref().map(SelfTest::to_bytes);
-        let optional =
-            [(TAIL, tail.as_deref()), (BACKBONE, self.parts.backbone.as_deref()), (SELF_TEST, self_test.as_deref())];
+        let head = tensors::head_to_bytes(&self.contents.head, &self.contents.ood);
+        let last_conv = self.contents.last_conv.as_ref().map(tensors::last_conv_to_bytes);
+        let self_test = self.contents.self_test.as_ref().map(SelfTest::to_bytes);
+        let optional = [
+            (LAST_CONV, last_conv.as_deref()),
+            (BACKBONE, self.contents.backbone.as_deref()),
+            (SELF_TEST, self_test.as_deref()),
+        ];
         let optional = optional.into_iter().filter_map(|(name, content)| Some((name, content?)));
         let members: Vec<(&str, &[u8])> = std::iter::once((HEAD, head.as_slice())).chain(optional).collect();
         assemble(&self.manifest, &members)
     }
 
-    /// Writes the file whole or not at all.
+    /// Writes the bundle file atomically, without a signature.
+    ///
+    /// # Errors
+    /// If writing fails or the file is too large.
     pub fn write(&self, path: &Path) -> Result<(), BundleError> {
-        archive::write_file(path, &self.to_bytes())
+        archive::write_atomically(path, &self.to_bytes())
             .map_err(|source| BundleError::Archive { file: path.display().to_string(), source })
     }
 
+    /// Returns the manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// The key that signed it, trusted or not.
+    /// Returns the key of the valid signature, trusted or not; `None` if the bundle is not signed.
     pub fn signer(&self) -> Option<&PublicKey> {
         self.signer.as_ref()
     }
 
-    /// Gives it what it must answer wherever it runs.
+    /// Replaces the self-test.
     pub fn set_self_test(&mut self, self_test: SelfTest) {
-        self.parts.self_test = Some(self_test);
+        self.contents.self_test = Some(self_test);
     }
 
-    /// Takes it out, since it is asked once.
+    /// Removes the self-test and returns it, which frees its memory after use.
     pub fn take_self_test(&mut self) -> Option<SelfTest> {
-        self.parts.self_test.take()
+        self.contents.self_test.take()
     }
 
-    pub fn parts(&self) -> &Parts {
-        &self.parts
+    /// Returns the contents besides the manifest.
+    pub fn contents(&self) -> &Contents {
+        &self.contents
     }
 
-    /// SHA-256 of the file it was read from, in hexadecimal.
+    /// Returns the SHA-256 of the file that the bundle was read from, in lower-case hexadecimal; empty if it was not read.
     pub fn sha256(&self) -> &str {
         &self.sha256
     }
 
-    /// The model at work: on the network it carries, else on that in `file`, else on the one inside the program;
-    /// refused where it was made for another.
+    /// Creates a classifier on the network that [`Bundle::network`] selects.
+    ///
+    /// # Errors
+    /// As [`Bundle::network`] and [`Bundle::backbone`].
     pub fn classifier(&self, file: Option<&Path>) -> Result<Classifier, BundleError> {
         Ok(Classifier::new(&self.backbone(&self.network(file)?)?, self.classifier_params())?)
     }
 
-    /// What gives the features that the head looks at.
+    /// Compiles the network with the bundle's last convolution, up to the features.
+    ///
+    /// # Errors
+    /// If the network cannot be compiled, or its features are not as long as the head expects.
     pub fn backbone(&self, network: &Network) -> Result<Backbone, BundleError> {
-        let backbone = network.features(self.parts.last_conv.as_ref())?;
-        if backbone.width() != self.parts.head.width() {
-            let (wide, wanted) = (backbone.width(), self.parts.head.width());
-            return Err(self.content(format!("{HEAD} takes {wanted} features, the backbone gives {wide}")));
+        let backbone = network.features(self.contents.last_conv.as_ref())?;
+        let (outputs, width) = (backbone.width(), self.contents.head.width());
+        if outputs != width {
+            let source = Box::new(ContentError::BackboneWidth { outputs, width });
+            return Err(BundleError::Content { file: self.file.clone(), source });
         }
         Ok(backbone)
     }
 
-    /// The network it was made for: the one it carries, or that in `file`, or the one inside the program.
+    /// Loads the network that the model was trained on: the one in the bundle, or else the ONNX file `file`, or else the
+    /// built-in one.
+    ///
+    /// # Errors
+    /// If the network cannot be loaded, or is not the one that the model was trained on.
     pub fn network(&self, file: Option<&Path>) -> Result<Network, BundleError> {
-        let (wanted, preprocess) = (&self.manifest.backbone, &self.manifest.preprocess);
-        let feature = Some(wanted.feature.as_str());
-        let given = |name: &str, sha256: &str| format!("{name} (sha256 {sha256:.12}…)");
-        let (name, onnx): (String, Cow<'static, [u8]>) = match (&self.parts.backbone, file) {
-            (Some(onnx), _) => (wanted.name.clone(), onnx.clone().into()),
+        let (backbone, preprocess) = (&self.manifest.backbone, &self.manifest.preprocess);
+        let feature = Some(backbone.feature.as_str());
+        let describe = |name: &str, sha256: &str| format!("{name} (sha256 {sha256:.12}…)");
+        let (name, onnx): (String, Cow<'static, [u8]>) = match (&self.contents.backbone, file) {
+            (Some(onnx), _) => (backbone.name.clone(), onnx.clone().into()),
             (None, Some(path)) => (path.display().to_string(), backbone::read_file(path)?.into()),
             (None, None) => (backbone::MOBILENET_V2_NAME.to_owned(), backbone::MOBILENET_V2.into()),
         };
         let sha256 = sha256_hex(&onnx);
-        if wanted.sha256 != sha256 {
+        if backbone.sha256 != sha256 {
             return Err(BundleError::OtherBackbone {
                 file: self.file.clone(),
-                wanted: given(&wanted.name, &wanted.sha256),
-                given: given(&name, &sha256),
+                expected: describe(&backbone.name, &backbone.sha256),
+                actual: describe(&name, &sha256),
             });
         }
         Ok(Network::from_hashed(&name, sha256, onnx, preprocess, feature)?)
     }
 
-    fn content(&self, reason: String) -> BundleError {
-        BundleError::Content { file: self.file.clone(), reason }
-    }
-
-    /// What the classifier needs of it.
+    /// Returns the parameters of a classifier.
     pub fn classifier_params(&self) -> ClassifierParams {
         ClassifierParams {
             labels: self.manifest.classes.clone(),
-            head: self.parts.head.clone(),
-            ood: self.parts.ood.clone(),
+            head: self.contents.head.clone(),
+            ood: self.contents.ood.clone(),
             preprocess: self.manifest.preprocess.clone(),
         }
     }
 }
 
-/// A whole file of these members, which the manifest is made to name.
+impl Contents {
+    /// Reads and validates the members that the manifest lists.
+    fn read(manifest: &Manifest, members: &mut Members) -> Result<Self, ReadError> {
+        let head = members.require(HEAD)?;
+        let (last_conv, backbone) = (members.take(LAST_CONV), members.take(BACKBONE));
+        let self_test = members.take(SELF_TEST);
+        let in_member = |member| move |source| ContentError::Tensors { member, source };
+        let (head, ood) = tensors::head_from_bytes(manifest, &head).map_err(in_member(HEAD))?;
+        let last_conv = last_conv.map(|bytes| tensors::last_conv_from_bytes(&bytes)).transpose();
+        let last_conv = last_conv.map_err(in_member(LAST_CONV))?;
+        check_shapes(manifest, &head, last_conv.as_ref())?;
+        check_backbone(manifest)?;
+        let self_test = self_test.map(|bytes| SelfTest::from_bytes(&bytes, head.classes(), head.width())).transpose();
+        let self_test = self_test.map_err(in_member(SELF_TEST))?;
+        Ok(Contents { head, ood, last_conv, backbone, self_test })
+    }
+}
+
+impl ReadError {
+    fn in_file(self, file: &str) -> BundleError {
+        match self {
+            ReadError::Archive(source) => BundleError::Archive { file: file.into(), source },
+            ReadError::Content(source) => BundleError::Content { file: file.into(), source: Box::new(source) },
+        }
+    }
+}
+
+impl From<ArchiveError> for ReadError {
+    fn from(error: ArchiveError) -> Self {
+        ReadError::Archive(error)
+    }
+}
+
+impl From<ContentError> for ReadError {
+    fn from(error: ContentError) -> Self {
+        ReadError::Content(error)
+    }
+}
+
+/// Writes a bundle file of these members, after setting the manifest's list of members.
 pub fn assemble(manifest: &Manifest, members: &[(&str, &[u8])]) -> Vec<u8> {
     let mut manifest = manifest.clone();
     manifest.set_members(members);
@@ -236,30 +319,56 @@ pub fn assemble(manifest: &Manifest, members: &[(&str, &[u8])]) -> Vec<u8> {
     archive::pack(members)
 }
 
-fn expect_order(members: &archive::Members) -> Result<(), ArchiveError> {
-    let mut order = ORDER.iter();
-    let stray = members.iter().map(|(name, _)| name).find(|name| !order.any(|next| next == name));
-    stray.map_or(Ok(()), |name| Err(ArchiveError::Unexpected(name.into())))
-}
-
-/// Signs a `.bloom` file anew, whoever signed it before. in and out: a whole file; `file` is its name in messages.
+/// Signs a bundle file and returns the signed one; replaces the signature if there is one. `file` is its name in messages.
+///
+/// # Errors
+/// As [`Bundle::from_bytes`].
 pub fn sign(file: &str, bytes: &[u8], key: &PrivateKey) -> Result<Vec<u8>, BundleError> {
     Bundle::from_bytes(file, bytes)?;
-    let archive = |source| BundleError::Archive { file: file.into(), source };
-    let mut members = archive::unpack(bytes).map_err(archive)?;
+    let archive_error = |source| BundleError::Archive { file: file.into(), source };
+    let mut members = archive::unpack(bytes).map_err(archive_error)?;
     members.take(manifest::SIGNATURE);
-    let manifest = members.require(manifest::NAME).map_err(archive)?;
+    let manifest = members.require(manifest::NAME).map_err(archive_error)?;
     let signature = key.sign(&manifest).to_bytes();
-    let vouched = [(manifest::NAME, manifest.as_slice()), (manifest::SIGNATURE, signature.as_slice())];
-    Ok(archive::pack(vouched.into_iter().chain(members.iter())))
+    let signed = [(manifest::NAME, manifest.as_slice()), (manifest::SIGNATURE, signature.as_slice())];
+    Ok(archive::pack(signed.into_iter().chain(members.iter())))
 }
 
-/// The key that vouches for the manifest; none where nobody does, an error where the signature does not fit.
-fn signer(members: &archive::Members) -> Result<Option<PublicKey>, signature::SignatureError> {
-    let find = |name| members.iter().find(|(there, _)| *there == name).map(|(_, content)| content);
-    let Some(signature) = find(manifest::SIGNATURE) else { return Ok(None) };
-    let signed = Signed::from_bytes(signature)?;
-    signed.check(find(manifest::NAME).unwrap_or_default()).map(Some)
+/// Checks that all members are known and in the order of [`ORDER`].
+fn expect_order(members: &Members) -> Result<(), ArchiveError> {
+    let mut order = ORDER.iter();
+    let unexpected = members.iter().map(|(name, _)| name).find(|name| !order.any(|next| next == name));
+    unexpected.map_or(Ok(()), |name| Err(ArchiveError::Unexpected(name.into())))
+}
+
+/// Removes the signature, verifies it, and returns the signer's key; `None` if there is no signature.
+fn verify_signature(members: &mut Members) -> Result<Option<PublicKey>, ContentError> {
+    let Some(signature) = members.take(manifest::SIGNATURE) else { return Ok(None) };
+    let signature = DetachedSignature::from_bytes(&signature)?;
+    Ok(Some(signature.verify(members.get(manifest::NAME).unwrap_or_default())?))
+}
+
+/// Checks that the features of the last convolution fit the head, and the head the class names.
+fn check_shapes(manifest: &Manifest, head: &Head, last_conv: Option<&LastConvWeights>) -> Result<(), ContentError> {
+    let (width, classes, names) = (head.width(), head.classes(), manifest.classes.names().len());
+    if let Some(outputs) = last_conv.map(LastConvWeights::outputs).filter(|outputs| *outputs != width) {
+        return Err(ContentError::LastConvWidth { outputs, width });
+    }
+    if classes != names {
+        return Err(ContentError::Classes { classes, names });
+    }
+    Ok(())
+}
+
+/// Checks that the backbone in the bundle, if there is one, is the one that the model was trained on.
+fn check_backbone(manifest: &Manifest) -> Result<(), ContentError> {
+    let expected = &manifest.backbone.sha256;
+    match manifest.members.get(BACKBONE) {
+        Some(member) if member.sha256 != *expected => {
+            Err(ContentError::OtherBackbone { actual: member.sha256.clone(), expected: expected.clone() })
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -288,22 +397,23 @@ mod tests {
             members: Default::default(),
         };
         let head = Head::new(4, vec![0.5; 8], vec![0.1, 0.2], 1.5).unwrap();
-        let subspace = OodDetector::new(4, basis, 0.5).unwrap();
-        Bundle::new(manifest, Parts { head, ood: subspace, last_conv: None, backbone: None, self_test: None })
+        let ood = OodDetector::new(4, basis, 0.5).unwrap();
+        Bundle::new(manifest, Contents { head, ood, last_conv: None, backbone: None, self_test: None })
     }
 
-    /// With everything that a bundle may hold.
+    /// Returns a bundle with all optional members.
     fn full() -> Bundle {
         let mut full = bundle();
-        full.parts.last_conv = Some(LastConvWeights::new(2, vec![0.25; 8], vec![0.5; 4]).unwrap());
-        full.parts.backbone = Some(b"a network".to_vec());
+        full.contents.last_conv = Some(LastConvWeights::new(2, vec![0.25; 8], vec![0.5; 4]).unwrap());
+        full.contents.backbone = Some(b"a network".to_vec());
         full.manifest.backbone.sha256 = sha256_hex(b"a network");
-        let answer = selftest::Answer { probabilities: vec![0.5; 2], similarity: 1.0 };
-        full.parts.self_test = Some(SelfTest::new(vec![vec![1.0; 4]], vec![vec![7; 9]], vec![answer.clone(), answer]));
+        let output = selftest::SelfTestOutput { probabilities: vec![0.5; 2], similarity: 1.0 };
+        full.contents.self_test =
+            Some(SelfTest::new(vec![vec![1.0; 4]], vec![vec![7; 9]], vec![output.clone(), output]));
         full
     }
 
-    /// A key, and a ring that trusts it.
+    /// Returns a key and a keyring that trusts it.
     fn key() -> (PrivateKey, Keyring) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trainer.key");
@@ -312,53 +422,53 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_and_written_the_same() {
-        for whole in [bundle(), full()] {
-            let bytes = whole.to_bytes();
+    fn reads_what_it_writes_and_writes_the_same_bytes() {
+        for bundle in [bundle(), full()] {
+            let bytes = bundle.to_bytes();
             let read = Bundle::from_bytes("test", &bytes).unwrap();
-            assert_eq!(read.parts, whole.parts);
-            assert_eq!(read.manifest.classes, whole.manifest.classes);
+            assert_eq!(read.contents, bundle.contents);
+            assert_eq!(read.manifest.classes, bundle.manifest.classes);
             assert_eq!(read.to_bytes(), bytes);
             assert_eq!(read.sha256().len(), 64);
         }
     }
 
     #[test]
-    fn every_changed_bit_and_every_cut_of_a_signed_bundle_is_refused() {
-        let (key, ring) = key();
+    fn rejects_every_flipped_bit_and_every_truncation_of_a_signed_bundle() {
+        let (key, keyring) = key();
         let unsigned = full().to_bytes();
         let bytes = sign("test", &unsigned, &key).unwrap();
-        let whole = Bundle::from_bytes("test", &bytes).unwrap();
-        assert_eq!(ring.trust(whole.signer()), Ok("trainer"));
-        assert_eq!(whole.parts, full().parts);
-        for at in 0..bytes.len() {
+        let bundle = Bundle::from_bytes("test", &bytes).unwrap();
+        assert_eq!(keyring.verify_signer(bundle.signer()), Ok("trainer"));
+        assert_eq!(bundle.contents, full().contents);
+        for offset in 0..bytes.len() {
             for bit in 0..8 {
                 let mut changed = bytes.clone();
-                changed[at] ^= 1 << bit;
-                assert!(Bundle::from_bytes("test", &changed).is_err(), "byte {at}, bit {bit}");
+                changed[offset] ^= 1 << bit;
+                assert!(Bundle::from_bytes("test", &changed).is_err(), "byte {offset}, bit {bit}");
             }
         }
-        for cut in 0..bytes.len() {
-            assert!(Bundle::from_bytes("test", &bytes[..cut]).is_err(), "cut at {cut}");
+        for len in 0..bytes.len() {
+            assert!(Bundle::from_bytes("test", &bytes[..len]).is_err(), "truncated to {len} bytes");
         }
     }
 
     #[test]
-    fn a_signature_is_for_one_manifest_and_can_be_replaced() {
-        let ((ours, ring), (theirs, _)) = (key(), key());
+    fn a_signature_covers_one_manifest_and_can_be_replaced() {
+        let ((ours, keyring), (theirs, _)) = (key(), key());
         let unsigned = bundle().to_bytes();
-        assert!(ring.trust(Bundle::from_bytes("test", &unsigned).unwrap().signer()).is_err());
-        let stranger = sign("test", &unsigned, &theirs).unwrap();
-        assert!(ring.trust(Bundle::from_bytes("test", &stranger).unwrap().signer()).is_err());
-        let again = sign("test", &stranger, &ours).unwrap();
-        assert_eq!(again, sign("test", &unsigned, &ours).unwrap());
-        // The signature of one model under another.
+        assert!(keyring.verify_signer(Bundle::from_bytes("test", &unsigned).unwrap().signer()).is_err());
+        let by_unknown_key = sign("test", &unsigned, &theirs).unwrap();
+        assert!(keyring.verify_signer(Bundle::from_bytes("test", &by_unknown_key).unwrap().signer()).is_err());
+        let resigned = sign("test", &by_unknown_key, &ours).unwrap();
+        assert_eq!(resigned, sign("test", &unsigned, &ours).unwrap());
+        // The signature of one model on another.
         let mut other = bundle();
         other.manifest.version = 4;
-        let mut members = archive::unpack(&again).unwrap();
+        let mut members = archive::unpack(&resigned).unwrap();
         let signature = members.require(manifest::SIGNATURE).unwrap();
-        let mut others = archive::unpack(&other.to_bytes()).unwrap();
-        let (manifest, head) = (others.require(manifest::NAME).unwrap(), others.require(HEAD).unwrap());
+        let mut other_members = archive::unpack(&other.to_bytes()).unwrap();
+        let (manifest, head) = (other_members.require(manifest::NAME).unwrap(), other_members.require(HEAD).unwrap());
         let mixed = [(manifest::NAME, &manifest), (manifest::SIGNATURE, &signature), (HEAD, &head)];
         let mixed = archive::pack(mixed.map(|(name, content)| (name, content.as_slice())));
         let error = Bundle::from_bytes("test", &mixed).unwrap_err().to_string();
@@ -366,72 +476,75 @@ mod tests {
     }
 
     #[test]
-    fn a_manifest_that_would_blind_or_break_the_daemon_is_refused() {
-        let refused = |change: fn(&mut Manifest)| {
+    fn rejects_invalid_values_in_the_manifest() {
+        let error = |change: fn(&mut Manifest)| {
             let mut bundle = bundle();
             change(&mut bundle.manifest);
             Bundle::from_bytes("test", &bundle.to_bytes()).unwrap_err().to_string()
         };
-        assert!(refused(|m| m.preprocess.size = 0).contains("preprocess.size 0"));
-        assert!(refused(|m| m.preprocess.size = 4_000_000_000).contains("preprocess.size 4000000000"));
-        assert!(refused(|m| m.preprocess.std[1] = 0.0).contains("scale and std above 0"));
-        assert!(refused(|m| m.temperature = 0.0).contains("temperature 0"));
-        assert!(refused(|m| m.unknown.threshold = 2.0).contains("threshold 2"));
-        assert!(refused(|m| m.format = 2).contains("format 2, this program reads 1"));
-        assert!(refused(|m| m.name = "\u{1b}[31m".into()).contains("name"));
+        assert!(error(|m| m.preprocess.size = 0).contains("preprocess.size 0"));
+        assert!(error(|m| m.preprocess.size = 4_000_000_000).contains("preprocess.size 4000000000"));
+        assert!(error(|m| m.preprocess.std[1] = 0.0).contains("scale and std above 0"));
+        assert!(error(|m| m.temperature = 0.0).contains("temperature 0"));
+        assert!(error(|m| m.unknown.threshold = 2.0).contains("threshold 2"));
+        assert!(error(|m| m.format = 2).contains("format 2, this program reads 1"));
+        assert!(error(|m| m.name = "\u{1b}[31m".into()).contains("name"));
         let mut other_size = bundle();
         other_size.manifest.preprocess.size = 160;
         other_size.manifest.backbone.sha256 = sha256_hex(backbone::MOBILENET_V2);
         let error = other_size.classifier(None).err().unwrap().to_string();
-        assert!(error.contains("looks at 224 pixels, not 160"), "{error}");
+        assert!(error.contains("input size is 224 pixels, expected 160"), "{error}");
         let mut narrow = other_size;
         narrow.manifest.preprocess.size = 224;
         let error = narrow.classifier(None).err().unwrap().to_string();
-        assert!(error.contains("takes 4 features, the backbone gives 1280"), "{error}");
+        assert!(error.contains("the backbone gives 1280 features, head.safetensors takes 4"), "{error}");
         let mut wide = full();
-        wide.parts.last_conv = Some(LastConvWeights::new(1, vec![0.0; 5], vec![0.0; 5]).unwrap());
+        wide.contents.last_conv = Some(LastConvWeights::new(1, vec![0.0; 5], vec![0.0; 5]).unwrap());
         let error = Bundle::from_bytes("test", &wide.to_bytes()).unwrap_err().to_string();
         assert!(error.contains("tail.safetensors gives 5 features, head.safetensors takes 4"), "{error}");
     }
 
     #[test]
-    fn what_the_manifest_does_not_name_is_refused() {
+    fn rejects_unknown_members_and_another_order() {
         let mut members = archive::unpack(&bundle().to_bytes()).unwrap();
         let (manifest, head) = (members.require(manifest::NAME).unwrap(), members.require(HEAD).unwrap());
-        let stuffed = archive::pack([(manifest::NAME, &manifest[..]), (HEAD, &head), ("extra", b"x")]);
-        let error = Bundle::from_bytes("test", &stuffed).unwrap_err().to_string();
-        assert!(error.contains("extra: no member of a bundle, or out of its place"), "{error}");
-        let turned = archive::pack([(HEAD, &head[..]), (manifest::NAME, &manifest)]);
-        let error = Bundle::from_bytes("test", &turned).unwrap_err().to_string();
-        assert!(error.contains("manifest.json: no member of a bundle, or out of its place"), "{error}");
+        let with_unknown = archive::pack([(manifest::NAME, &manifest[..]), (HEAD, &head), ("extra", b"x")]);
+        let error = Bundle::from_bytes("test", &with_unknown).unwrap_err().to_string();
+        assert!(error.contains("extra: unknown member, or in the wrong order"), "{error}");
+        let reversed = archive::pack([(HEAD, &head[..]), (manifest::NAME, &manifest)]);
+        let error = Bundle::from_bytes("test", &reversed).unwrap_err().to_string();
+        assert!(error.contains("manifest.json: unknown member, or in the wrong order"), "{error}");
     }
 
     #[test]
-    fn a_manifest_that_is_too_large_is_never_parsed() {
-        let huge = vec![b' '; manifest::BYTES_MAX + 1];
-        let error = Bundle::from_bytes("test", &archive::pack([(manifest::NAME, &huge[..])])).unwrap_err().to_string();
+    fn rejects_a_manifest_that_is_too_large_before_parsing_it() {
+        let large = vec![b' '; manifest::BYTES_MAX + 1];
+        let error = Bundle::from_bytes("test", &archive::pack([(manifest::NAME, &large[..])])).unwrap_err().to_string();
         assert_eq!(error, "model test: manifest.json: 262145 bytes, expected at most 262144");
         let mut many = bundle();
         many.manifest.classes = Labels::new((0..1000).map(|i| format!("{i:064}")).collect()).unwrap();
-        assert!(many.manifest.to_json().len() < manifest::BYTES_MAX, "a manifest with as many classes as there may be");
+        assert!(
+            many.manifest.to_json().len() < manifest::BYTES_MAX,
+            "a manifest with the most and longest class names"
+        );
     }
 
     #[test]
-    fn a_file_is_written_whole_and_a_bad_one_is_named() {
+    fn writes_files_atomically_and_names_the_file_in_errors() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.bloom");
         bundle().write(&path).unwrap();
         assert_eq!(Bundle::read(&path).unwrap().manifest.version, 3);
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file remains");
         std::fs::write(&path, b"not a bundle").unwrap();
         let error = Bundle::read(&path).unwrap_err().to_string();
         assert!(error.starts_with(&format!("model {}: ", path.display())), "{error}");
-        let error = bundle().write(&dir.path().join("none/m.bloom")).unwrap_err().to_string();
-        assert!(error.contains("none/m.bloom"), "{error}");
+        let error = bundle().write(&dir.path().join("missing/m.bloom")).unwrap_err().to_string();
+        assert!(error.contains("missing/m.bloom"), "{error}");
     }
 
     #[test]
-    fn a_model_for_another_backbone_is_refused_by_name() {
+    fn the_error_for_another_backbone_names_both() {
         let error = bundle().classifier(None).err().unwrap().to_string();
         assert!(error.contains("made for the backbone b") && error.contains("mobilenet_v2_1.0_224"), "{error}");
     }

@@ -1,4 +1,4 @@
-//! Who vouches for a model: Ed25519 keys in files that `openssl` reads as well, and signatures.
+//! Ed25519 signatures, and keys in PEM files that `openssl` reads as well.
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
@@ -12,22 +12,23 @@ use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 
 use crate::system::hash::{hex, sha256_hex};
 
-/// DeliveryStatus of a public key's file.
+/// Extension of the file of a public key.
 pub const PUBLIC: &str = "pub";
-/// A key's file is far smaller.
+/// Most bytes that are read of a key file; a key takes about 120.
 const FILE_BYTES_MAX: u64 = 64 << 10;
-/// Keys in a folder that are trusted; more are a mistake.
+/// Most keys in a folder of trusted keys.
 const KEYS_MAX: usize = 64;
 
+/// An error of a key file.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
     #[error("{path}: {reason}")]
     File { path: PathBuf, reason: String },
-    #[error("{0}: is there already; a key is never overwritten")]
-    There(PathBuf),
-    #[error("{path}: others may read it (mode {mode:03o}); `chmod 600` makes it yours alone")]
-    Open { path: PathBuf, mode: u32 },
-    #[error("no random numbers from the system: {0}")]
+    #[error("{0}: already exists; a key is never overwritten")]
+    AlreadyExists(PathBuf),
+    #[error("{path}: other users may read the key (mode {mode:03o}), expected `chmod 600`")]
+    Permissions { path: PathBuf, mode: u32 },
+    #[error("cannot get random numbers from the system: {0}")]
     Random(String),
 }
 
@@ -37,70 +38,82 @@ impl KeyError {
     }
 }
 
-/// What signs. Never printed.
+/// A private Ed25519 key; has no `Debug` so that it is never printed.
 pub struct PrivateKey(SigningKey);
 
-/// What a signature is checked against.
+/// A public Ed25519 key.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct PublicKey(VerifyingKey);
 
 impl PrivateKey {
-    /// A new key in `path`, which only its owner may read, and its public half beside it, whose path is given.
+    /// Generates a key pair: writes the private key to `path` with mode 600 and the public key beside it with the extension
+    /// `.pub`. Returns the path of the public key.
+    ///
+    /// # Errors
+    /// If `path` has the extension `.pub`, a file exists already or cannot be written, or the system has no random numbers.
     pub fn generate(path: &Path) -> Result<PathBuf, KeyError> {
         let public = path.with_extension(PUBLIC);
         if public == path {
-            return Err(KeyError::file(path, format_args!("expected another ending than .{PUBLIC}")));
+            return Err(KeyError::file(path, format_args!("expected another extension than .{PUBLIC}")));
         }
-        if let Some(there) = [path, &public].into_iter().find(|path| path.exists()) {
-            return Err(KeyError::There(there.into()));
+        if let Some(existing) = [path, &public].into_iter().find(|path| path.exists()) {
+            return Err(KeyError::AlreadyExists(existing.into()));
         }
         let mut seed = [0; 32];
         getrandom::fill(&mut seed).map_err(|e| KeyError::Random(e.to_string()))?;
         let key = SigningKey::from_bytes(&seed);
-        // Without the public half, which OpenSSL 3.0 does not take in a private key's file.
-        let alone = KeypairBytes { secret_key: seed, public_key: None };
-        let text = alone.to_pkcs8_pem(LineEnding::LF).expect("a key can be written as PEM");
+        // Without the public key, which OpenSSL 3.0 does not accept in a private key's file.
+        let private = KeypairBytes { secret_key: seed, public_key: None };
+        let text = private.to_pkcs8_pem(LineEnding::LF).expect("a key can be encoded as PEM");
         create(path, 0o600, text.as_bytes())?;
         create(&public, 0o644, PublicKey(key.verifying_key()).to_pem().as_bytes()).inspect_err(|_| {
-            // Half a pair is none, and would be in the way; the reason stands in the error that is returned.
+            // A private key without its public key would block the next attempt; the returned error has the cause.
             let _ = fs::remove_file(path);
         })?;
         Ok(public)
     }
 
-    /// Reads a PKCS#8 PEM file that nobody else may read.
+    /// Reads a PKCS#8 PEM file.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is not a private Ed25519 key, or other users may access it.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
         let key = SigningKey::from_pkcs8_pem(&read(path)?);
-        let key = key.map_err(|e| KeyError::file(path, format_args!("no private Ed25519 key in PEM: {e}")))?;
+        let key = key.map_err(|e| KeyError::file(path, format_args!("not a private Ed25519 key in PEM: {e}")))?;
         match fs::metadata(path).map_err(|e| KeyError::file(path, e))?.permissions().mode() & 0o777 {
-            mode if mode & 0o077 != 0 => Err(KeyError::Open { path: path.into(), mode }),
+            mode if mode & 0o077 != 0 => Err(KeyError::Permissions { path: path.into(), mode }),
             _ => Ok(PrivateKey(key)),
         }
     }
 
+    /// Returns the public key.
     pub fn public(&self) -> PublicKey {
         PublicKey(self.0.verifying_key())
     }
 
-    pub fn sign(&self, message: &[u8]) -> Signed {
-        Signed { key: self.public(), signature: self.0.sign(message) }
+    /// Signs a message.
+    pub fn sign(&self, message: &[u8]) -> DetachedSignature {
+        DetachedSignature { key: self.public(), signature: self.0.sign(message) }
     }
 }
 
 impl PublicKey {
     /// Reads an SPKI PEM file.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is not a public Ed25519 key.
     pub fn read(path: &Path) -> Result<Self, KeyError> {
         let key = VerifyingKey::from_public_key_pem(&read(path)?);
-        key.map(PublicKey).map_err(|e| KeyError::file(path, format_args!("no public Ed25519 key in PEM: {e}")))
+        key.map(PublicKey).map_err(|e| KeyError::file(path, format_args!("not a public Ed25519 key in PEM: {e}")))
     }
 
-    /// What people call it: the first half of its hash.
+    /// Returns the key's id: the first 16 hexadecimal digits of its SHA-256.
     pub fn id(&self) -> String {
         sha256_hex(self.0.as_bytes())[..16].to_owned()
     }
 
     fn to_pem(self) -> String {
-        self.0.to_public_key_pem(LineEnding::LF).expect("a key can be written as PEM")
+        self.0.to_public_key_pem(LineEnding::LF).expect("a key can be encoded as PEM")
     }
 }
 
@@ -110,27 +123,29 @@ impl fmt::Debug for PublicKey {
     }
 }
 
-/// A signature, and the key that it says it was made with.
+/// A signature with the public key of its signer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Signed {
+pub struct DetachedSignature {
     key: PublicKey,
     signature: Signature,
 }
 
+/// An error of a [`DetachedSignature`].
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SignatureError {
-    #[error("{0} bytes, expected {len}", len = Signed::BYTES)]
+    #[error("{0} bytes, expected {len}", len = DetachedSignature::BYTES)]
     Length(usize),
-    #[error("its first 32 bytes are no key")]
+    #[error("its first 32 bytes are not an Ed25519 key")]
     Key,
     #[error("does not fit: the content, the signature or the key was altered")]
     Altered,
 }
 
-impl Signed {
-    /// The key, 32, and the signature, 64.
+impl DetachedSignature {
+    /// Length of the encoding: the key, 32 bytes, and the signature, 64 bytes.
     pub const BYTES: usize = 96;
 
+    /// Returns the key followed by the signature.
     pub fn to_bytes(&self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         bytes[..32].copy_from_slice(self.key.0.as_bytes());
@@ -138,27 +153,38 @@ impl Signed {
         bytes
     }
 
+    /// Decodes a signature; does not verify it.
+    ///
+    /// # Errors
+    /// If the length is wrong, or the key or signature is not one of Ed25519.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, SignatureError> {
         let bytes: &[u8; Self::BYTES] = bytes.try_into().map_err(|_| SignatureError::Length(bytes.len()))?;
         let (key, signature) = bytes.split_at(32);
-        let key: [u8; 32] = key.try_into().expect("split at 32");
+        let key: [u8; 32] = key.try_into().expect("32 bytes");
         let key = VerifyingKey::from_bytes(&key).map_err(|_| SignatureError::Key)?;
         let signature = Signature::from_slice(signature).map_err(|_| SignatureError::Altered)?;
-        Ok(Signed { key: PublicKey(key), signature })
+        Ok(DetachedSignature { key: PublicKey(key), signature })
     }
 
-    /// The key that vouches for `message`, which is not thereby a key that anybody trusts.
-    pub fn check(&self, message: &[u8]) -> Result<PublicKey, SignatureError> {
+    /// Verifies the signature of `message` and returns the signer's key, trusted or not; see [`Keyring::verify_signer`].
+    ///
+    /// # Errors
+    /// If the signature does not match.
+    pub fn verify(&self, message: &[u8]) -> Result<PublicKey, SignatureError> {
         self.key.0.verify_strict(message, &self.signature).map_err(|_| SignatureError::Altered)?;
         Ok(self.key)
     }
 
-    /// In hexadecimal, for a message.
-    pub fn to_text(&self) -> String {
+    /// Returns [`Self::to_bytes`] in hexadecimal.
+    pub fn to_hex(&self) -> String {
         hex(&self.to_bytes())
     }
 
-    pub fn from_text(text: &str) -> Result<Self, SignatureError> {
+    /// Decodes [`Self::to_hex`].
+    ///
+    /// # Errors
+    /// As [`Self::from_bytes`], or if the text is not hexadecimal.
+    pub fn from_hex(text: &str) -> Result<Self, SignatureError> {
         let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
         let pair = |pair: &[u8]| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?);
         let bytes: Option<Vec<u8>> = text.as_bytes().chunks(2).map(pair).collect();
@@ -166,11 +192,11 @@ impl Signed {
     }
 }
 
-/// The keys that a device, or whoever asks, trusts.
+/// The trusted keys, by name.
 #[derive(Debug, Clone, Default)]
 pub struct Keyring(Vec<(String, PublicKey)>);
 
-/// Why a signature is not enough.
+/// The reason why a signer is not trusted.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UntrustedSigner {
     #[error("it is not signed")]
@@ -178,11 +204,14 @@ pub enum UntrustedSigner {
     #[error("no key is trusted here")]
     NoKeys,
     #[error("it is signed by the key {signer}, which is not trusted here; trusted: {trusted}")]
-    Stranger { signer: String, trusted: String },
+    UnknownKey { signer: String, trusted: String },
 }
 
 impl Keyring {
-    /// Every `*.pub` in a folder. A folder that is not there, or no folder at all, trusts nobody.
+    /// Reads all `*.pub` files of a folder. The keyring is empty if `folder` is empty or does not exist.
+    ///
+    /// # Errors
+    /// If the folder or a file cannot be read, a file is not a public key, or there are more than 64.
     pub fn read(folder: &Path) -> Result<Self, KeyError> {
         if folder.as_os_str().is_empty() {
             return Ok(Keyring::default());
@@ -194,7 +223,7 @@ impl Keyring {
         let mut files = Vec::new();
         for entry in entries {
             let path = entry.map_err(|e| KeyError::file(folder, e))?.path();
-            if path.extension().is_some_and(|ending| ending == PUBLIC) {
+            if path.extension().is_some_and(|extension| extension == PUBLIC) {
                 files.push(path);
             }
         }
@@ -202,39 +231,49 @@ impl Keyring {
             return Err(KeyError::file(folder, format_args!("{} keys, expected at most {KEYS_MAX}", files.len())));
         }
         files.sort();
-        let named = |path: &PathBuf| {
-            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            Ok((name, PublicKey::read(path)?))
-        };
-        files.iter().map(named).collect::<Result<_, _>>().map(Keyring)
+        files.iter().map(|path| read_named(path)).collect::<Result<_, _>>().map(Keyring)
     }
 
-    /// One key.
+    /// Reads a single key.
+    ///
+    /// # Errors
+    /// As [`PublicKey::read`].
     pub fn from_file(path: &Path) -> Result<Self, KeyError> {
-        let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Keyring(vec![(name, PublicKey::read(path)?)]))
+        Ok(Keyring(vec![read_named(path)?]))
     }
 
+    /// Returns whether there is no key.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The name of the trusted key that signed.
-    pub fn trust(&self, signer: Option<&PublicKey>) -> Result<&str, UntrustedSigner> {
+    /// Returns the name of the trusted key that is the signer's.
+    ///
+    /// # Errors
+    /// If there is no signer, or its key is not trusted.
+    pub fn verify_signer(&self, signer: Option<&PublicKey>) -> Result<&str, UntrustedSigner> {
         let signer = signer.ok_or(UntrustedSigner::Unsigned)?;
         let trusted = self.0.iter().find(|(_, key)| key == signer);
         trusted.map(|(name, _)| name.as_str()).ok_or_else(|| match self.0.is_empty() {
             true => UntrustedSigner::NoKeys,
-            false => UntrustedSigner::Stranger { signer: signer.id(), trusted: self.names() },
+            false => UntrustedSigner::UnknownKey { signer: signer.id(), trusted: self.names() },
         })
     }
 
+    /// Returns the names and ids of the keys, for messages.
     fn names(&self) -> String {
-        let named: Vec<String> = self.0.iter().map(|(name, key)| format!("{name} ({})", key.id())).collect();
-        named.join(", ")
+        let names: Vec<String> = self.0.iter().map(|(name, key)| format!("{name} ({})", key.id())).collect();
+        names.join(", ")
     }
 }
 
+/// Reads a public key and its name, the file's name without the extension.
+fn read_named(path: &Path) -> Result<(String, PublicKey), KeyError> {
+    let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    Ok((name, PublicKey::read(path)?))
+}
+
+/// Reads a text file, at most [`FILE_BYTES_MAX`].
 fn read(path: &Path) -> Result<String, KeyError> {
     let mut text = String::new();
     let file = fs::File::open(path).map_err(|e| KeyError::file(path, e))?;
@@ -242,15 +281,15 @@ fn read(path: &Path) -> Result<String, KeyError> {
     Ok(text)
 }
 
-/// A new file, whole or not there.
+/// Creates a file with this mode; removes it again if writing fails.
 fn create(path: &Path, mode: u32, bytes: &[u8]) -> Result<(), KeyError> {
     let mut file =
         OpenOptions::new().write(true).create_new(true).mode(mode).open(path).map_err(|e| match e.kind() {
-            io::ErrorKind::AlreadyExists => KeyError::There(path.into()),
+            io::ErrorKind::AlreadyExists => KeyError::AlreadyExists(path.into()),
             _ => KeyError::file(path, e),
         })?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| {
-        // The reason stands in the error that is returned.
+        // The returned error has the cause.
         let _ = fs::remove_file(path);
         KeyError::file(path, e)
     })
@@ -261,7 +300,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_made_once_and_for_its_owner_alone() {
+    fn generates_a_key_once_and_with_mode_600() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trainer.key");
         let public = PrivateKey::generate(&path).unwrap();
@@ -270,19 +309,19 @@ mod tests {
         let key = PrivateKey::read(&path).unwrap();
         assert_eq!(key.public(), PublicKey::read(&public).unwrap());
         let before = fs::read(&path).unwrap();
-        assert!(matches!(PrivateKey::generate(&path), Err(KeyError::There(there)) if there == path));
+        assert!(matches!(PrivateKey::generate(&path), Err(KeyError::AlreadyExists(file)) if file == path));
         fs::remove_file(&path).unwrap();
-        assert!(matches!(PrivateKey::generate(&path), Err(KeyError::There(there)) if there == public));
+        assert!(matches!(PrivateKey::generate(&path), Err(KeyError::AlreadyExists(file)) if file == public));
         fs::write(&path, before).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
         let error = PrivateKey::read(&path).err().unwrap().to_string();
         assert!(error.contains("mode 640"), "{error}");
-        assert!(PrivateKey::generate(&public).is_err(), "a private key that is called public");
-        assert!(PublicKey::read(&path).unwrap_err().to_string().contains("no public Ed25519 key"));
+        assert!(PrivateKey::generate(&public).is_err(), "a private key with the extension of a public one");
+        assert!(PublicKey::read(&path).unwrap_err().to_string().contains("not a public Ed25519 key"));
     }
 
     #[test]
-    fn only_what_was_signed_by_a_trusted_key_is_trusted() {
+    fn trusts_only_signatures_of_trusted_keys() {
         let dir = tempfile::tempdir().unwrap();
         let key = |name: &str| {
             let path = dir.path().join(name);
@@ -291,21 +330,21 @@ mod tests {
         };
         let (ours, theirs) = (key("ours.key"), key("theirs.secret"));
         fs::rename(dir.path().join("theirs.pub"), dir.path().join("theirs.pub.off")).unwrap();
-        let ring = Keyring::read(dir.path()).unwrap();
-        let signed = ours.sign(b"flowers");
-        assert_eq!(ring.trust(Some(&signed.check(b"flowers").unwrap())), Ok("ours"));
-        assert_eq!(signed.check(b"flower"), Err(SignatureError::Altered));
-        assert_eq!(Signed::from_text(&signed.to_text()), Ok(signed));
-        for text in ["", "zz", "0", &signed.to_text()[1..], &format!("{}ä", signed.to_text())] {
-            assert!(Signed::from_text(text).is_err(), "{text}");
+        let keyring = Keyring::read(dir.path()).unwrap();
+        let signature = ours.sign(b"flowers");
+        assert_eq!(keyring.verify_signer(Some(&signature.verify(b"flowers").unwrap())), Ok("ours"));
+        assert_eq!(signature.verify(b"flower"), Err(SignatureError::Altered));
+        assert_eq!(DetachedSignature::from_hex(&signature.to_hex()), Ok(signature));
+        for text in ["", "zz", "0", &signature.to_hex()[1..], &format!("{}ä", signature.to_hex())] {
+            assert!(DetachedSignature::from_hex(text).is_err(), "{text}");
         }
-        let stranger = theirs.sign(b"flowers").check(b"flowers").unwrap();
-        let distrust = ring.trust(Some(&stranger)).unwrap_err().to_string();
-        assert!(distrust.contains(&stranger.id()) && distrust.contains("ours ("), "{distrust}");
-        assert_eq!(ring.trust(None), Err(UntrustedSigner::Unsigned));
-        let nobody = Keyring::read(&dir.path().join("none")).unwrap();
-        assert_eq!(nobody.trust(Some(&stranger)), Err(UntrustedSigner::NoKeys));
-        fs::write(dir.path().join("bad.pub"), "no key").unwrap();
-        assert!(Keyring::read(dir.path()).unwrap_err().to_string().contains("bad.pub: no public Ed25519 key"));
+        let unknown = theirs.sign(b"flowers").verify(b"flowers").unwrap();
+        let error = keyring.verify_signer(Some(&unknown)).unwrap_err().to_string();
+        assert!(error.contains(&unknown.id()) && error.contains("ours ("), "{error}");
+        assert_eq!(keyring.verify_signer(None), Err(UntrustedSigner::Unsigned));
+        let empty = Keyring::read(&dir.path().join("missing")).unwrap();
+        assert_eq!(empty.verify_signer(Some(&unknown)), Err(UntrustedSigner::NoKeys));
+        fs::write(dir.path().join("bad.pub"), "not a key").unwrap();
+        assert!(Keyring::read(dir.path()).unwrap_err().to_string().contains("bad.pub: not a public Ed25519 key"));
     }
 }

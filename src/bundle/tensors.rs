@@ -1,5 +1,5 @@
-//! The numbers of a model as safetensors: `weight`, `bias` and `subspace` of the head, `weight` and
-//! `bias` of a tail, all f32.
+//! The weights of a model as safetensors, all f32: `weight`, `bias` and `subspace` of the head, `weight` and `bias` of a
+//! fine-tuned last convolution.
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 
@@ -9,89 +9,105 @@ use crate::vision::last_conv::LastConvError;
 use crate::vision::ood::OodError;
 use crate::vision::{Head, LastConvWeights, OodDetector};
 
+/// An error of the tensors in a member of a bundle.
 #[derive(Debug, thiserror::Error)]
 pub enum TensorError {
     #[error("{0}")]
     Format(#[from] safetensors::SafeTensorError),
-    #[error("{name} is {got:?} {dtype:?}, expected {expected} F32")]
+    #[error("tensor `{name}` is {got:?} {dtype:?}, expected {expected} F32")]
     Shape { name: &'static str, got: Vec<usize>, dtype: Dtype, expected: String },
     #[error("{0}")]
     Head(#[from] HeadError),
     #[error("{0}")]
-    OodDetector(#[from] OodError),
+    Ood(#[from] OodError),
     #[error("{0}")]
-    LastConvWeights(#[from] LastConvError),
-    #[error("expected 1 to 16 vectors of {width} features, 1 to 4 pictures and an answer of {classes} classes each")]
+    LastConv(#[from] LastConvError),
+    #[error(
+        "expected 1 to 16 feature vectors of {width} values, 1 to 4 images and an output of {classes} classes for each"
+    )]
     SelfTest { classes: usize, width: usize },
-    #[error("holds a number that is not finite")]
+    #[error("has a value that is not finite")]
     NotFinite,
 }
 
-/// `weight` `[classes, width]`, `bias` `[classes]`, `subspace` `[rank, width]`.
+/// Reads the head and the subspace: `weight` `[classes, width]`, `bias` `[classes]`, `subspace` `[rank, width]`; width, temperature
+/// and threshold are those of the manifest.
+///
+/// # Errors
+/// If a tensor is missing, or has another type or shape, or a value is invalid.
 pub fn head_from_bytes(manifest: &Manifest, bytes: &[u8]) -> Result<(Head, OodDetector), TensorError> {
     let tensors = SafeTensors::deserialize(bytes)?;
     let width = manifest.backbone.width;
-    let of_width = |name: &'static str| match matrix(&tensors, name)? {
+    let matrix_of_width = |name: &'static str| match matrix(&tensors, name)? {
         (columns, values) if columns == width => Ok(values),
-        _ => Err(shape(name, &tensors.tensor(name)?, format!("n × {width}"))),
+        _ => Err(wrong_shape(name, &tensors.tensor(name)?, format!("n × {width}"))),
     };
-    let head = Head::new(width, of_width("weight")?, vector(&tensors, "bias")?, manifest.temperature)?;
-    let subspace = OodDetector::new(width, of_width("subspace")?, manifest.unknown.threshold)?;
-    Ok((head, subspace))
+    let head = Head::new(width, matrix_of_width("weight")?, vector(&tensors, "bias")?, manifest.temperature)?;
+    let ood = OodDetector::new(width, matrix_of_width("subspace")?, manifest.unknown.threshold)?;
+    Ok((head, ood))
 }
 
-pub fn head_to_bytes(head: &Head, subspace: &OodDetector) -> Vec<u8> {
+/// Writes the head and the subspace, as [`head_from_bytes`] reads them.
+pub fn head_to_bytes(head: &Head, ood: &OodDetector) -> Vec<u8> {
     let width = head.width();
     to_bytes(&[
         ("weight", vec![head.classes(), width], head.weight()),
         ("bias", vec![head.classes()], head.bias()),
-        ("subspace", vec![subspace.basis().len() / width, width], subspace.basis()),
+        ("subspace", vec![ood.basis().len() / width, width], ood.basis()),
     ])
 }
 
-/// `weight` `[outputs, inputs]`, `bias` `[outputs]`.
+/// Reads a last convolution: `weight` `[outputs, inputs]`, `bias` `[outputs]`.
+///
+/// # Errors
+/// As [`head_from_bytes`].
 pub fn last_conv_from_bytes(bytes: &[u8]) -> Result<LastConvWeights, TensorError> {
     let tensors = SafeTensors::deserialize(bytes)?;
     let (inputs, weight) = matrix(&tensors, "weight")?;
     Ok(LastConvWeights::new(inputs, weight, vector(&tensors, "bias")?)?)
 }
 
-pub fn last_conv_to_bytes(tail: &LastConvWeights) -> Vec<u8> {
+/// Writes a last convolution, as [`last_conv_from_bytes`] reads it.
+pub fn last_conv_to_bytes(last_conv: &LastConvWeights) -> Vec<u8> {
     to_bytes(&[
-        ("weight", vec![tail.outputs(), tail.inputs()], tail.weight()),
-        ("bias", vec![tail.outputs()], tail.bias()),
+        ("weight", vec![last_conv.outputs(), last_conv.inputs()], last_conv.weight()),
+        ("bias", vec![last_conv.outputs()], last_conv.bias()),
     ])
 }
 
-/// Columns and values of a tensor with two axes.
+/// Returns the columns and the values of a tensor with two axes.
 pub(super) fn matrix(tensors: &SafeTensors<'_>, name: &'static str) -> Result<(usize, Vec<f32>), TensorError> {
     let tensor = tensors.tensor(name)?;
     match *tensor.shape() {
         [_, columns] if tensor.dtype() == Dtype::F32 => Ok((columns, floats(tensor.data()))),
-        _ => Err(shape(name, &tensor, "n × m".into())),
+        _ => Err(wrong_shape(name, &tensor, "n × m".into())),
     }
 }
 
+/// Returns the values of a tensor with one axis.
 pub(super) fn vector(tensors: &SafeTensors<'_>, name: &'static str) -> Result<Vec<f32>, TensorError> {
     let tensor = tensors.tensor(name)?;
     match tensor.shape() {
         [_] if tensor.dtype() == Dtype::F32 => Ok(floats(tensor.data())),
-        _ => Err(shape(name, &tensor, "n".into())),
+        _ => Err(wrong_shape(name, &tensor, "n".into())),
     }
 }
 
-fn shape(name: &'static str, tensor: &TensorView<'_>, expected: String) -> TensorError {
+fn wrong_shape(name: &'static str, tensor: &TensorView<'_>, expected: String) -> TensorError {
     TensorError::Shape { name, got: tensor.shape().to_vec(), dtype: tensor.dtype(), expected }
 }
 
-/// Tensors by name, with their shapes.
+/// Writes f32 tensors: name, shape and values of each.
+///
+/// # Panics
+/// If a shape does not fit its values.
 pub fn to_bytes(tensors: &[(&str, Vec<usize>, &[f32])]) -> Vec<u8> {
     let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, _, values)| little_endian(values)).collect();
     let views = tensors.iter().zip(&bytes).map(|((name, shape, _), bytes)| {
         let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
-        (*name, view.expect("the shape was made from the numbers"))
+        (*name, view.expect("the shape fits the values"))
     });
-    serialize(views, None).expect("small tensors can be written")
+    serialize(views, None).expect("tensors in memory can be serialized")
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {

@@ -1,39 +1,42 @@
-//! A mailbox with one slot: the newest frame wins, and nobody ever looks at a stale picture. That the camera was lost is told
-//! even where frames came again before anybody looked.
+//! A mailbox with one slot: a new frame replaces an older one that was not received. The loss of the camera is kept beside
+//! the frame, so that it is received even if newer frames follow it.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::frame::Frame;
 
-/// What the camera has to say.
+/// An item of the mailbox.
 #[derive(Debug)]
 pub enum MailboxItem {
+    /// The newest frame.
     Frame(Frame),
-    /// The camera gives no frames since `at`; it is being reopened.
+    /// The camera failed and is being reopened.
     Lost {
+        /// Wall-clock time of the failure.
         at: SystemTime,
     },
 }
 
-/// What [`Receiver::take`] came back with.
+/// Result of [`Receiver::recv`].
 pub enum RecvResult {
-    MailboxItem(MailboxItem),
-    /// Nothing came within the time given.
-    Nothing,
-    /// The sender is gone and the slot is empty.
-    Ended,
+    /// The oldest item in the mailbox: the loss of the camera, or else the newest frame.
+    Item(MailboxItem),
+    /// No item arrived within the timeout.
+    Timeout,
+    /// The mailbox is empty and the sender was dropped.
+    Closed,
 }
 
-/// The other side is gone.
+/// Error of [`Sender::send`]: the receiver was dropped.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Closed;
 
 #[derive(Default)]
 struct Slot {
-    /// When the camera was lost, since somebody looked last.
+    /// Time of the last loss of the camera that was not received yet.
     lost: Option<SystemTime>,
-    /// Newer than that.
+    /// The newest frame; it is newer than `lost`.
     frame: Option<Frame>,
     closed: bool,
 }
@@ -61,43 +64,48 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Waits until `ready` gives something, the mailbox is closed, or `wait` is over.
-    fn wait_for<T>(&self, wait: Duration, ready: impl Fn(&mut Slot) -> Option<T>) -> Option<T> {
-        let deadline = Instant::now() + wait;
+    /// Calls `poll` after each change of the slot until it returns a value; `None` if it returns none within `timeout`.
+    fn wait_for<T>(&self, timeout: Duration, poll: impl Fn(&mut Slot) -> Option<T>) -> Option<T> {
+        let deadline = Instant::now() + timeout;
         let mut slot = self.lock();
         loop {
-            if let Some(value) = ready(&mut slot) {
+            if let Some(value) = poll(&mut slot) {
                 return Some(value);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            let remaining = deadline.saturating_duration_since(Instant::now());
+            if remaining.is_zero() {
                 return None;
             }
-            slot = self.changed.wait_timeout(slot, left).expect("no holder of the mailbox panics").0;
+            slot = self.changed.wait_timeout(slot, remaining).expect("no holder of the mailbox panics").0;
         }
     }
 }
 
-/// The camera's end.
+/// The camera's end of the mailbox.
 pub struct Sender(Arc<Shared>);
 
-/// The next stage's end.
+/// The vision stage's end of the mailbox.
 pub struct Receiver(Arc<Shared>);
 
-/// A new, empty mailbox.
+/// Creates an empty mailbox.
 pub fn mailbox() -> (Sender, Receiver) {
     let shared = Arc::new(Shared::default());
     (Sender(shared.clone()), Receiver(shared))
 }
 
 impl Sender {
-    /// Puts `news` into the slot; true where a frame that nobody had taken was overwritten.
-    pub fn publish(&self, news: MailboxItem) -> Result<bool, Closed> {
+    /// Puts `item` into the mailbox without blocking. Returns whether it replaced a frame that was not received;
+    /// [`MailboxItem::Lost`] discards such a frame as well.
+    ///
+    /// # Errors
+    ///
+    /// [`Closed`] if the receiver was dropped.
+    pub fn send(&self, item: MailboxItem) -> Result<bool, Closed> {
         let mut slot = self.0.lock();
         if slot.closed {
             return Err(Closed);
         }
-        let before = match news {
+        let replaced = match item {
             MailboxItem::Frame(frame) => slot.frame.replace(frame),
             MailboxItem::Lost { at } => {
                 slot.lost = Some(at);
@@ -105,23 +113,23 @@ impl Sender {
             }
         };
         self.0.changed.notify_all();
-        Ok(before.is_some())
+        Ok(replaced.is_some())
     }
 
-    /// Waits `wait`, or less: true as soon as the receiver is gone.
-    pub fn closed_within(&self, wait: Duration) -> bool {
-        self.0.wait_for(wait, |slot| slot.closed.then_some(())).is_some()
+    /// Waits until the receiver is dropped, at most `timeout`. Returns whether it was.
+    pub fn wait_closed(&self, timeout: Duration) -> bool {
+        self.0.wait_for(timeout, |slot| slot.closed.then_some(())).is_some()
     }
 }
 
 impl Receiver {
-    /// Takes what is newest, waiting at most `wait` for it.
-    pub fn take(&self, wait: Duration) -> RecvResult {
-        let taken = self.0.wait_for(wait, |slot| match slot.take() {
-            Some(news) => Some(RecvResult::MailboxItem(news)),
-            None => slot.closed.then_some(RecvResult::Ended),
+    /// Takes the next item, waiting at most `timeout` for it.
+    pub fn recv(&self, timeout: Duration) -> RecvResult {
+        let received = self.0.wait_for(timeout, |slot| match slot.take() {
+            Some(item) => Some(RecvResult::Item(item)),
+            None => slot.closed.then_some(RecvResult::Closed),
         });
-        taken.unwrap_or(RecvResult::Nothing)
+        received.unwrap_or(RecvResult::Timeout)
     }
 }
 
@@ -142,61 +150,59 @@ mod tests {
     use super::*;
     use crate::frame::Picture;
 
-    fn frame(mark: u8) -> MailboxItem {
+    fn frame(id: u8) -> MailboxItem {
         MailboxItem::Frame(Frame {
             captured_at: SystemTime::UNIX_EPOCH,
-            picture: Picture::Encoded(vec![mark]),
+            picture: Picture::Encoded(vec![id]),
             origin: None,
         })
     }
 
-    fn mark(taken: RecvResult) -> Option<u8> {
-        match taken {
-            RecvResult::MailboxItem(MailboxItem::Frame(Frame { picture: Picture::Encoded(bytes), .. })) => {
-                Some(bytes[0])
-            }
+    fn frame_id(received: RecvResult) -> Option<u8> {
+        match received {
+            RecvResult::Item(MailboxItem::Frame(Frame { picture: Picture::Encoded(bytes), .. })) => Some(bytes[0]),
             _ => None,
         }
     }
 
     #[test]
-    fn the_newest_frame_wins_and_the_overwritten_one_is_told() {
+    fn send_replaces_an_unreceived_frame_and_reports_it() {
         let (sender, receiver) = mailbox();
-        assert_eq!(sender.publish(frame(1)), Ok(false));
-        assert_eq!(sender.publish(frame(2)), Ok(true));
-        assert_eq!(mark(receiver.take(Duration::ZERO)), Some(2));
-        assert!(matches!(receiver.take(Duration::ZERO), RecvResult::Nothing));
-        assert_eq!(sender.publish(frame(3)), Ok(false));
+        assert_eq!(sender.send(frame(1)), Ok(false));
+        assert_eq!(sender.send(frame(2)), Ok(true));
+        assert_eq!(frame_id(receiver.recv(Duration::ZERO)), Some(2));
+        assert!(matches!(receiver.recv(Duration::ZERO), RecvResult::Timeout));
+        assert_eq!(sender.send(frame(3)), Ok(false));
     }
 
     #[test]
-    fn a_loss_is_told_before_the_frame_that_came_after_it() {
+    fn receives_a_loss_before_the_frames_that_follow_it() {
         let (sender, receiver) = mailbox();
         let at = SystemTime::UNIX_EPOCH;
-        sender.publish(frame(1)).unwrap();
-        assert_eq!(sender.publish(MailboxItem::Lost { at }), Ok(true), "what was seen before the loss is stale");
-        assert_eq!(sender.publish(frame(2)), Ok(false));
-        assert_eq!(sender.publish(frame(3)), Ok(true));
-        assert!(matches!(receiver.take(Duration::ZERO), RecvResult::MailboxItem(MailboxItem::Lost { .. })));
-        assert_eq!(mark(receiver.take(Duration::ZERO)), Some(3));
-        assert!(matches!(receiver.take(Duration::ZERO), RecvResult::Nothing));
+        sender.send(frame(1)).unwrap();
+        assert_eq!(sender.send(MailboxItem::Lost { at }), Ok(true), "a frame before the loss is stale");
+        assert_eq!(sender.send(frame(2)), Ok(false));
+        assert_eq!(sender.send(frame(3)), Ok(true));
+        assert!(matches!(receiver.recv(Duration::ZERO), RecvResult::Item(MailboxItem::Lost { .. })));
+        assert_eq!(frame_id(receiver.recv(Duration::ZERO)), Some(3));
+        assert!(matches!(receiver.recv(Duration::ZERO), RecvResult::Timeout));
     }
 
     #[test]
-    fn the_last_frame_is_still_taken_when_the_sender_is_gone() {
+    fn receives_the_last_frame_after_the_sender_is_dropped() {
         let (sender, receiver) = mailbox();
-        sender.publish(frame(9)).unwrap();
+        sender.send(frame(9)).unwrap();
         drop(sender);
-        assert_eq!(mark(receiver.take(Duration::ZERO)), Some(9));
-        assert!(matches!(receiver.take(Duration::from_secs(60)), RecvResult::Ended));
+        assert_eq!(frame_id(receiver.recv(Duration::ZERO)), Some(9));
+        assert!(matches!(receiver.recv(Duration::from_secs(60)), RecvResult::Closed));
     }
 
     #[test]
-    fn a_waiting_sender_wakes_when_the_receiver_goes() {
+    fn dropping_the_receiver_wakes_a_waiting_sender() {
         let (sender, receiver) = mailbox();
         let waiter = std::thread::spawn(move || {
-            let closed = sender.closed_within(Duration::from_secs(60));
-            (closed, sender.publish(frame(1)))
+            let closed = sender.wait_closed(Duration::from_secs(60));
+            (closed, sender.send(frame(1)))
         });
         drop(receiver);
         assert_eq!(waiter.join().unwrap(), (true, Err(Closed)));

@@ -1,16 +1,16 @@
-//! Where frames come from: a [`FrameSource`] behind one supervising thread, and the one-slot
-//! [`latest`] mailbox that hands the newest frame to the next stage.
+//! Frame sources: a [`FrameSource`] that one thread supervises, and the one-slot [`latest`] mailbox that hands the newest
+//! frame to the vision stage.
 
 pub mod latest;
 pub mod replay;
 pub mod rpicam;
 mod supervise;
 #[cfg(feature = "camera")]
-mod unlisted;
-#[cfg(feature = "camera")]
 pub mod v4l2;
+#[cfg(feature = "camera")]
+mod v4l2_fallback;
 
-pub use supervise::{Pace, Supervisor, watch};
+pub use supervise::{Pace, SupervisorOptions, supervise};
 
 use std::fmt;
 use std::path::PathBuf;
@@ -20,13 +20,17 @@ use serde::Deserialize;
 
 use crate::frame::Frame;
 
-/// What a camera may be asked for.
+/// Pixel format that a camera is asked for (`camera.format`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PixelFormat {
+    /// Any format that [`crate::frame`] can hold.
     Auto,
+    /// Motion JPEG.
     Mjpeg,
+    /// Packed 4:2:2, see [`crate::frame::Layout::Yuyv`].
     Yuyv,
+    /// Packed RGB or BGR, three bytes a pixel.
     Rgb,
 }
 
@@ -41,52 +45,128 @@ impl fmt::Display for PixelFormat {
     }
 }
 
-/// What [`FrameSource::next`] came back with.
-pub enum Next {
+/// The video to request from the camera; the nearest format that the camera offers is used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CaptureOptions {
+    /// Pixels.
+    pub width: u32,
+    /// Pixels.
+    pub height: u32,
+    /// Frames a second.
+    pub fps: u32,
+    /// Pixel format.
+    pub format: PixelFormat,
+}
+
+/// The configured source of frames.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceOptions {
+    /// A V4L2 camera.
+    V4l2 {
+        /// The device, `/dev/video0` or a link under `/dev/v4l/by-id`.
+        device: String,
+        /// The video to request.
+        capture: CaptureOptions,
+    },
+    /// A Raspberry Pi camera, through a child process.
+    Rpicam(rpicam::RpicamOptions),
+    /// Images in place of a camera.
+    Replay {
+        /// A folder, a list, or one image; see [`replay::images`].
+        path: PathBuf,
+        /// Whether it starts again after the last image.
+        looped: bool,
+        /// The largest file, in bytes.
+        file_bytes_max: u64,
+    },
+}
+
+impl SourceOptions {
+    /// Creates the source, which is opened later. A replay keeps `pace` itself.
+    ///
+    /// # Errors
+    /// There is no image to replay, or the program was built without V4L2.
+    pub fn create(&self, pace: &Pace) -> Result<Box<dyn FrameSource>, CameraError> {
+        match self {
+            #[cfg(feature = "camera")]
+            SourceOptions::V4l2 { device, capture } => Ok(Box::new(v4l2::V4l2::new(device.clone(), capture.clone()))),
+            #[cfg(not(feature = "camera"))]
+            SourceOptions::V4l2 { .. } => Err(CameraError::NotBuilt),
+            SourceOptions::Rpicam(options) => Ok(Box::new(rpicam::Rpicam::new(options.clone()))),
+            SourceOptions::Replay { path, looped, file_bytes_max } => {
+                let images = replay::images(path)?;
+                Ok(Box::new(replay::Replay::new(images, pace.clone(), *looped, *file_bytes_max)))
+            }
+        }
+    }
+}
+
+/// Result of [`FrameSource::next`].
+pub enum NextFrame {
+    /// A frame.
     Frame(Frame),
-    /// A frame that could not be read, and why; the source itself is well.
+    /// A frame that could not be read, with the reason; the source itself still works.
     Broken(String),
-    /// Nothing within the time given; ask again.
+    /// No frame arrived within the timeout.
     Pending,
-    /// The source has no more frames and never will.
+    /// The source has no more frames.
     Ended,
 }
 
-/// A camera, or what stands in for one. [`watch`] drives it from a thread of its own.
+/// A camera, or a replay in place of one. [`supervise()`] drives it from a thread of its own.
 pub trait FrameSource: Send {
-    /// Opens the device, or opens it anew: whatever was open before is closed first.
+    /// Opens the device, after closing it if it is open.
+    ///
+    /// # Errors
+    ///
+    /// [`CameraError`] if the device or the command cannot be opened.
     fn open(&mut self) -> Result<(), CameraError>;
 
-    /// Waits for the next frame, at most `wait`. An error means that the device must be reopened.
-    fn next(&mut self, wait: Duration) -> Result<Next, CameraError>;
+    /// Waits for the next frame, at most `timeout`.
+    ///
+    /// # Errors
+    ///
+    /// [`CameraError`] if the device must be reopened.
+    fn next(&mut self, timeout: Duration) -> Result<NextFrame, CameraError>;
 
-    /// Lets the device go. Never blocks on it.
+    /// Closes the device, without waiting for a driver that hangs.
     fn close(&mut self);
 }
 
-/// Why there are no frames. Each names the device, the command or the path.
+/// An error of a frame source; it names the device, the command or the path.
 #[derive(Debug, thiserror::Error)]
 pub enum CameraError {
+    /// The device cannot be opened or configured.
     #[error("{path}: cannot open the camera: {reason}")]
     Open { path: String, reason: String },
-    #[error("{path}: the camera offers no format this program reads{wanted} (it offers: {offered})")]
-    Format { path: String, wanted: String, offered: String },
+    /// The device offers no format in which this program can read frames.
+    #[error("{path}: the camera offers no supported pixel format{requested} (it offers: {offered})")]
+    Format { path: String, requested: String, offered: String },
+    /// The device failed while it was read.
     #[error("{path}: the camera stopped: {reason}")]
     Read { path: String, reason: String },
+    /// The capture command cannot be started.
     #[error("{command}: cannot start: {reason}")]
     Spawn { command: String, reason: String },
+    /// The capture command ended.
     #[error("{command}: ended{reason}")]
     Exited { command: String, reason: String },
+    /// No frame for this many milliseconds.
     #[error("no frame for {0} ms")]
     Stalled(u128),
+    /// The images to replay cannot be listed.
     #[error("{path}: {reason}")]
     Replay { path: PathBuf, reason: String },
-    #[error("no frames at all")]
+    /// The source ended before its first frame.
+    #[error("the source ended without a frame")]
     Ended,
-    #[error("the frame is broken: {0}")]
+    /// A frame cannot be read or decoded.
+    #[error("broken frame: {0}")]
     Broken(String),
+    /// A thread of the source cannot be started.
     #[error("cannot start the thread {name}: {reason}")]
     Thread { name: &'static str, reason: String },
+    /// The program was built without V4L2.
     #[error("camera.source is \"v4l2\", but this program was built without the feature `camera`")]
     NotBuilt,
 }

@@ -1,4 +1,4 @@
-//! Raspberry Pi CSI cameras: `rpicam-vid` as a child process that writes motion JPEG.
+//! Raspberry Pi CSI cameras: `rpicam-vid` as a child process that writes motion JPEG to its standard output.
 //!
 //! `rpicam-vid -t 0 -n --codec mjpeg --width W --height H --framerate F --flush -o -`
 
@@ -8,100 +8,105 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use super::{CameraError, FrameSource, Next};
+use super::{CameraError, FrameSource, NextFrame};
 use crate::frame::jpeg::{Extent, Scanner};
 use crate::frame::{Frame, Picture};
 
-/// The child and what its pictures are to look like.
-#[derive(Debug, Clone)]
-pub struct Wanted {
-    /// The program, `rpicam-vid` or what takes the same arguments.
+/// The command to run and the video to request from it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RpicamOptions {
+    /// The program, `rpicam-vid` or one that takes the same arguments.
     pub command: String,
+    /// Pixels.
     pub width: u32,
+    /// Pixels.
     pub height: u32,
+    /// Frames a second.
     pub fps: u32,
-    /// A picture larger than this means that the stream is broken.
+    /// The largest JPEG, in bytes; a larger one is an error.
     pub frame_bytes_max: usize,
 }
 
-/// How long a dead child's last words are waited for.
-const OBITUARY_WAIT: Duration = Duration::from_millis(500);
+/// The longest wait for the last line of standard error of a child that ended.
+const STDERR_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// A command, and the child that runs it.
+/// A camera behind an `rpicam-vid` child process.
 pub struct Rpicam {
-    wanted: Wanted,
+    options: RpicamOptions,
     running: Option<Running>,
 }
 
 struct Running {
     child: Child,
     frames: Receiver<Result<Frame, CameraError>>,
-    last_words: Receiver<String>,
+    /// Receives the last line of standard error after the child closed it.
+    stderr_line: Receiver<String>,
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // A child that has ended already is reaped all the same.
+        // Also reaps a child that has already ended; `kill` then fails.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
 impl Rpicam {
-    pub fn new(wanted: Wanted) -> Self {
-        Rpicam { wanted, running: None }
+    /// Creates a source that starts the command when it is opened.
+    pub fn new(options: RpicamOptions) -> Self {
+        Rpicam { options, running: None }
     }
 
-    /// Why the stream ended: the exit status, and the last line the child complained with.
-    fn obituary(&mut self) -> CameraError {
+    /// Ends the child and returns an error with its exit status and the last line of its standard error.
+    fn exit_error(&mut self) -> CameraError {
         let mut reason = String::new();
         if let Some(mut running) = self.running.take() {
-            // Its output is closed or useless: what has not ended by itself is ended.
+            // Its output is closed or unusable, so the child is killed if it still runs.
             let _ = running.child.kill();
             if let Ok(status) = running.child.wait() {
                 reason = format!(" with {status}");
             }
-            if let Ok(line) = running.last_words.recv_timeout(OBITUARY_WAIT) {
+            if let Ok(line) = running.stderr_line.recv_timeout(STDERR_TIMEOUT) {
                 reason = format!("{reason}: {line}");
             }
         }
-        CameraError::Exited { command: self.wanted.command.clone(), reason }
+        CameraError::Exited { command: self.options.command.clone(), reason }
     }
 }
 
 impl FrameSource for Rpicam {
     fn open(&mut self) -> Result<(), CameraError> {
         self.close();
-        let wanted = &self.wanted;
-        let failed = |e: std::io::Error| CameraError::Spawn { command: wanted.command.clone(), reason: e.to_string() };
-        let mut child = Command::new(&wanted.command)
+        let options = &self.options;
+        let failed = |e: std::io::Error| CameraError::Spawn { command: options.command.clone(), reason: e.to_string() };
+        let mut child = Command::new(&options.command)
             .args(["-t", "0", "-n", "--codec", "mjpeg", "--flush", "-o", "-"])
-            .args(["--width", &wanted.width.to_string(), "--height", &wanted.height.to_string()])
-            .args(["--framerate", &wanted.fps.to_string()])
+            .args(["--width", &options.width.to_string(), "--height", &options.height.to_string()])
+            .args(["--framerate", &options.fps.to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .map_err(failed)?;
-        let stdout = child.stdout.take().expect("standard output was asked for");
-        let stderr = child.stderr.take().expect("standard error was asked for");
+        let stdout = child.stdout.take().expect("standard output is piped");
+        let stderr = child.stderr.take().expect("standard error is piped");
         let (frame_sender, frames) = sync_channel(1);
-        let (words_sender, last_words) = sync_channel(1);
-        self.running = Some(Running { child, frames, last_words });
-        let frame_bytes_max = wanted.frame_bytes_max;
-        spawn("rpicam", move || cut(stdout, frame_bytes_max, &frame_sender))?;
-        spawn("rpicam-errors", move || listen(stderr, &words_sender))
+        let (line_sender, stderr_line) = sync_channel(1);
+        let frame_bytes_max = options.frame_bytes_max;
+        self.running = Some(Running { child, frames, stderr_line });
+        spawn("rpicam", move || read_frames(stdout, frame_bytes_max, &frame_sender))?;
+        spawn("rpicam-errors", move || read_stderr(stderr, &line_sender))
     }
 
-    fn next(&mut self, wait: Duration) -> Result<Next, CameraError> {
+    fn next(&mut self, timeout: Duration) -> Result<NextFrame, CameraError> {
         let received = match &self.running {
-            Some(running) => running.frames.recv_timeout(wait),
+            Some(running) => running.frames.recv_timeout(timeout),
             None => Err(RecvTimeoutError::Disconnected),
         };
         match received {
-            Ok(frame) => Ok(Next::Frame(frame?)),
-            Err(RecvTimeoutError::Timeout) => Ok(Next::Pending),
-            Err(RecvTimeoutError::Disconnected) => Err(self.obituary()),
+            Ok(frame) => Ok(NextFrame::Frame(frame?)),
+            Err(RecvTimeoutError::Timeout) => Ok(NextFrame::Pending),
+            Err(RecvTimeoutError::Disconnected) => Err(self.exit_error()),
         }
     }
 
@@ -115,18 +120,19 @@ fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<(),
     spawned.map(drop).map_err(|e| CameraError::Thread { name, reason: e.to_string() })
 }
 
-/// Reads what the child complains about, so that its pipe never fills, and keeps the last line.
-fn listen(stderr: ChildStderr, last_words: &SyncSender<String>) {
+/// Reads the child's standard error to its end, so that the pipe never fills, and sends the last line that is not blank.
+fn read_stderr(stderr: ChildStderr, last_line: &SyncSender<String>) {
     let lines = BufReader::new(stderr).split(b'\n').map_while(Result::ok);
     let last = lines.filter(|line| !line.trim_ascii().is_empty()).last();
     if let Some(line) = last {
-        // Nobody asks where the child was ended on purpose.
-        let _ = last_words.send(String::from_utf8_lossy(line.trim_ascii()).into_owned());
+        // The receiver is gone if the child was killed by `close`.
+        let _ = last_line.send(String::from_utf8_lossy(line.trim_ascii()).into_owned());
     }
 }
 
-/// Cuts the stream into pictures until it ends, is no JPEG any more, or nobody takes them.
-fn cut(mut stream: ChildStdout, frame_bytes_max: usize, frames: &SyncSender<Result<Frame, CameraError>>) {
+/// Splits the stream into JPEGs and sends them, until the stream ends, a JPEG exceeds `frame_bytes_max` or the receiver is
+/// gone.
+fn read_frames(mut stream: ChildStdout, frame_bytes_max: usize, frames: &SyncSender<Result<Frame, CameraError>>) {
     let mut splitter = Splitter::default();
     let mut chunk = vec![0; 64 * 1024];
     loop {
@@ -142,29 +148,31 @@ fn cut(mut stream: ChildStdout, frame_bytes_max: usize, frames: &SyncSender<Resu
             }
         }
         if splitter.pending() > frame_bytes_max {
-            let reason = format!("a picture of more than the {frame_bytes_max} bytes allowed");
-            // Nobody asks for the reason where nobody listens.
+            let reason = format!("a JPEG of more than the {frame_bytes_max} bytes allowed");
+            // The receiver is gone if the source was closed.
             let _ = frames.send(Err(CameraError::Broken(reason)));
             return;
         }
     }
 }
 
-/// Bytes in, whole JPEGs out, each with the moment its first byte came.
+/// Splits a byte stream into whole JPEGs, each with the time at which its first byte arrived.
 #[derive(Default)]
 struct Splitter {
     buffer: Vec<u8>,
     scanner: Scanner,
-    began: Option<SystemTime>,
-    newest: Option<SystemTime>,
+    /// Arrival time of the first byte of `buffer`.
+    started_at: Option<SystemTime>,
+    /// Arrival time of the last chunk.
+    last_chunk_at: Option<SystemTime>,
 }
 
 impl Splitter {
     fn push(&mut self, bytes: &[u8], now: SystemTime) {
         if self.buffer.is_empty() {
-            self.began = Some(now);
+            self.started_at = Some(now);
         }
-        self.newest = Some(now);
+        self.last_chunk_at = Some(now);
         self.buffer.extend_from_slice(bytes);
     }
 
@@ -175,11 +183,11 @@ impl Splitter {
                 Extent::Whole(length) => {
                     let rest = self.buffer.split_off(length);
                     let picture = std::mem::replace(&mut self.buffer, rest);
-                    let began = self.restart()?;
-                    return Some((began, picture));
+                    let started_at = self.restart()?;
+                    return Some((started_at, picture));
                 }
                 Extent::NotJpeg => {
-                    // Skip to the next start marker; a picture broken in the middle is lost.
+                    // Skips to the next start marker; the bytes before it are lost.
                     let start = self.buffer.windows(2).skip(1).position(|w| w == [0xFF, 0xD8]);
                     let skip = start.map_or(self.buffer.len().saturating_sub(1).max(1), |at| at + 1);
                     self.buffer.drain(..skip);
@@ -189,12 +197,13 @@ impl Splitter {
         }
     }
 
-    /// Begins a new picture; gives the moment the last one began.
+    /// Resets the scan for the next picture; returns the arrival time of the previous one.
     fn restart(&mut self) -> Option<SystemTime> {
         self.scanner = Scanner::default();
-        std::mem::replace(&mut self.began, self.newest)
+        std::mem::replace(&mut self.started_at, self.last_chunk_at)
     }
 
+    /// Returns the number of buffered bytes.
     fn pending(&self) -> usize {
         self.buffer.len()
     }
@@ -211,29 +220,31 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_cut_at_every_chunk_size_and_stamped_when_they_began() {
+    fn splits_a_stream_at_every_chunk_size_with_the_arrival_time_of_each_picture() {
         let stream = [PICTURE, PICTURE, PICTURE].concat();
         for size in 1..=stream.len() {
             let mut splitter = Splitter::default();
-            let mut got = Vec::new();
+            let mut times = Vec::new();
             for (i, chunk) in stream.chunks(size).enumerate() {
                 splitter.push(chunk, at(i as u64));
-                while let Some((began, picture)) = splitter.next() {
+                while let Some((started_at, picture)) = splitter.next() {
                     assert_eq!(picture, PICTURE, "chunks of {size}");
-                    got.push(began);
+                    times.push(started_at);
                 }
             }
             let first_bytes = [0, PICTURE.len(), 2 * PICTURE.len()];
-            // A picture that begins in the same chunk as the last one ended is stamped with that chunk.
+            // A picture that starts in the chunk in which the previous one ends gets the time of that chunk.
             let expected: Vec<_> = first_bytes.map(|byte| at((byte / size) as u64)).into();
-            let late = |(g, e): (&SystemTime, &SystemTime)| g == e || *g == *e + Duration::from_secs(1);
-            assert_eq!(got.len(), 3, "chunks of {size}");
-            assert!(got.iter().zip(&expected).all(late), "chunks of {size}: {got:?} {expected:?}");
+            let matches = |(time, expected): (&SystemTime, &SystemTime)| {
+                time == expected || *time == *expected + Duration::from_secs(1)
+            };
+            assert_eq!(times.len(), 3, "chunks of {size}");
+            assert!(times.iter().zip(&expected).all(matches), "chunks of {size}: {times:?} {expected:?}");
         }
     }
 
     #[test]
-    fn rubbish_between_pictures_is_skipped() {
+    fn skips_bytes_between_pictures() {
         let mut splitter = Splitter::default();
         splitter.push(&[1, 2, 3, 0xFF], at(0));
         splitter.push(PICTURE, at(1));
@@ -249,27 +260,27 @@ mod tests {
     }
 
     #[test]
-    fn a_child_that_dies_is_named_with_its_last_words_and_can_be_started_again() {
+    fn reports_exit_status_and_stderr_of_a_child_that_ended_and_can_be_reopened() {
         let dir = tempfile::tempdir().unwrap();
         let script = dir.path().join("rpicam-vid");
         std::fs::write(&script, "#!/bin/sh\nprintf '\\377\\330\\377\\332\\000\\002a\\377\\331'\necho 'ERROR: no cameras available' >&2\nexit 3\n").unwrap();
         std::process::Command::new("chmod").arg("+x").arg(&script).status().unwrap();
         let command = script.to_str().unwrap().to_owned();
-        let wanted = Wanted { command, width: 640, height: 480, fps: 10, frame_bytes_max: 1 << 20 };
-        let mut camera = Rpicam::new(wanted);
+        let options = RpicamOptions { command, width: 640, height: 480, fps: 10, frame_bytes_max: 1 << 20 };
+        let mut camera = Rpicam::new(options);
         for _ in 0..2 {
             camera.open().unwrap();
             let first = camera.next(Duration::from_secs(30)).unwrap();
-            assert!(matches!(first, Next::Frame(Frame { picture: Picture::Encoded(b), .. }) if b.len() == 9));
+            assert!(matches!(first, NextFrame::Frame(Frame { picture: Picture::Encoded(b), .. }) if b.len() == 9));
             let error = camera.next(Duration::from_secs(30)).err().unwrap().to_string();
             assert!(error.contains("exit status: 3: ERROR: no cameras available"), "{error}");
         }
     }
 
     #[test]
-    fn a_command_that_is_not_there_is_named() {
-        let wanted = Wanted { command: "rpicam-none".into(), width: 1, height: 1, fps: 1, frame_bytes_max: 1 };
-        let error = Rpicam::new(wanted).open().unwrap_err().to_string();
+    fn the_error_names_a_command_that_does_not_exist() {
+        let options = RpicamOptions { command: "rpicam-none".into(), width: 1, height: 1, fps: 1, frame_bytes_max: 1 };
+        let error = Rpicam::new(options).open().unwrap_err().to_string();
         assert!(error.starts_with("rpicam-none: cannot start"), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! The loop that keeps a camera going: open, read, notice a stall, close, wait, open again.
+//! Supervision of a frame source: opens it, reads it, detects stalls, and reopens it after a growing delay.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,149 +7,156 @@ use std::time::{Duration, Instant, SystemTime};
 use tracing::{info, warn};
 
 use super::latest::{MailboxItem, Sender};
-use super::{CameraError, FrameSource, Next};
+use super::{CameraError, FrameSource, NextFrame};
 use crate::system::{Counters, Heartbeat};
 
-/// How long one wait for a frame lasts before the stall timer and the mailbox are looked at.
-const POLL: Duration = Duration::from_millis(100);
-/// The longest wait without a sign of life.
-const BEAT: Duration = Duration::from_secs(1);
+/// The longest wait for a frame before the stall timeout and the mailbox are checked.
+const POLL_TIMEOUT: Duration = Duration::from_millis(100);
+/// The longest time between two heartbeats while the supervisor waits.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The time between two frames; it can be changed while the camera runs.
+/// Time between two frames, in milliseconds. Clones share the value, which can be changed while the camera runs.
 #[derive(Debug, Clone)]
 pub struct Pace(Arc<AtomicU64>);
 
 impl Pace {
+    /// Creates a pace of one frame every `interval_ms` milliseconds; 0 lets every frame pass.
     pub fn new(interval_ms: u64) -> Self {
         Pace(Arc::new(AtomicU64::new(interval_ms)))
     }
 
+    /// Changes the interval, in milliseconds.
     pub fn set(&self, interval_ms: u64) {
         self.0.store(interval_ms, Ordering::Relaxed);
     }
 
+    /// Returns the present interval.
     pub fn interval(&self) -> Duration {
         Duration::from_millis(self.0.load(Ordering::Relaxed))
     }
 }
 
-/// What the loop goes by.
+/// Options of [`supervise`].
 #[derive(Debug, Clone)]
-pub struct Supervisor {
-    /// At most one frame in this time goes on to the next stage. None for a source that keeps its own
-    /// pace: every frame passes, and however slow it is, it has not stalled.
+pub struct SupervisorOptions {
+    /// At most one frame per interval is sent to the next stage. `None` for a source with a pace of its own: every frame is
+    /// sent, and the stall timeout does not apply.
     pub pace: Option<Pace>,
-    /// A camera that gave nothing for this long is reopened.
+    /// A camera without a frame for this long is reopened.
     pub stall: Duration,
-    /// The first wait before a reopening; it doubles with each failure in a row.
+    /// The first delay before the camera is reopened; it doubles with each consecutive failure.
     pub reopen_min: Duration,
+    /// The longest delay before the camera is reopened.
     pub reopen_max: Duration,
 }
 
-/// Reads `source` into `mailbox` until it ends or the mailbox is closed from the other side. The `heartbeat` beats whether the
-/// camera gives frames or is being reopened.
-pub fn watch(
+/// Sends the frames of `source` to `mailbox` until the source ends or the receiver of the mailbox is dropped, and reopens
+/// the source when it fails. Beats `heartbeat` while frames arrive and while it waits to reopen.
+pub fn supervise(
     source: &mut dyn FrameSource,
-    rules: &Supervisor,
+    options: &SupervisorOptions,
     mailbox: &Sender,
     counters: &Counters,
     heartbeat: &Heartbeat,
 ) {
-    let mut pause = rules.reopen_min;
+    let mut delay = options.reopen_min;
     loop {
-        let frames_before = counters.captured.get();
-        let ended = read(source, rules, mailbox, counters, heartbeat);
+        let captured_before = counters.captured.get();
+        let result = read(source, options, mailbox, counters, heartbeat);
         source.close();
-        let Err(error) = ended else { return };
-        if counters.captured.get() > frames_before {
-            pause = rules.reopen_min;
+        let Err(error) = result else { return };
+        if counters.captured.get() > captured_before {
+            delay = options.reopen_min;
         }
         counters.camera_failures.add(1);
-        warn!("{error}; opening again in {} ms", pause.as_millis());
+        warn!("{error}; opening again in {} ms", delay.as_millis());
         let lost = MailboxItem::Lost { at: SystemTime::now() };
-        if mailbox.publish(lost).is_err() || closed_within(mailbox, pause, heartbeat) {
+        if mailbox.send(lost).is_err() || wait_closed(mailbox, delay, heartbeat) {
             return;
         }
-        pause = (pause * 2).min(rules.reopen_max);
+        delay = (delay * 2).min(options.reopen_max);
     }
 }
 
-/// Waits, beating; true as soon as nobody wants frames any more.
-fn closed_within(mailbox: &Sender, wait: Duration, heartbeat: &Heartbeat) -> bool {
-    let until = Instant::now() + wait;
+/// Waits until the receiver of the mailbox is dropped, at most `timeout`, with heartbeats. Returns whether it was dropped.
+fn wait_closed(mailbox: &Sender, timeout: Duration, heartbeat: &Heartbeat) -> bool {
+    let deadline = Instant::now() + timeout;
     loop {
         heartbeat.beat();
-        let left = until.saturating_duration_since(Instant::now());
-        if mailbox.closed_within(left.min(BEAT)) {
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        if mailbox.wait_closed(remaining.min(HEARTBEAT_INTERVAL)) {
             return true;
         }
-        if left <= BEAT {
+        if remaining <= HEARTBEAT_INTERVAL {
             return false;
         }
     }
 }
 
-/// Reads until the source ends or nobody wants its frames any more; an error asks for a reopening.
+/// Opens the source and sends its frames until it ends or the receiver of the mailbox is dropped. An error means that the
+/// source must be reopened.
 fn read(
     source: &mut dyn FrameSource,
-    rules: &Supervisor,
+    options: &SupervisorOptions,
     mailbox: &Sender,
     counters: &Counters,
     heartbeat: &Heartbeat,
 ) -> Result<(), CameraError> {
     heartbeat.beat();
     source.open()?;
-    let mut gate = RateLimiter::default();
+    let mut limiter = RateLimiter::default();
     let mut last_frame = Instant::now();
     let mut first = true;
     loop {
         heartbeat.beat();
-        match source.next(POLL)? {
-            Next::Frame(frame) => {
+        match source.next(POLL_TIMEOUT)? {
+            NextFrame::Frame(frame) => {
                 if std::mem::take(&mut first) {
                     info!("the camera gives frames");
                 }
                 last_frame = Instant::now();
                 counters.captured.add(1);
-                let interval = rules.pace.as_ref().map_or(Duration::ZERO, Pace::interval);
-                if gate.lets_pass(frame.captured_at, interval) {
-                    let Ok(overwrote) = mailbox.publish(MailboxItem::Frame(frame)) else { return Ok(()) };
-                    counters.dropped.add(u64::from(overwrote));
+                let interval = options.pace.as_ref().map_or(Duration::ZERO, Pace::interval);
+                if limiter.allows(frame.captured_at, interval) {
+                    let Ok(replaced) = mailbox.send(MailboxItem::Frame(frame)) else { return Ok(()) };
+                    counters.dropped.add(u64::from(replaced));
                 }
             }
-            Next::Broken(reason) => {
+            NextFrame::Broken(reason) => {
                 last_frame = Instant::now();
                 counters.broken.add(1);
                 warn!("{reason}; skipped");
             }
-            Next::Pending => {
-                let silent = last_frame.elapsed();
-                // A source that keeps its own pace may well be slower than that.
-                if rules.pace.is_some() && silent >= rules.stall {
-                    return Err(CameraError::Stalled(silent.as_millis()));
+            NextFrame::Pending => {
+                let elapsed = last_frame.elapsed();
+                // A source with a pace of its own may be slower than the stall timeout.
+                if options.pace.is_some() && elapsed >= options.stall {
+                    return Err(CameraError::Stalled(elapsed.as_millis()));
                 }
             }
-            Next::Ended => return Ok(()),
+            NextFrame::Ended => return Ok(()),
         }
-        if mailbox.closed_within(Duration::ZERO) {
+        if mailbox.wait_closed(Duration::ZERO) {
             return Ok(());
         }
     }
 }
 
-/// Lets one frame pass an interval, by the times the frames were caught.
+/// Limits frames to one per interval, by their capture times.
 #[derive(Default)]
 struct RateLimiter {
+    /// The earliest capture time of the next frame that passes.
     due: Option<SystemTime>,
 }
 
 impl RateLimiter {
-    fn lets_pass(&mut self, captured_at: SystemTime, interval: Duration) -> bool {
-        let late = self.due.map(|due| captured_at.duration_since(due).map_err(|e| e.duration()));
-        let base = match (self.due, late) {
-            // Too early. A due time further off than one interval is none: the clock was set back.
+    /// Returns whether a frame captured at this time passes, and records it if it does.
+    fn allows(&mut self, captured_at: SystemTime, interval: Duration) -> bool {
+        let lateness = self.due.map(|due| captured_at.duration_since(due).map_err(|e| e.duration()));
+        let base = match (self.due, lateness) {
+            // Too early. A due time more than one interval ahead is ignored: the clock was set back.
             (_, Some(Err(early))) if early <= interval => return false,
-            // The due time moves in whole intervals, so that a camera's jitter does not add up.
+            // The due time advances in whole intervals, so that the camera's jitter does not accumulate.
             (Some(due), Some(Ok(late))) if late < interval => due,
             _ => captured_at,
         };
@@ -173,63 +180,64 @@ mod tests {
     }
 
     #[test]
-    fn the_gate_keeps_the_mean_rate_in_spite_of_jitter() {
-        let mut gate = RateLimiter::default();
+    fn rate_limiter_keeps_the_mean_rate_despite_jitter() {
+        let mut limiter = RateLimiter::default();
         // 30 frames a second, each up to 5 ms late.
-        let passed = (0..300).filter(|i| gate.lets_pass(at_ms(i * 1000 / 30 + i % 6), INTERVAL)).count();
+        let passed = (0..300).filter(|i| limiter.allows(at_ms(i * 1000 / 30 + i % 6), INTERVAL)).count();
         assert!((49..=51).contains(&passed), "{passed} of 300 frames in 10 s");
     }
 
     #[test]
-    fn the_gate_survives_a_clock_that_is_set_back_or_forward() {
-        let mut gate = RateLimiter::default();
-        assert!(gate.lets_pass(at_ms(900_000), INTERVAL));
-        assert!(gate.lets_pass(at_ms(100), INTERVAL), "set back by a quarter of an hour");
-        assert!(!gate.lets_pass(at_ms(150), INTERVAL));
-        assert!(gate.lets_pass(at_ms(900_000), INTERVAL), "and forward again");
-        assert!(!gate.lets_pass(at_ms(900_050), INTERVAL));
+    fn rate_limiter_recovers_from_clock_changes() {
+        let mut limiter = RateLimiter::default();
+        assert!(limiter.allows(at_ms(900_000), INTERVAL));
+        assert!(limiter.allows(at_ms(100), INTERVAL), "clock set back by 15 minutes");
+        assert!(!limiter.allows(at_ms(150), INTERVAL));
+        assert!(limiter.allows(at_ms(900_000), INTERVAL), "clock set forward again");
+        assert!(!limiter.allows(at_ms(900_050), INTERVAL));
     }
 
     #[test]
-    fn no_interval_lets_every_frame_pass() {
-        let mut gate = RateLimiter::default();
-        assert!((0..5).all(|i| gate.lets_pass(at_ms(i), Duration::ZERO)));
+    fn rate_limiter_without_interval_allows_every_frame() {
+        let mut limiter = RateLimiter::default();
+        assert!((0..5).all(|i| limiter.allows(at_ms(i), Duration::ZERO)));
     }
 
-    /// Fails on the first two openings, stalls after one frame on the third, then ends.
-    struct Moody {
+    /// A source whose first two openings fail, whose third gives one frame and stalls, and whose fourth gives one frame and
+    /// ends.
+    struct FailingSource {
         openings: u32,
         frames_left: u32,
     }
 
-    impl FrameSource for Moody {
+    impl FrameSource for FailingSource {
         fn open(&mut self) -> Result<(), CameraError> {
             self.openings += 1;
             self.frames_left = 1;
             match self.openings {
-                1 | 2 => Err(CameraError::Open { path: "moody".into(), reason: "not today".into() }),
+                1 | 2 => Err(CameraError::Open { path: "test camera".into(), reason: "busy".into() }),
                 _ => Ok(()),
             }
         }
 
-        fn next(&mut self, _: Duration) -> Result<Next, CameraError> {
+        fn next(&mut self, _: Duration) -> Result<NextFrame, CameraError> {
             if self.frames_left > 0 {
                 self.frames_left -= 1;
-                return Ok(Next::Frame(Frame {
+                return Ok(NextFrame::Frame(Frame {
                     captured_at: SystemTime::now(),
                     picture: Picture::Encoded(vec![self.openings as u8]),
                     origin: None,
                 }));
             }
-            Ok(if self.openings == 3 { Next::Pending } else { Next::Ended })
+            Ok(if self.openings == 3 { NextFrame::Pending } else { NextFrame::Ended })
         }
 
         fn close(&mut self) {}
     }
 
     #[test]
-    fn a_camera_that_fails_or_stalls_is_opened_again_until_it_ends() {
-        let rules = Supervisor {
+    fn reopens_a_source_that_fails_or_stalls_until_it_ends() {
+        let options = SupervisorOptions {
             pace: Some(Pace::new(0)),
             stall: Duration::from_millis(20),
             reopen_min: Duration::from_millis(1),
@@ -237,16 +245,16 @@ mod tests {
         };
         let counters = Arc::new(Counters::default());
         let (sender, receiver) = mailbox();
-        let mut source = Moody { openings: 0, frames_left: 0 };
-        watch(&mut source, &rules, &sender, &counters, &Heartbeat::new("camera"));
+        let mut source = FailingSource { openings: 0, frames_left: 0 };
+        supervise(&mut source, &options, &sender, &counters, &Heartbeat::new("camera"));
         assert_eq!(source.openings, 4);
         assert_eq!(counters.captured.get(), 2);
         assert_eq!(counters.camera_failures.get(), 3);
         drop(sender);
         assert!(
-            matches!(receiver.take(Duration::ZERO), RecvResult::MailboxItem(MailboxItem::Lost { .. })),
-            "nobody looked meanwhile"
+            matches!(receiver.recv(Duration::ZERO), RecvResult::Item(MailboxItem::Lost { .. })),
+            "no item was received before"
         );
-        assert!(matches!(receiver.take(Duration::ZERO), RecvResult::MailboxItem(MailboxItem::Frame(_))));
+        assert!(matches!(receiver.recv(Duration::ZERO), RecvResult::Item(MailboxItem::Frame(_))));
     }
 }

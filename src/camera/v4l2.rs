@@ -1,11 +1,12 @@
-//! USB and other V4L2 cameras, through nokhwa; the only file that names it. Those that it cannot open are in `unlisted`.
+//! USB and other V4L2 cameras, through nokhwa; the only module that imports it. `v4l2_fallback` opens those that nokhwa
+//! cannot.
 //!
-//! Capture runs on a thread of its own, since a read of a camera that has stalled never comes back by
-//! itself: nokhwa sets no time limit. A signal to that thread breaks the read off, and the device is let
-//! go; without that it would stay busy for ever.
+//! Capture runs on a thread of its own: nokhwa reads without a timeout, so a read of a stalled camera never returns. A
+//! signal to that thread interrupts the read, so that the thread closes the device; otherwise the device would stay busy.
 
+use std::io;
 use std::os::unix::thread::JoinHandleExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -19,152 +20,154 @@ use nokhwa::utils::{CameraFormat, CameraIndex, FrameFormat, RequestedFormat, Req
 use signal_hook::SigId;
 use tracing::{info, warn};
 
-use super::unlisted::Unlisted;
-use super::{CameraError, FrameSource, Next, PixelFormat};
+use super::v4l2_fallback::FallbackCamera;
+use super::{CameraError, CaptureOptions, FrameSource, NextFrame, PixelFormat};
 use crate::frame::{Frame, Layout, Picture, RawPicture, jpeg};
 
-/// What is asked of the camera.
-#[derive(Debug, Clone)]
-pub struct Wanted {
-    pub width: u32,
-    pub height: u32,
-    pub fps: u32,
-    pub format: PixelFormat,
-}
+/// The longest wait for the capture thread to end when the camera is closed.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
+/// Time between two signals to the capture thread during that wait.
+const SIGNAL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// How long a capture thread may take to end once it was woken, and how often it is woken.
-const LET_GO: Duration = Duration::from_millis(200);
-const WAKE: Duration = Duration::from_millis(10);
-
-/// A camera by its path, `/dev/video0` or a link under `/dev/v4l/by-id`.
+/// A V4L2 camera.
 pub struct V4l2 {
     path: String,
-    wanted: Wanted,
+    options: CaptureOptions,
     capture: Option<Capture>,
-    /// The handler of the signal that wakes a capture, from the first opening on.
+    /// The handler of the signal that interrupts the capture thread; registered when the camera is first opened.
     handler: Option<SigId>,
 }
 
 struct Capture {
     thread: JoinHandle<()>,
-    grabbed: Receiver<Result<Frame, CameraError>>,
+    frames: Receiver<Result<Frame, CameraError>>,
 }
 
 impl V4l2 {
-    pub fn new(path: String, wanted: Wanted) -> Self {
-        V4l2 { path, wanted, capture: None, handler: None }
+    /// Creates a source for the device at `path`, `/dev/video0` or a link under `/dev/v4l/by-id`.
+    pub fn new(path: String, options: CaptureOptions) -> Self {
+        V4l2 { path, options, capture: None, handler: None }
     }
 }
 
 impl FrameSource for V4l2 {
     fn open(&mut self) -> Result<(), CameraError> {
         self.close();
-        let failed = |e: std::io::Error| CameraError::Thread { name: "v4l2", reason: e.to_string() };
+        let failed = |e: io::Error| CameraError::Thread { name: "v4l2", reason: e.to_string() };
         if self.handler.is_none() {
-            // Without a handler the signal would end the program. What it sets is of no interest.
+            // Without a handler the signal would end the process. The flag that it sets is not read.
             let handler = signal_hook::flag::register(Signal::SIGUSR1 as i32, Arc::new(AtomicBool::new(false)));
             self.handler = Some(handler.map_err(failed)?);
         }
-        let (sender, grabbed) = sync_channel(1);
-        let (path, wanted) = (self.path.clone(), self.wanted.clone());
+        let (sender, frames) = sync_channel(1);
+        let (path, options) = (self.path.clone(), self.options.clone());
         let capture = move || {
-            if let Err(error) = grab(&path, &wanted, &sender) {
-                // Nobody listens any more where this fails, and then nobody needs the error.
+            if let Err(error) = run_capture(&path, &options, &sender) {
+                // The receiver is gone if the camera was closed.
                 let _ = sender.send(Err(error));
             }
         };
         let thread = thread::Builder::new().name("v4l2".into()).spawn(capture).map_err(failed)?;
-        self.capture = Some(Capture { thread, grabbed });
+        self.capture = Some(Capture { thread, frames });
         Ok(())
     }
 
-    fn next(&mut self, wait: Duration) -> Result<Next, CameraError> {
-        let gone = || CameraError::Read { path: self.path.clone(), reason: "the capture thread ended".into() };
-        match self.capture.as_ref().ok_or_else(gone)?.grabbed.recv_timeout(wait) {
-            Ok(Ok(frame)) => Ok(Next::Frame(frame)),
+    fn next(&mut self, timeout: Duration) -> Result<NextFrame, CameraError> {
+        let ended = || CameraError::Read { path: self.path.clone(), reason: "the capture thread ended".into() };
+        match self.capture.as_ref().ok_or_else(ended)?.frames.recv_timeout(timeout) {
+            Ok(Ok(frame)) => Ok(NextFrame::Frame(frame)),
             Ok(Err(error)) => Err(error),
-            Err(RecvTimeoutError::Timeout) => Ok(Next::Pending),
-            Err(RecvTimeoutError::Disconnected) => Err(gone()),
+            Err(RecvTimeoutError::Timeout) => Ok(NextFrame::Pending),
+            Err(RecvTimeoutError::Disconnected) => Err(ended()),
         }
     }
 
     fn close(&mut self) {
-        let Some(Capture { thread, grabbed }) = self.capture.take() else { return };
-        // The thread ends at its next frame, or when the signal breaks its wait for one off.
-        drop(grabbed);
-        let began = Instant::now();
-        while !thread.is_finished() && began.elapsed() < LET_GO {
+        let Some(Capture { thread, frames }) = self.capture.take() else { return };
+        // The thread ends at its next frame, or when the signal interrupts its read.
+        drop(frames);
+        let started = Instant::now();
+        while !thread.is_finished() && started.elapsed() < CLOSE_TIMEOUT {
             if pthread_kill(thread.as_pthread_t(), Signal::SIGUSR1).is_err() {
                 break;
             }
-            thread::sleep(WAKE);
+            thread::sleep(SIGNAL_INTERVAL);
         }
         if thread.is_finished() {
-            // Its errors were sent, and a panic has printed its message.
+            // Errors arrive through the channel, and a panic prints its own message.
             let _ = thread.join();
         } else {
-            warn!("{}: the driver does not let the camera go", self.path);
+            warn!("{}: the driver does not release the camera, its capture thread keeps running", self.path);
         }
     }
 }
 
-/// Opens the camera and sends frames until nobody takes them.
-fn grab(path: &str, wanted: &Wanted, frames: &SyncSender<Result<Frame, CameraError>>) -> Result<(), CameraError> {
-    if let Some(mut camera) = Unlisted::open(path, wanted.format)? {
+/// Opens the camera and sends its frames until the receiver is gone.
+fn run_capture(
+    path: &str,
+    options: &CaptureOptions,
+    frames: &SyncSender<Result<Frame, CameraError>>,
+) -> Result<(), CameraError> {
+    if let Some(mut camera) = FallbackCamera::open(path, options.format)? {
         info!("{path}: {}", camera.describe());
         while frames.send(Ok(camera.next()?)).is_ok() {}
         return Ok(());
     }
-    let mut camera = open(path, wanted)?;
+    let mut camera = open(path, options)?;
     while frames.send(Ok(next(path, &mut camera)?)).is_ok() {}
     Ok(())
 }
 
+/// Waits for the next frame, without a timeout.
 fn next(path: &str, camera: &mut Camera) -> Result<Frame, CameraError> {
     let failed = |reason: String| CameraError::Read { path: path.into(), reason };
     let buffer = camera.frame().map_err(|e| failed(e.to_string()))?;
-    // The driver's own time stamp, where it gives one.
-    let captured_at = buffer.capture_timestamp().map_or_else(SystemTime::now, |since| SystemTime::UNIX_EPOCH + since);
+    // The driver's timestamp, if it gives one.
+    let captured_at =
+        buffer.capture_timestamp().map_or_else(SystemTime::now, |timestamp| SystemTime::UNIX_EPOCH + timestamp);
     let size = buffer.resolution();
     let layout = match buffer.source_frame_format() {
         FrameFormat::MJPEG => None,
         FrameFormat::YUYV => Some(Layout::Yuyv),
         FrameFormat::RAWRGB => Some(Layout::Rgb),
         FrameFormat::RAWBGR => Some(Layout::Bgr),
-        format @ (FrameFormat::NV12 | FrameFormat::GRAY) => return Err(failed(format!("a frame in {format}"))),
+        format @ (FrameFormat::NV12 | FrameFormat::GRAY) => {
+            return Err(failed(format!("unsupported pixel format {format}")));
+        }
     };
     let picture = picture(layout, (size.width(), size.height()), buffer.buffer())
         .ok_or_else(|| failed(format!("a frame of {} bytes, too few for its format", buffer.buffer().len())))?;
     Ok(Frame { captured_at, picture, origin: None })
 }
 
-fn open(path: &str, wanted: &Wanted) -> Result<Camera, CameraError> {
+/// Opens the camera with nokhwa, in the nearest offered format that its driver accepts.
+fn open(path: &str, options: &CaptureOptions) -> Result<Camera, CameraError> {
     let failed = |reason: String| CameraError::Open { path: path.into(), reason };
-    let index = device_index(path).map_err(failed)?;
+    let index = device_index(path).map_err(|e| failed(e.to_string()))?;
     let any = RequestedFormat::with_formats(RequestedFormatType::None, ANY);
     let mut camera = Camera::new(CameraIndex::Index(index), any).map_err(|e| failed(e.to_string()))?;
     let offered = camera.compatible_camera_formats().map_err(|e| failed(e.to_string()))?;
-    // What a camera lists it does not always take: the first that it takes is good.
-    let mut refused = CameraError::Format {
+    // A driver may reject a format that it lists: the first one that it accepts is used.
+    let mut rejection = CameraError::Format {
         path: path.into(),
-        wanted: match wanted.format {
+        requested: match options.format {
             PixelFormat::Auto => String::new(),
-            format => format!(" as {format}"),
+            format => format!(" for {format}"),
         },
         offered: describe(&offered),
     };
-    let mut taken = None;
-    for format in nearest_first(&offered, wanted) {
+    let mut accepted = None;
+    for format in nearest_first(&offered, options) {
         let exact = RequestedFormat::with_formats(RequestedFormatType::Exact(format), READABLE);
         match camera.set_camera_requset(exact) {
             Ok(_) => {
-                taken = Some(format);
+                accepted = Some(format);
                 break;
             }
-            Err(error) => refused = failed(format!("{format}: {error}")),
+            Err(error) => rejection = failed(format!("{format}: {error}")),
         }
     }
-    let chosen = taken.ok_or(refused)?;
+    let chosen = accepted.ok_or(rejection)?;
     camera.open_stream().map_err(|e| failed(e.to_string()))?;
     info!(
         "{path}: {} gives {} {}×{} at {} frames a second",
@@ -177,21 +180,29 @@ fn open(path: &str, wanted: &Wanted) -> Result<Camera, CameraError> {
     Ok(camera)
 }
 
-/// The number in `/dev/videoN` behind a path. Links are followed at each opening, since numbers
-/// move when a camera is plugged in again.
-fn device_index(path: &str) -> Result<u32, String> {
-    let real = Path::new(path).canonicalize().map_err(|e| e.to_string())?;
-    let name = real.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    name.strip_prefix("video")
-        .and_then(|n| n.parse().ok())
-        .ok_or_else(|| format!("{} is no /dev/videoN", real.display()))
+/// A path that is not a V4L2 device.
+#[derive(Debug, thiserror::Error)]
+enum DeviceIndexError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("expected /dev/videoN, got {0}")]
+    NotVideoDevice(PathBuf),
 }
 
-/// What the decoder reads, best first where size and rate are the same: packed pixels cost less
-/// than a JPEG to turn into RGB.
+/// Returns N of the `/dev/videoN` to which `path` resolves. Links are resolved at each opening, since the numbers change
+/// when a camera is plugged in again.
+fn device_index(path: &str) -> Result<u32, DeviceIndexError> {
+    let device = Path::new(path).canonicalize()?;
+    let name = device.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let index = name.strip_prefix("video").and_then(|number| number.parse().ok());
+    index.ok_or(DeviceIndexError::NotVideoDevice(device))
+}
+
+/// The formats that the decoder reads, best first at the same size and rate: converting packed pixels to RGB costs less
+/// than decoding a JPEG.
 const READABLE: &[FrameFormat] = &[FrameFormat::YUYV, FrameFormat::RAWRGB, FrameFormat::RAWBGR, FrameFormat::MJPEG];
 
-/// For asking what there is, readable or not.
+/// The formats that nokhwa lists, readable or not.
 const ANY: &[FrameFormat] = &[
     FrameFormat::YUYV,
     FrameFormat::RAWRGB,
@@ -201,20 +212,20 @@ const ANY: &[FrameFormat] = &[
     FrameFormat::GRAY,
 ];
 
-/// The offered formats that can be read, the nearest first: those that are fast enough, then by size,
-/// then by rate, then in the order of [`READABLE`].
-fn nearest_first(offered: &[CameraFormat], wanted: &Wanted) -> Vec<CameraFormat> {
-    let asked = |format: FrameFormat| match wanted.format {
+/// Returns the offered formats that can be read and match `options.format`, nearest first: fast enough ones first (at least
+/// 5 frames a second, or `options.fps` if that is less), then by size, then by rate, then in the order of [`READABLE`].
+fn nearest_first(offered: &[CameraFormat], options: &CaptureOptions) -> Vec<CameraFormat> {
+    let matches = |format: FrameFormat| match options.format {
         PixelFormat::Auto => READABLE.contains(&format),
         PixelFormat::Mjpeg => format == FrameFormat::MJPEG,
         PixelFormat::Yuyv => format == FrameFormat::YUYV,
         PixelFormat::Rgb => matches!(format, FrameFormat::RAWRGB | FrameFormat::RAWBGR),
     };
-    let mut formats: Vec<CameraFormat> = offered.iter().filter(|f| asked(f.format())).copied().collect();
+    let mut formats: Vec<CameraFormat> = offered.iter().filter(|f| matches(f.format())).copied().collect();
     formats.sort_by_key(|f| {
-        let too_slow = f.frame_rate() < wanted.fps.min(5);
-        let size = f.width().abs_diff(wanted.width) + f.height().abs_diff(wanted.height);
-        let rate = f.frame_rate().abs_diff(wanted.fps);
+        let too_slow = f.frame_rate() < options.fps.min(5);
+        let size = f.width().abs_diff(options.width) + f.height().abs_diff(options.height);
+        let rate = f.frame_rate().abs_diff(options.fps);
         let order = READABLE.iter().position(|r| *r == f.format());
         (too_slow, size, rate, order)
     });
@@ -222,21 +233,23 @@ fn nearest_first(offered: &[CameraFormat], wanted: &Wanted) -> Vec<CameraFormat>
     formats
 }
 
-/// The formats and sizes in a line, each once.
+/// Lists the distinct formats and sizes, separated by commas.
 fn describe(offered: &[CameraFormat]) -> String {
-    let mut all: Vec<String> = offered.iter().map(|f| format!("{} {}×{}", f.format(), f.width(), f.height())).collect();
-    all.sort();
-    all.dedup();
-    all.join(", ")
+    let mut formats: Vec<String> =
+        offered.iter().map(|f| format!("{} {}×{}", f.format(), f.width(), f.height())).collect();
+    formats.sort();
+    formats.dedup();
+    formats.join(", ")
 }
 
-/// Copies a buffer out, by its layout or, without one, as MJPEG; none where it is shorter than its format says.
+/// Copies a picture of `width × height` pixels out of a buffer; a layout of `None` is MJPEG. Returns `None` if the buffer
+/// of a raw picture is too short.
 pub(super) fn picture(layout: Option<Layout>, (width, height): (u32, u32), bytes: &[u8]) -> Option<Picture> {
     let Some(layout) = layout else {
-        // The driver hands over the whole buffer, with whatever lay behind the end marker.
+        // The driver returns the whole buffer, with stale bytes behind the end marker.
         let length = match jpeg::extent(bytes) {
             jpeg::Extent::Whole(length) => length,
-            // Sent on as it is: the decoder counts it as broken.
+            // Passed on unchanged: the decoder rejects it, and it counts as broken.
             jpeg::Extent::Short | jpeg::Extent::NotJpeg => bytes.len(),
         };
         return Some(Picture::Encoded(bytes[..length].to_vec()));
@@ -257,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn the_nearest_format_is_chosen() {
+    fn chooses_the_nearest_format() {
         use FrameFormat::{GRAY, MJPEG, RAWBGR, YUYV};
         let webcam = [
             format(GRAY, 640, 480, 30),
@@ -277,31 +290,32 @@ mod tests {
             (640, 480, 30, PixelFormat::Rgb, Some(format(RAWBGR, 320, 240, 15))),
         ];
         for (width, height, fps, pixels, expected) in cases {
-            let wanted = Wanted { width, height, fps, format: pixels };
-            assert_eq!(nearest_first(&webcam, &wanted).first().copied(), expected, "{wanted:?}");
+            let options = CaptureOptions { width, height, fps, format: pixels };
+            assert_eq!(nearest_first(&webcam, &options).first().copied(), expected, "{options:?}");
         }
-        let wanted = Wanted { width: 640, height: 480, fps: 30, format: PixelFormat::Auto };
-        assert_eq!(nearest_first(&[format(GRAY, 640, 480, 30)], &wanted), []);
+        let options = CaptureOptions { width: 640, height: 480, fps: 30, format: PixelFormat::Auto };
+        assert_eq!(nearest_first(&[format(GRAY, 640, 480, 30)], &options), []);
     }
 
     #[test]
-    fn a_short_raw_buffer_is_no_picture_and_rubbish_behind_a_jpeg_is_dropped() {
+    fn rejects_a_short_raw_buffer_and_drops_bytes_behind_a_jpeg() {
         let size = (4, 2);
         assert!(picture(Some(Layout::Yuyv), size, &[0; 15]).is_none());
         let Some(Picture::Raw(RawPicture { bytes, .. })) = picture(Some(Layout::Yuyv), size, &[7; 20]) else {
-            panic!("a whole buffer is a picture");
+            panic!("expected a raw picture");
         };
         assert_eq!(bytes.len(), 16);
         let jpeg = [0xFF, 0xD8, 0xFF, 0xDA, 0, 2, 0x55, 0xFF, 0xD9, 0, 0, 0xFF, 0xD9];
         let Some(Picture::Encoded(bytes)) = picture(None, size, &jpeg) else {
-            panic!("a JPEG is a picture");
+            panic!("expected an encoded picture");
         };
         assert_eq!(bytes, jpeg[..9]);
     }
 
     #[test]
-    fn a_path_that_is_no_camera_is_named() {
-        assert!(device_index("/dev/null").unwrap_err().contains("/dev/null is no /dev/videoN"));
+    fn the_error_names_a_path_that_is_not_a_video_device() {
+        let error = device_index("/dev/null").unwrap_err().to_string();
+        assert!(error.contains("expected /dev/videoN, got /dev/null"), "{error}");
         assert!(device_index("/dev/v4l/by-id/none").is_err());
     }
 }

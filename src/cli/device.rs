@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use bloomcast::bench::Bench;
 use bloomcast::config::{Config, LogLevel};
-use bloomcast::daemon::{self, Daemon, End};
+use bloomcast::daemon::{self, Daemon, DaemonError, StopReason};
 use bloomcast::system::systemd;
-use bloomcast::vision::kernels;
-use bloomcast::vision::{Prediction, decode};
+use bloomcast::vision::backbone::KernelChoice;
+use bloomcast::vision::{Classifier, Prediction, decode};
+use bloomcast_kernels::{Isa, THREADS_MAX, default_threads};
 use clap::{Args, value_parser};
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -22,10 +23,10 @@ use super::{Failure, ModelArgs, bundle, show};
 
 #[derive(Debug, Clone, Args)]
 pub struct ConfigArgs {
-    /// The settings; what it leaves out keeps its default
+    /// The configuration file; a setting that it lacks keeps its default
     #[arg(long)]
     config: Option<PathBuf>,
-    /// A setting that wins over the file and the environment, like camera.device=/dev/video2
+    /// Override a setting of the file and the environment, for example camera.device=/dev/video2
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
 }
@@ -34,7 +35,7 @@ pub struct ConfigArgs {
 pub struct CheckArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Look at the settings and the model only: a camera may be plugged in later
+    /// Check the settings and the model only
     #[arg(long)]
     no_camera: bool,
 }
@@ -42,88 +43,90 @@ pub struct CheckArgs {
 #[cfg(feature = "demo")]
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// Photographs, one folder a class; found or fetched where none are named
+    /// Photographs, one folder a class [default: those at hand, else a download]
     #[arg(long)]
     frames: Option<PathBuf>,
-    /// The broker's port on this machine; 0 takes a free one
+    /// Port of the demo's broker on 127.0.0.1; 0 chooses a free one
     #[arg(long, default_value_t = 0)]
     port: u16,
     /// Photographs of each class
     #[arg(long, default_value_t = 20)]
     per_class: usize,
-    /// Time between two photographs
+    /// Interval between two photographs
     #[arg(long, default_value_t = 100)]
     interval_ms: u64,
 }
 
 #[derive(Debug, Args)]
 pub struct ClassifyArgs {
+    /// Images: JPEG, PNG or WebP
     #[arg(required = true)]
     images: Vec<PathBuf>,
     #[command(flatten)]
     model: ModelArgs,
-    /// One JSON document on standard output
+    /// Print one JSON document
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct BenchArgs {
-    /// A .bloom file; the one inside the program where none is named
+    /// A model bundle (.bloom) [default: the built-in model]
     #[arg(long)]
     model: Option<PathBuf>,
-    /// The ONNX file the model was made for, where neither the program nor the model has it
+    /// The ONNX file of the model's backbone, if neither the program nor the bundle has it
     #[arg(long)]
     backbone: Option<PathBuf>,
-    /// Frames that are timed
+    /// Frames to time
     #[arg(long, default_value_t = 200, value_parser = value_parser!(u64).range(1..=1_000_000))]
     runs: u64,
-    /// Threads that compute one frame; as many as there are cores, but for one, where none are named
-    #[arg(long, value_parser = value_parser!(u16).range(1..=kernels::THREADS_MAX as i64))]
+    /// Threads that compute one frame [default: the number of cores minus one]
+    #[arg(long, value_parser = value_parser!(u16).range(1..=THREADS_MAX as i64))]
     threads: Option<u16>,
-    /// A photograph to time instead of the one drawn for it, 640×480
+    /// Kernels that compute the backbone: auto, avx512, avx2, neon, portable or tract
+    #[arg(long, default_value_t)]
+    kernels: KernelChoice,
+    /// An image to time [default: a test pattern of 640×480]
     #[arg(long)]
     image: Option<PathBuf>,
-    /// One JSON document on standard output
+    /// Print one JSON document
     #[arg(long)]
     json: bool,
 }
 
 impl ConfigArgs {
+    /// Loads the configuration; prints its warnings.
     pub fn load(&self) -> Result<Config, Failure> {
-        Config::load(self.config.as_deref(), &self.set).map_err(Failure::config)
+        let config = Config::load(self.config.as_deref(), &self.set).map_err(Failure::config)?;
+        config.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+        Ok(config)
     }
 }
 
 pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
-    let config = args.load()?;
+    let config = Config::load(args.config.as_deref(), &args.set).map_err(Failure::config)?;
     log_to_stderr(config.log.level);
+    log_warnings(&config);
     let runtime = daemon::runtime()?;
-    // Before the model is loaded: from now on no signal is missed.
+    // Before the model is loaded: no signal is missed from now on.
     let mut signals = runtime.block_on(async { Signals::new() }).context("cannot wait for signals")?;
-    let threads = config.threads();
-    let mut daemon = Daemon::prepare(config).map_err(Failure::config)?;
-    match kernels::chosen() {
-        Some(kernels) => tracing::info!("kernels: {}, threads: {threads}", kernels.name()),
+    match config.kernels {
+        Some(isa) => tracing::info!("kernels: {}, threads: {}", isa.name(), config.threads),
         None => tracing::info!("kernels: tract"),
     }
-    let remains = loop {
-        tracing::info!("ready: the model {} knows {}", daemon.model(), daemon.labels().names().join(", "));
-        let remains = daemon.run_on(&runtime, signals.next(args), Box::new(|_| {}))?;
-        if remains.end == End::Stop {
-            break remains;
-        }
-        // It was found good a moment ago.
-        daemon = Daemon::prepare(args.load()?).map_err(Failure::config)?.resume(remains);
-    };
-    remains.close();
-    // Not dropped: that would wait for a name that is being looked up.
+    daemon::run_with_reloads(&runtime, config, async || signals.next(args).await).map_err(failure)?;
+    // A drop would wait for a pending name lookup.
     runtime.shutdown_background();
     Ok(())
 }
 
+/// 78 for an error that a changed configuration can mend.
+fn failure(error: DaemonError) -> Failure {
+    if error.is_configuration() { Failure::config(error) } else { error.into() }
+}
+
 pub fn check(args: &CheckArgs) -> Result<(), Failure> {
-    let mut daemon = Daemon::examine(args.config.load()?).map_err(Failure::config)?;
+    let mut daemon = Daemon::check(args.config.load()?).map_err(failure)?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "configuration: good")?;
     writeln!(out, "model: {}, {}", daemon.model(), daemon.labels().names().join(", "))?;
@@ -147,9 +150,11 @@ pub fn demo(args: DemoArgs) -> Result<(), Failure> {
 }
 
 pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
-    let mut classifier = args.model.bundle()?.classifier(args.model.backbone.as_deref())?;
+    let bundle = args.model.bundle()?;
+    let backbone = bundle.backbone(&args.model.network(&bundle)?)?;
+    let mut classifier = Classifier::new(&backbone, bundle.classifier_params())?;
     let labels = classifier.labels().clone();
-    let mut look = |path: &Path| -> anyhow::Result<Prediction> {
+    let mut predict = |path: &Path| -> anyhow::Result<Prediction> {
         let image = decode::file(path)?;
         Ok(if args.model.mirror {
             classifier.classify_with_mirror(&image)?
@@ -160,7 +165,7 @@ pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     let (mut answers, mut failed) = (Vec::new(), 0);
     for path in &args.images {
-        let prediction = match look(path) {
+        let prediction = match predict(path) {
             Ok(prediction) => prediction,
             Err(error) => {
                 failed += 1;
@@ -189,10 +194,20 @@ pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
 }
 
 pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
-    let threads = args.threads.map_or_else(kernels::all_but_one, usize::from);
-    let mut bench = Bench::new(&bundle(args.model.as_deref())?, args.backbone.as_deref(), threads)?;
+    let threads = args.threads.map_or_else(default_threads, usize::from);
+    let kernels = resolve(args.kernels)?;
+    let mut bench = Bench::new(&bundle(args.model.as_deref())?, args.backbone.as_deref(), kernels, threads)?;
     let report = bench.run(args.image.as_deref(), args.runs as usize)?;
     show(&report, args.json)
+}
+
+/// Returns the kernels of a `--kernels` flag; `None` for tract's operators.
+pub fn resolve(kernels: KernelChoice) -> Result<Option<Isa>, Failure> {
+    kernels.resolve().map_err(|error| Failure::usage(anyhow!("--kernels {kernels}: {error}")))
+}
+
+fn log_warnings(config: &Config) {
+    config.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
 }
 
 fn log_to_stderr(level: LogLevel) {
@@ -204,12 +219,12 @@ fn log_to_stderr(level: LogLevel) {
     };
     let terminal = std::io::stderr().is_terminal();
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(terminal).with_target(false);
-    // What libraries say of themselves helps nobody: our own lines name what is wrong.
+    // Log lines of libraries are left out: the errors that this program logs name the cause.
     let ours = Targets::new().with_target("bloomcast", level);
     tracing_subscriber::registry().with(lines.with_filter(ours)).init();
 }
 
-/// What the process may be told.
+/// The signals that the daemon handles.
 struct Signals {
     term: Signal,
     int: Signal,
@@ -222,26 +237,29 @@ impl Signals {
         Ok(Signals { term: term?, int: int?, hup: hup? })
     }
 
-    /// Ready at SIGTERM or SIGINT; and at SIGHUP, where the configuration is good.
-    async fn next(&mut self, args: &ConfigArgs) -> End {
+    /// Waits for SIGTERM or SIGINT, or for a SIGHUP after which the configuration is valid.
+    async fn next(&mut self, args: &ConfigArgs) -> StopReason {
         loop {
             tokio::select! {
-                _ = self.term.recv() => return End::Stop,
-                _ = self.int.recv() => return End::Stop,
+                _ = self.term.recv() => return StopReason::Stop,
+                _ = self.int.recv() => return StopReason::Stop,
                 _ = self.hup.recv() => {}
             }
             systemd::notify_reloading();
             let args = args.clone();
-            // Loads the model, which the connection to the broker need not wait for.
-            let found = tokio::task::spawn_blocking(move || match args.load() {
-                Ok(config) => Daemon::examine(config).map(drop).map_err(|e| e.to_string()),
-                Err(failure) => Err(failure.error.to_string()),
+            // In a thread of its own: loading the model must not block the connection to the broker.
+            let checked = tokio::task::spawn_blocking(move || {
+                let config = Config::load(args.config.as_deref(), &args.set).map_err(anyhow::Error::from)?;
+                Daemon::check(config.clone()).map(|_| config).map_err(anyhow::Error::from)
             });
-            match found.await.unwrap_or_else(|e| Err(e.to_string())) {
-                Ok(()) => return End::Reload,
+            match checked.await.map_err(anyhow::Error::from).and_then(|checked| checked) {
+                Ok(config) => {
+                    log_warnings(&config);
+                    return StopReason::Reload(Box::new(config));
+                }
                 Err(error) => {
-                    tracing::error!("the changed configuration is left out, the old one stays: {error}");
-                    systemd::notify_ready("the changed configuration is wrong, see the log; the model as before");
+                    tracing::error!("configuration reload rejected, keeping the current configuration: {error}");
+                    systemd::notify_ready("configuration reload rejected, see the log; the model is unchanged");
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! The commands that vouch for models and bring them to devices: keygen, sign, verify, install, push, rollback.
+//! The commands that sign models and deploy them to devices: keygen, sign, verify, install, push, rollback.
 
 use std::fs;
 use std::io::Write;
@@ -9,10 +9,11 @@ use bloomcast::bundle::{self, Bundle, Keyring, PrivateKey, archive};
 use bloomcast::config::Config;
 use bloomcast::mqtt::topics::{DeviceName, Topics};
 use bloomcast::update::device::Store;
-use bloomcast::update::device::admission::{self, Refusal, Trust};
+use bloomcast::update::device::admission::Refusal;
+use bloomcast::update::device::install::{InstallError, InstallOptions, install as install_bundle};
 use bloomcast::update::device::model_loader::ModelLoader;
-use bloomcast::update::device::store::{ModelSlot, Phase};
-use bloomcast::update::protocol::{UpdateStatus, identity, objection};
+use bloomcast::update::device::store::ModelSlot;
+use bloomcast::update::protocol::{UpdateStatus, identity};
 use bloomcast::update::workstation::delivery::PushPayload;
 use bloomcast::update::workstation::push::{PushOptions, push};
 use bloomcast::update::workstation::rollback::rollback_device;
@@ -24,14 +25,14 @@ use super::{Failure, show};
 
 #[derive(Debug, Args)]
 pub struct KeygenArgs {
-    /// The private key; its public half is written beside it [default: ~/.config/bloomcast/trainer.key]
+    /// The private key to write; the public key is written beside it [default: ~/.config/bloomcast/trainer.key]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
 pub struct KeyArg {
-    /// The private key that signs [default: ~/.config/bloomcast/trainer.key]
+    /// The private key [default: ~/.config/bloomcast/trainer.key]
     #[arg(long, value_name = "FILE")]
     key: Option<PathBuf>,
 }
@@ -41,7 +42,7 @@ pub struct SignArgs {
     bundle: PathBuf,
     #[command(flatten)]
     key: KeyArg,
-    /// Where the signed bundle is written; over the unsigned one where none is named
+    /// The signed bundle to write [default: replace the bundle]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
 }
@@ -49,7 +50,7 @@ pub struct SignArgs {
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
     bundle: PathBuf,
-    /// A public key, or a folder with some [default: ~/.config/bloomcast/trainer.pub]
+    /// A public key, or a folder of public keys [default: ~/.config/bloomcast/trainer.pub]
     #[arg(long, value_name = "PATH")]
     trusted: Option<PathBuf>,
 }
@@ -59,10 +60,10 @@ pub struct InstallArgs {
     bundle: PathBuf,
     #[command(flatten)]
     config: ConfigArgs,
-    /// Vouch for it yourself: no signature is asked for
+    /// Install without a trusted signature
     #[arg(long)]
     trust: bool,
-    /// Take it though it is not newer, or was taken back
+    /// Install although it is not newer, or was rolled back
     #[arg(long)]
     force: bool,
 }
@@ -70,33 +71,33 @@ pub struct InstallArgs {
 #[derive(Debug, Args)]
 pub struct PushArgs {
     bundle: PathBuf,
-    /// A device by its name; may be given several times
+    /// A device name; may be repeated
     #[arg(long, value_name = "NAME", required_unless_present = "group")]
     device: Vec<String>,
-    /// A group of devices of the configuration's [fleet.groups]; may be given several times
+    /// A group of devices in the configuration's [fleet.groups]; may be repeated
     #[arg(long, value_name = "NAME")]
     group: Vec<String>,
     #[command(flatten)]
     config: ConfigArgs,
-    /// So many devices first, and the others only once these have confirmed
+    /// Push to N devices first, and to the others once these have confirmed
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     canary: Option<u16>,
-    /// See whether the model fits each device, and send nothing
+    /// Check whether the model fits each device, and send nothing
     #[arg(long)]
     dry_run: bool,
-    /// Send a model that is a step back: not newer, worse on the same photographs, or without a class
+    /// Push a model that is not newer, worse on the same dataset, or lacks a class
     #[arg(long)]
     force: bool,
     #[command(flatten)]
     key: KeyArg,
-    /// One JSON document on standard output
+    /// Print one JSON document
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct RollbackArgs {
-    /// A device by its name, over MQTT; may be given several times. This device's own store where none is named
+    /// A device name, reached over MQTT; may be repeated [default: this device's own store]
     #[arg(long, value_name = "NAME")]
     device: Vec<String>,
     #[command(flatten)]
@@ -105,7 +106,7 @@ pub struct RollbackArgs {
     key: KeyArg,
 }
 
-/// What stands in the user's folder.
+/// Returns the path of a file in the user's configuration folder.
 fn in_config(name: &str) -> anyhow::Result<PathBuf> {
     Ok(bloomcast::system::paths::user_config()
         .context("neither HOME nor XDG_CONFIG_HOME is set; name a file")?
@@ -120,7 +121,7 @@ impl KeyArg {
     fn read(&self) -> anyhow::Result<PrivateKey> {
         let path = self.path()?;
         if self.key.is_none() && !path.exists() {
-            return Err(anyhow!("{}: no key is there; `bloomcast keygen` makes one", path.display()));
+            return Err(anyhow!("{}: no such key; `bloomcast keygen` makes one", path.display()));
         }
         Ok(PrivateKey::read(&path)?)
     }
@@ -133,8 +134,8 @@ pub fn keygen(args: &KeygenArgs) -> Result<(), Failure> {
     }
     let public = PrivateKey::generate(&path)?;
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}: keep it to yourself", path.display())?;
-    writeln!(out, "{}: copy it into each device's model.trusted_keys", public.display())?;
+    writeln!(out, "{}: the private key, keep it secret", path.display())?;
+    writeln!(out, "{}: the public key, copy it into each device's model.trusted_keys", public.display())?;
     Ok(())
 }
 
@@ -143,7 +144,7 @@ pub fn sign(args: &SignArgs) -> Result<(), Failure> {
     let file = args.bundle.display().to_string();
     let signed = bundle::sign(&file, &read(&args.bundle)?, &key)?;
     let out = args.out.as_ref().unwrap_or(&args.bundle);
-    archive::write_file(out, &signed).map_err(|e| anyhow!("{}: {e}", out.display()))?;
+    archive::write_atomically(out, &signed).map_err(|e| anyhow!("{}: {e}", out.display()))?;
     writeln!(std::io::stdout(), "{}: signed by {}", out.display(), key.public().id())?;
     Ok(())
 }
@@ -152,7 +153,7 @@ pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     let trusted = args.trusted.clone().map_or_else(|| in_config("trainer.pub"), Ok)?;
     let ring = if trusted.is_dir() { Keyring::read(&trusted)? } else { Keyring::from_file(&trusted)? };
     let bundle = Bundle::read(&args.bundle)?;
-    let name = ring.trust(bundle.signer()).map_err(|e| anyhow!("{}: {e}", args.bundle.display()))?;
+    let name = ring.verify_signer(bundle.signer()).map_err(|e| anyhow!("{}: {e}", args.bundle.display()))?;
     let manifest = bundle.manifest();
     let mut out = std::io::stdout().lock();
     writeln!(out, "{}: good, signed by {name}", args.bundle.display())?;
@@ -163,32 +164,17 @@ pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
 pub fn install(args: &InstallArgs) -> Result<(), Failure> {
     let config = args.config.load()?;
     let store = store(&config)?;
-    // Beside what decides now, which is only looked at.
-    let shelf = ModelLoader::of(&config, Store::for_looking);
-    let deciding = shelf.deciding()?;
-    let present = deciding.loaded.model;
+    let loader = ModelLoader::new(&config.models, config.kernels, Store::read_only);
     let (file, bytes) = (args.bundle.display().to_string(), read(&args.bundle)?);
-    let trust = if args.trust { Trust::Caller } else { Trust::Keys };
-    let refused = |error: Refusal| match error {
-        // It names the file itself.
-        Refusal::Bundle(error) => anyhow!(error),
-        error => anyhow!("{file}: {error}"),
+    let options = InstallOptions { signature_required: !args.trust, force: args.force };
+    let model = match install_bundle(&file, &bytes, &store, &loader, &config.update, options) {
+        // The message of a bundle's error names the file.
+        Err(InstallError::Refused(error)) if !matches!(error, Refusal::Bundle(_)) => {
+            return Err(anyhow!("{file}: {error}").into());
+        }
+        installed => installed?,
     };
-    let vouched = admission::vouched(&file, &bytes, &trust, &config).map_err(refused)?;
-    let model = identity(vouched.manifest(), vouched.sha256());
-    let before = present.identity();
-    if model == before {
-        return Err(anyhow!("{model} decides already").into());
-    }
-    if let Some(objection) = objection(&model, &before, &deciding.state).filter(|_| !args.force) {
-        return Err(anyhow!("{objection}; --force installs it nevertheless").into());
-    }
-    admission::prove(vouched, &config, &shelf, &present).map_err(refused)?;
-    store.try_out(model.clone(), &bytes, Phase::Waiting)?;
-    writeln!(
-        std::io::stdout(),
-        "{model} has proved itself; it decides, on trial, once the daemon is reloaded or started"
-    )?;
+    writeln!(std::io::stdout(), "{model} is valid; it is active, on trial, once the daemon is reloaded or started")?;
     Ok(())
 }
 
@@ -200,28 +186,28 @@ pub fn push_bundle(args: &PushArgs) -> Result<(), Failure> {
     if bundle.signer().is_none() {
         return Err(anyhow!("{file}: it is not signed, and no device would take it; `bloomcast sign` signs it").into());
     }
-    if bundle.parts().self_test.is_none() {
+    if bundle.contents().self_test.is_none() {
         return Err(anyhow!("{file}: it carries no self-test, and no device would take it; train it anew").into());
     }
-    // It signs the order that a device wants to see before it goes to an older model.
+    // Signs the command without which a device refuses an older model.
     let key = args.force.then(|| args.key.read()).transpose()?;
     let parcel = PushPayload {
         model: identity(bundle.manifest(), bundle.sha256()),
         manifest: bundle.manifest().clone(),
         bytes,
-        packet_bytes_max: config.mqtt.packet_bytes_max,
+        packet_bytes_max: config.connection.access.packet_bytes_max,
         force: args.force,
         key,
     };
     let plan = PushOptions { canary: args.canary.map(usize::from), dry_run: args.dry_run };
-    let shown = Devices::default();
-    let access = config.access().map_err(Failure::config)?;
-    let report = push(&access, devices, &parcel, &plan, &|devices| shown.show(devices))?;
-    drop(shown);
-    let told = show(&report, args.json);
-    // Comes first: that nobody reads on changes nothing about it.
+    let bars = Devices::default();
+    let access = config.connection.access.clone();
+    let report = push(&access, devices, &parcel, &plan, &|devices| bars.show(devices))?;
+    drop(bars);
+    let printed = show(&report, args.json);
+    // The failure of a device outranks a closed standard output.
     match report.is_good() {
-        true => told,
+        true => printed,
         false => Err(anyhow!("not every device took the model").into()),
     }
 }
@@ -230,15 +216,15 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
     let config = args.config.load()?;
     let mut out = std::io::stdout().lock();
     if args.device.is_empty() {
-        let back = match store(&config)?.take_back()?.current {
-            ModelSlot::BuiltIn => "the model inside the program".to_owned(),
+        let back = match store(&config)?.roll_back()?.current {
+            ModelSlot::BuiltIn => "the built-in model".to_owned(),
             ModelSlot::Slot(slot) => slot.to_string(),
         };
-        writeln!(out, "{back} decides once the daemon is reloaded or started")?;
+        writeln!(out, "{back} is active once the daemon is reloaded or started")?;
         return Ok(());
     }
     let key = args.key.read()?;
-    let access = config.access().map_err(Failure::config)?;
+    let access = config.connection.access.clone();
     let devices = devices(&args.device, &[], &config).map_err(Failure::usage)?;
     let mut failed = 0;
     for topics in &devices {
@@ -248,8 +234,8 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
             Err(error) => Err(error.to_string()),
         };
         match gone {
-            // Whether somebody reads it or not, the others are next.
-            Ok(model) => drop(writeln!(out, "{}: {model} is taken back", topics.device())),
+            // The other devices follow even if standard output is closed.
+            Ok(model) => drop(writeln!(out, "{}: {model} is rolled back", topics.device())),
             Err(error) => {
                 failed += 1;
                 eprintln!("error: {error}");
@@ -258,7 +244,7 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
     }
     match failed {
         0 => Ok(()),
-        n => Err(anyhow!("{n} of {} devices did not go back", devices.len()).into()),
+        n => Err(anyhow!("{n} of {} devices were not rolled back", devices.len()).into()),
     }
 }
 
@@ -266,32 +252,26 @@ fn read(bundle: &Path) -> anyhow::Result<Vec<u8>> {
     archive::read_file(bundle).map_err(|e| anyhow!("model {}: {e}", bundle.display()))
 }
 
-/// Of this device.
+/// Returns this device's store.
 fn store(config: &Config) -> anyhow::Result<Store> {
-    let ModelLoader { bundle, store, .. } = ModelLoader::of(config, Store::new);
-    match (store, bundle) {
-        (Some(store), _) => Ok(store),
-        (None, Some(_)) => Err(anyhow!("model.bundle names the model of this device; empty it to install others")),
-        (None, None) => Err(anyhow!("model.store is empty: this device keeps no models")),
-    }
+    Ok(ModelLoader::new(&config.models, config.kernels, Store::new).store()?.clone())
 }
 
-/// Each device once, in the order in which it was named.
+/// Returns the topics of each device once, in the order of the arguments.
 fn devices(names: &[String], groups: &[String], config: &Config) -> anyhow::Result<Vec<Topics>> {
-    let mut all: Vec<&String> = names.iter().collect();
+    let named = |name: &String| DeviceName::new(name).map_err(|e| anyhow!("--device {name:?}: {e}"));
+    let mut all: Vec<DeviceName> = names.iter().map(named).collect::<Result<_, _>>()?;
     for group in groups {
-        let known = &config.fleet.groups;
-        let members = known.get(group).with_context(|| {
-            let names: Vec<&str> = known.keys().map(String::as_str).collect();
+        let members = config.groups.get(group).with_context(|| {
+            let names: Vec<&str> = config.groups.keys().map(String::as_str).collect();
             format!("--group {group}: not in [fleet.groups]; there: {}", names.join(", "))
         })?;
-        all.extend(members);
+        all.extend(members.iter().cloned());
     }
     let mut topics: Vec<Topics> = Vec::new();
-    for name in all {
-        let device = DeviceName::new(name).map_err(|e| anyhow!("--device {name:?}: {e}"))?;
-        if !topics.iter().any(|there| *there.device() == device) {
-            topics.push(config.topics_of(device));
+    for device in all {
+        if !topics.iter().any(|known| *known.device() == device) {
+            topics.push(config.topics.for_device(device));
         }
     }
     Ok(topics)

@@ -7,7 +7,7 @@ mod device;
 #[cfg(feature = "fetch")]
 mod fetching;
 mod fleet;
-mod papers;
+mod manpages;
 mod progress;
 mod workstation;
 
@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use bloomcast::bundle::Bundle;
+use bloomcast::vision::Network;
+use bloomcast::vision::backbone::KernelChoice;
 use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 
@@ -25,10 +27,10 @@ use backbone::BackboneCommand;
 use device::DemoArgs;
 use device::{BenchArgs, CheckArgs, ClassifyArgs, ConfigArgs};
 use fleet::{InstallArgs, KeygenArgs, PushArgs, RollbackArgs, SignArgs, VerifyArgs};
-use papers::PapersArgs;
+use manpages::ManpagesArgs;
 use workstation::{CompareArgs, DatasetCommand, EvaluateArgs, TrainArgs};
 
-/// Watches a camera, names the flower it sees, and says so over MQTT.
+/// Watches a camera, classifies the flower, and publishes it over MQTT.
 #[derive(Debug, Parser)]
 #[command(version, about)]
 pub struct Cli {
@@ -38,47 +40,47 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Watch the camera and publish (the daemon)
+    /// Run the daemon: watch the camera, classify, publish
     Run(ConfigArgs),
     /// Check the configuration, the model and the camera: exit 0, or 78 with the reason
     Check(CheckArgs),
-    /// See it work: a broker inside, replayed photographs, events on the terminal
+    /// Run a demonstration: a broker inside, replayed photographs, events on the terminal
     #[cfg(feature = "demo")]
     Demo(DemoArgs),
-    /// Name the flower on each image
+    /// Classify images
     Classify(ClassifyArgs),
     /// Train a model on a folder of photographs, one folder a class
     Train(Box<TrainArgs>),
-    /// Photographs: look at them before learning from them, or fetch some
+    /// Check a dataset of photographs, or download one
     #[command(subcommand)]
     Dataset(DatasetCommand),
-    /// Other networks whose features a head can be trained on
+    /// List, download or inspect backbone networks
     #[command(subcommand)]
     Backbone(BackboneCommand),
-    /// Finished runs side by side, best first
+    /// Compare finished training runs, best first
     Compare(CompareArgs),
-    /// Loss, accuracy, per-class figures and confusion of a model on photographs
+    /// Evaluate a model on labelled photographs: loss, accuracy, figures of each class, confusion
     Evaluate(EvaluateArgs),
-    /// Time a frame, stage by stage, on this machine
+    /// Measure the time of a frame, stage by stage
     Bench(BenchArgs),
-    /// Make a key that signs models, and its public half for the devices
+    /// Generate a key pair for signing models
     Keygen(KeygenArgs),
-    /// Vouch for a model
+    /// Sign a model bundle
     Sign(SignArgs),
-    /// See who vouches for a model, and that nothing of it was altered
+    /// Verify a bundle's signature and contents
     Verify(VerifyArgs),
-    /// Put a model into this device's store
+    /// Install a model in this device's store
     Install(InstallArgs),
-    /// Send a model to devices, and wait until each has confirmed it
+    /// Push a model to devices and wait until each has confirmed it
     Push(PushArgs),
-    /// Let the model before decide again, here or on devices
+    /// Roll back to the previous model, here or on devices
     Rollback(RollbackArgs),
-    /// Write man pages and completions, for a package
-    #[command(hide = true)]
-    Papers(PapersArgs),
+    /// Write man pages and shell completions
+    #[command(hide = true, alias = "papers")]
+    Manpages(ManpagesArgs),
 }
 
-/// An error and the exit code that goes with it.
+/// An error and its exit code.
 pub struct Failure {
     pub code: u8,
     pub error: anyhow::Error,
@@ -88,12 +90,12 @@ pub struct Failure {
 const CONFIG: u8 = 78;
 
 impl Failure {
-    /// A command line that makes no sense.
+    /// An error in the command line.
     fn usage(error: impl Into<anyhow::Error>) -> Self {
         Failure { code: 2, error: error.into() }
     }
 
-    /// Whether it is only that nobody reads on.
+    /// Whether the reader of standard output is gone.
     pub fn is_broken_pipe(&self) -> bool {
         let error = self.error.downcast_ref::<std::io::Error>();
         error.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
@@ -135,12 +137,12 @@ impl Cli {
             Command::Install(args) => fleet::install(&args),
             Command::Push(args) => fleet::push_bundle(&args),
             Command::Rollback(args) => fleet::rollback(&args),
-            Command::Papers(args) => papers::papers(&args),
+            Command::Manpages(args) => manpages::manpages(&args),
         }
     }
 }
 
-/// A result for people, or as the one JSON document on standard output.
+/// Prints a result as text, or as one JSON document.
 fn show(result: &(impl Serialize + Display), json: bool) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     if json {
@@ -151,23 +153,32 @@ fn show(result: &(impl Serialize + Display), json: bool) -> Result<(), Failure> 
     Ok(())
 }
 
-/// A model, and how it looks.
+/// A model and how it classifies.
 #[derive(Debug, Args)]
 struct ModelArgs {
-    /// A .bloom file; the one inside the program where none is named
+    /// A model bundle (.bloom) [default: the built-in model]
     #[arg(long)]
     model: Option<PathBuf>,
-    /// The ONNX file the model was made for, where neither the program nor the model has it
+    /// The ONNX file of the model's backbone, if neither the program nor the bundle has it
     #[arg(long)]
     backbone: Option<PathBuf>,
-    /// Look at each image mirrored as well, and take the mean
+    /// Classify the mirrored image as well and average both
     #[arg(long)]
     mirror: bool,
+    /// Kernels that compute the backbone: auto, avx512, avx2, neon, portable or tract
+    #[arg(long, default_value_t)]
+    kernels: KernelChoice,
 }
 
 impl ModelArgs {
     fn bundle(&self) -> anyhow::Result<Bundle> {
         bundle(self.model.as_deref())
+    }
+
+    /// The backbone network of a bundle, with the chosen kernels.
+    fn network(&self, bundle: &Bundle) -> Result<Network, Failure> {
+        let kernels = device::resolve(self.kernels)?;
+        Ok(bundle.network(self.backbone.as_deref())?.with_kernels(kernels))
     }
 }
 

@@ -310,7 +310,7 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
 
 pub fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let bundle = args.model.bundle()?;
-    let network = bundle.network(args.model.backbone.as_deref())?;
+    let network = args.model.network(&bundle)?;
     let dataset = Dataset::read(&args.dataset)?;
     dataset.expect_classes(&bundle.manifest().classes, &args.dataset)?;
     let bars = Bars::default();

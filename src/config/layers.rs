@@ -1,4 +1,4 @@
-//! Several layers of settings, one over the other, and where in them a mistake stands.
+//! Layers of settings, one over the other, and the places of errors in them.
 
 use std::collections::HashMap;
 use std::fs;
@@ -12,31 +12,42 @@ use toml_edit::{Document, TableLike};
 
 use super::ConfigError;
 
-/// `BLOOMCAST__CAMERA__DEVICE=/dev/video2`
+/// The parts of a variable name: `BLOOMCAST__CAMERA__DEVICE=/dev/video2`.
 const ENV_PREFIX: &str = "BLOOMCAST";
 const ENV_SEPARATOR: &str = "__";
 
-/// `defaults` under `file` under the environment's `BLOOMCAST__…` under `overrides` (`key=value`). A key
-/// that the defaults do not have, and a value of the wrong kind, are named with their place.
+/// Keys that were renamed: the old name is still read.
+const RENAMED: [(&str, &str); 1] = [("mqtt.farewell_ms", "mqtt.shutdown_timeout_ms")];
+
+/// Merges `defaults` under `file` under the environment's `BLOOMCAST__…` under `overrides` (`key=value`). Returns the settings,
+/// and a warning for each key under an old name.
+///
+/// # Errors
+/// The file cannot be read or is not TOML, a key is not among the defaults, or a value has the wrong type; the error names the
+/// place.
 pub fn merge<T: DeserializeOwned>(
     defaults: &str,
     file: Option<&Path>,
     environment: impl Iterator<Item = (String, String)>,
     overrides: &[String],
-) -> Result<T, ConfigError> {
-    let (known, mut places) = (Known::of(defaults), Places::default());
+) -> Result<(T, Vec<String>), ConfigError> {
+    let (known, mut places) = (Known::from_defaults(defaults), Places::default());
     let mut builder = config::Config::builder().add_source(config::File::from_str(defaults, FileFormat::Toml));
     if let Some(path) = file {
         let text =
             fs::read_to_string(path).map_err(|e| ConfigError::Read { path: path.into(), reason: e.to_string() })?;
         known.expect_file(path, &text)?;
         builder = builder.add_source(config::File::from_str(&text, FileFormat::Toml));
+        for renamed in renamed_in_file(path, &text, &mut places.warnings) {
+            builder = builder.add_source(config::File::from_str(&renamed, FileFormat::Toml));
+        }
         places.file = Some((path, text));
     }
     builder = builder.add_source(variables(environment, &known, &mut places)?);
     builder = flags(builder, overrides, &known, &mut places)?;
     let merged = builder.build().map_err(|e| ConfigError::Value(e.to_string()))?;
-    merged.try_deserialize().map_err(|e| places.wrong_value(&e))
+    let settings = merged.try_deserialize().map_err(|e| places.wrong_value(&e))?;
+    Ok((settings, places.warnings))
 }
 
 fn variables(
@@ -45,11 +56,13 @@ fn variables(
     places: &mut Places<'_>,
 ) -> Result<Environment, ConfigError> {
     let prefix = format!("{ENV_PREFIX}{ENV_SEPARATOR}");
-    let ours: HashMap<String, String> = environment.filter(|(name, _)| name.starts_with(&prefix)).collect();
-    for name in ours.keys() {
+    let mut ours: HashMap<String, String> = HashMap::new();
+    for (name, value) in environment.filter(|(name, _)| name.starts_with(&prefix)) {
         let key = name[prefix.len()..].to_lowercase().replace(ENV_SEPARATOR, ".");
         let place = format!("the environment's {name}");
         known.expect(&key, || place.clone())?;
+        let key = places.present_name(key, &place);
+        ours.insert(format!("{prefix}{}", key.to_uppercase().replace('.', ENV_SEPARATOR)), value);
         places.outer.push((key, place));
     }
     let source = Environment::with_prefix(ENV_PREFIX).prefix_separator(ENV_SEPARATOR).separator(ENV_SEPARATOR);
@@ -68,24 +81,54 @@ fn flags(
             ConfigError::Value(format!("{place}: expected KEY=VALUE, like camera.device=/dev/video2"))
         })?;
         known.expect(key, || place.clone())?;
-        builder = builder.set_override(key, value).map_err(|e| ConfigError::Value(e.to_string()))?;
-        places.outer.push((key.to_owned(), place));
+        let key = places.present_name(key.to_owned(), &place);
+        builder = builder.set_override(&key, value).map_err(|e| ConfigError::Value(e.to_string()))?;
+        places.outer.push((key, place));
     }
     Ok(builder)
 }
 
-/// Where settings were made: in the file, and in the layers over it, the outermost last.
+/// The settings of the file as TOML of their present names, for each key under an old name, unless the file has both.
+fn renamed_in_file(path: &Path, text: &str, warnings: &mut Vec<String>) -> Vec<String> {
+    let Ok(document) = Document::parse(text) else { return Vec::new() };
+    let find = |key: &str| key.split('.').try_fold(document.as_item(), |item, name| item.get(name));
+    let mut renamed = Vec::new();
+    for (old, new) in RENAMED {
+        let Some(span) = find(old).and_then(toml_edit::Item::span) else { continue };
+        warnings.push(rename_warning(&format!("{}:{}", path.display(), line_of(text, span.start)), old, new));
+        if find(new).is_none() {
+            renamed.push(format!("{new} = {}\n", &text[span]));
+        }
+    }
+    renamed
+}
+
+fn rename_warning(place: &str, old: &str, new: &str) -> String {
+    format!("{place}: {old} is now called {new}; the old name still works")
+}
+
+/// The places of settings: in the file, and in the layers over it, the outermost last.
 #[derive(Default)]
 struct Places<'a> {
     file: Option<(&'a Path, String)>,
     outer: Vec<(String, String)>,
+    /// Keys under an old name.
+    warnings: Vec<String>,
 }
 
 impl Places<'_> {
-    /// The place whose value counts.
-    fn of(&self, key: &str) -> Option<String> {
+    /// Returns the present name of a key, with a warning if it is an old one.
+    fn present_name(&mut self, key: String, place: &str) -> String {
+        let Some((old, new)) = RENAMED.iter().find(|(old, _)| *old == key) else { return key };
+        self.warnings.push(rename_warning(place, old, new));
+        (*new).to_owned()
+    }
+
+    /// Returns the place of the value that is in effect.
+    fn find(&self, key: &str) -> Option<String> {
         let outer = self.outer.iter().rfind(|(there, _)| there == key);
-        outer.map(|(_, place)| place.clone()).or_else(|| self.line(key))
+        let old = RENAMED.iter().find(|(_, new)| *new == key).map(|(old, _)| *old);
+        outer.map(|(_, place)| place.clone()).or_else(|| self.line(key)).or_else(|| self.line(old?))
     }
 
     fn line(&self, key: &str) -> Option<String> {
@@ -98,7 +141,7 @@ impl Places<'_> {
         Some(format!("{}:{}", path.display(), line_of(text, item.span()?.start)))
     }
 
-    /// Names the key and the place of a value of the wrong kind.
+    /// Returns the error for a value of the wrong type, with key and place.
     fn wrong_value(&self, error: &config::ConfigError) -> ConfigError {
         let (key, reason) = match error {
             config::ConfigError::At { key: Some(key), error, .. } => (key, error.to_string()),
@@ -107,23 +150,23 @@ impl Places<'_> {
             }
             other => return ConfigError::Value(other.to_string()),
         };
-        let place = self.of(key).map_or(String::new(), |place| format!("{place}: "));
+        let place = self.find(key).map_or(String::new(), |place| format!("{place}: "));
         ConfigError::Value(format!("{place}{key}: {reason}"))
     }
 }
 
-/// Every key of the defaults.
+/// The keys of the defaults.
 struct Known(Vec<String>);
 
 impl Known {
-    fn of(defaults: &str) -> Self {
+    fn from_defaults(defaults: &str) -> Self {
         let defaults = Document::parse(defaults).expect("the defaults inside the program are TOML");
         let mut keys = Vec::new();
         walk("", defaults.as_table(), &mut |key, _| keys.push(key.to_owned()));
         Known(keys)
     }
 
-    /// Names the first key of a file that is not among them, with its line.
+    /// Refuses the first unknown key of a file, with its line.
     fn expect_file(&self, path: &Path, text: &str) -> Result<(), ConfigError> {
         let at = |span: Option<Range<usize>>| match span {
             Some(span) => format!("{}:{}", path.display(), line_of(text, span.start)),
@@ -140,15 +183,15 @@ impl Known {
         found
     }
 
-    /// Refuses a key that is neither among them nor one of those whose names are free: a threshold of a single class, a group
-    /// of devices.
+    /// Refuses an unknown key; the names of classes and groups are free.
     fn expect(&self, key: &str, place: impl FnOnce() -> String) -> Result<(), ConfigError> {
         let threshold = |class: &str| matches!(class.rsplit_once('.'), None | Some((_, "enter" | "leave")));
         let group = |name: &str| !name.contains('.');
         let free = key == "decide.classes"
             || key.strip_prefix("decide.classes.").is_some_and(threshold)
             || key.strip_prefix("fleet.groups.").is_some_and(group);
-        if free || self.0.iter().any(|known| known == key) {
+        let renamed = RENAMED.iter().any(|(old, _)| *old == key);
+        if free || renamed || self.0.iter().any(|known| known == key) {
             return Ok(());
         }
         let nearest = self
@@ -162,7 +205,7 @@ impl Known {
     }
 }
 
-/// Visits every key below `table`, a table's before those in it, each with its place in the text.
+/// Visits every key below `table`, a table before its keys, each with its span in the text.
 fn walk(prefix: &str, table: &dyn TableLike, visit: &mut dyn FnMut(&str, Option<Range<usize>>)) {
     for (name, item) in table.iter() {
         let key = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
@@ -177,7 +220,7 @@ fn line_of(text: &str, offset: usize) -> usize {
     text.as_bytes()[..offset.min(text.len())].iter().filter(|byte| **byte == b'\n').count() + 1
 }
 
-/// How many letters must be changed, put in or taken out (Levenshtein).
+/// Returns the Levenshtein distance.
 fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();

@@ -1,11 +1,13 @@
-//! What the daemon is told: the defaults inside the program, under a file, under `BLOOMCAST__…`
-//! variables, under flags; validated once.
+//! The configuration: the defaults inside the program, under a file, under `BLOOMCAST__…` variables, under flags. It is
+//! validated and parsed once.
 //!
-//! Every setting stands in `systemd/bloomcast.toml` with its default and its reason. A key that is not
-//! there is refused, by its name and line.
+//! `systemd/bloomcast.toml` has every setting with its default and its reason. A key that is not there is refused with its name
+//! and line.
 
 mod layers;
+mod settings;
 
+use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsString;
 use std::fmt;
@@ -13,195 +15,152 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use bloomcast_kernels::{Isa, THREADS_MAX, default_threads};
 use serde::Deserialize;
-use tracing::warn;
 
 use crate::bundle::archive;
-use crate::camera::{Pace, PixelFormat, Supervisor};
-use crate::decide::{Rules, Thresholds};
-use crate::mqtt::access::{BrokerAccess, Credentials};
-use crate::mqtt::link::ConnectionOptions;
-use crate::mqtt::outbox::Limits;
-use crate::mqtt::topics::{DeviceName, Topics, check_prefix};
-use crate::vision::Labels;
+use crate::camera::rpicam::RpicamOptions;
+use crate::camera::{CaptureOptions, Pace, SourceOptions, SupervisorOptions};
+use crate::decide::{Policy, Thresholds};
+use crate::mqtt::access::Credentials;
+use crate::mqtt::outbox::OutboxLimits;
+use crate::mqtt::topics::check_prefix;
+use crate::mqtt::{BrokerAccess, ConnectionOptions, DeviceName, Topics};
+use crate::update::device::{ModelFiles, UpdateOptions};
+use crate::update::protocol::TrialLimits;
 use crate::vision::decode::{FILE_BYTES_MAX, SIDE_MAX};
-use crate::vision::kernels::{THREADS_MAX, all_but_one};
+use settings::{Settings, Source};
 
 /// Every setting with its default and its reason.
 pub const DEFAULTS: &str = include_str!("../../systemd/bloomcast.toml");
 
-/// An hour; nothing here is waited for so long.
+/// The longest time of a setting: one hour.
 const MS_MAX: u64 = 3_600_000;
 
+/// An error in the configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// A file cannot be read.
     #[error("{path}: {reason}")]
     Read { path: PathBuf, reason: String },
+    /// A key that does not exist.
     #[error("{place}: unknown setting `{key}`{hint}")]
     Unknown { place: String, key: String, hint: String },
+    /// A file that is not TOML.
     #[error("{place}: {reason}")]
     Syntax { place: String, reason: String },
+    /// A value of the wrong type.
     #[error("{0}")]
     Value(String),
+    /// A value outside of its range.
     #[error("{key} = {value}: {reason}")]
     Invalid { key: &'static str, value: String, reason: String },
 }
 
-/// All settings, valid.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
+impl ConfigError {
+    fn invalid(key: &'static str, value: &dyn fmt::Display, reason: impl Into<String>) -> Self {
+        ConfigError::Invalid { key, value: value.to_string(), reason: reason.into() }
+    }
+}
+
+/// The configuration, parsed and valid.
+#[derive(Debug, Clone)]
 pub struct Config {
-    pub device: Device,
-    pub camera: Camera,
-    pub model: Model,
-    pub decide: Decide,
-    pub mqtt: Mqtt,
-    pub fleet: Fleet,
-    pub log: Log,
+    /// The camera.
+    pub camera: CameraConfig,
+    /// The paths of the device's models.
+    pub models: ModelFiles,
+    /// The kernels that compute a backbone; `None` uses tract's operators.
+    pub kernels: Option<Isa>,
+    /// Threads that compute a frame, 1 to [`THREADS_MAX`].
+    pub threads: usize,
+    /// Options of updates; they hold the decision rules.
+    pub update: UpdateOptions,
+    /// The device's topics.
+    pub topics: Topics,
+    /// The connection to the broker.
+    pub connection: ConnectionOptions,
+    /// Limits of the events that wait for the broker.
+    pub outbox: OutboxLimits,
+    /// Groups of devices, for `push --group`.
+    pub groups: BTreeMap<String, Vec<DeviceName>>,
+    /// The log.
+    pub log: LogConfig,
+    /// Settings under an old name, to be logged once.
+    pub warnings: Vec<String>,
 }
 
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Device {
+/// The configuration of the camera.
+#[derive(Debug, Clone)]
+pub struct CameraConfig {
+    /// Name in messages.
     pub name: String,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Camera {
-    pub name: String,
-    pub source: Source,
+    /// Where frames come from.
+    pub source: SourceOptions,
+    /// Interval between two classified frames.
     pub interval_ms: u64,
+    /// Difference up to which a frame equals the previous one, in grey levels; 0 classifies every frame.
     pub still_threshold: f32,
-    pub stall_ms: u64,
-    pub reopen_ms_min: u64,
-    pub reopen_ms_max: u64,
-    pub frame_bytes_max: u64,
-    pub device: String,
-    pub width: u32,
-    pub height: u32,
-    pub fps: u32,
-    pub format: PixelFormat,
-    pub rpicam: Rpicam,
-    pub replay: Replay,
+    /// A camera without a frame for this long is reopened.
+    pub stall: Duration,
+    /// The first wait before it is reopened.
+    pub reopen_min: Duration,
+    /// The longest wait before it is reopened.
+    pub reopen_max: Duration,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Source {
-    V4l2,
-    Rpicam,
-    Replay,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Rpicam {
-    pub command: String,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Replay {
-    pub path: PathBuf,
-    pub looped: bool,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Model {
-    pub bundle: PathBuf,
-    pub backbone: PathBuf,
-    pub store: PathBuf,
-    pub trusted_keys: PathBuf,
-    pub offer_bytes_max: u64,
-    pub threads: u16,
-    pub slowdown_max: f64,
-    pub trial_frames: u32,
-    pub trial_s_max: u64,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Fleet {
-    /// Names of devices by the name of their group.
-    #[serde(default)]
-    pub groups: std::collections::BTreeMap<String, Vec<String>>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Decide {
-    pub smoothing_ms: u64,
-    pub enter_dwell_ms: u64,
-    pub leave_dwell_ms: u64,
-    pub state_interval_ms: u64,
-    pub enter: f32,
-    pub leave: f32,
-    /// By class name; what stands here replaces `enter` and `leave` for that class.
-    #[serde(default)]
-    pub classes: std::collections::BTreeMap<String, ClassThresholds>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ClassThresholds {
-    pub enter: Option<f32>,
-    pub leave: Option<f32>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Mqtt {
-    pub host: String,
-    pub port: u16,
-    pub base: String,
-    pub credentials_file: PathBuf,
-    pub keep_alive_s: u64,
-    pub reconnect_ms_min: u64,
-    pub reconnect_ms_max: u64,
-    pub packet_bytes_max: usize,
-    pub inflight_max: u16,
-    pub outbox_entries_max: usize,
-    pub outbox_bytes_max: usize,
-    pub farewell_ms: u64,
-    pub discovery: Discovery,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Discovery {
-    pub enabled: bool,
-    pub prefix: String,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Log {
+/// The configuration of the log.
+#[derive(Debug, Clone)]
+pub struct LogConfig {
+    /// The least severe level that is logged.
     pub level: LogLevel,
-    pub counters_interval_s: u64,
+    /// Interval at which the counters are logged.
+    pub counters_interval: Duration,
 }
 
+/// A level of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LogLevel {
+    /// Errors.
     Error,
+    /// Warnings.
     Warn,
+    /// Events and changes of state.
     Info,
+    /// Every packet.
     Debug,
 }
 
+impl CameraConfig {
+    /// Options of the camera's supervisor. A replay has a pace of its own.
+    pub fn supervisor(&self, pace: &Pace) -> SupervisorOptions {
+        let is_replay = matches!(self.source, SourceOptions::Replay { .. });
+        SupervisorOptions {
+            pace: (!is_replay).then(|| pace.clone()),
+            stall: self.stall,
+            reopen_min: self.reopen_min,
+            reopen_max: self.reopen_max,
+        }
+    }
+}
+
 impl Config {
-    /// Reads the layers: `file` where there is one, the process's environment, then `overrides`,
-    /// each `key=value` as a flag gave it.
+    /// Reads the layers: the defaults, `file`, the process's environment, then `overrides`, each `key=value`.
+    ///
+    /// # Errors
+    /// A file cannot be read, a key is unknown, a value has the wrong type or is out of range.
     pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<Self, ConfigError> {
-        // A variable that is no text is none of ours.
+        // A variable that is not UTF-8 is not a setting.
         let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
-        Self::layered(file, std::env::vars_os().filter_map(text), overrides)
+        Self::layered(file, env::vars_os().filter_map(text), overrides)
     }
 
-    /// The defaults and `settings`, each `key=value`; nothing from outside.
-    pub fn of_settings(settings: &[String]) -> Result<Self, ConfigError> {
+    /// Parses the defaults and `settings`, each `key=value`, without a file or the environment.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn from_settings(settings: &[String]) -> Result<Self, ConfigError> {
         Self::layered(None, std::iter::empty(), settings)
     }
 
@@ -210,204 +169,217 @@ impl Config {
         environment: impl Iterator<Item = (String, String)>,
         overrides: &[String],
     ) -> Result<Self, ConfigError> {
-        let config: Config = layers::merge(DEFAULTS, file, environment, overrides)?;
-        config.validate()?;
-        Ok(config)
+        let (settings, warnings) = layers::merge::<Settings>(DEFAULTS, file, environment, overrides)?;
+        check_ranges(&settings)?;
+        Self::parse(settings, warnings)
     }
 
-    fn validate(&self) -> Result<(), ConfigError> {
-        let invalid = |key, value: &dyn fmt::Display, reason: &str| {
-            Err(ConfigError::Invalid { key, value: value.to_string(), reason: reason.into() })
-        };
-        self.topics()?;
-        let (camera, mqtt, decide, model) = (&self.camera, &self.mqtt, &self.decide, &self.model);
-        for (key, value) in [("decide.enter", decide.enter), ("decide.leave", decide.leave)] {
-            if !(value > 0.0 && value <= 1.0) {
-                return invalid(key, &value, "expected a number above 0, at most 1");
-            }
-        }
-        if decide.leave > decide.enter {
-            return invalid("decide.leave", &decide.leave, "expected at most decide.enter, or the class would flicker");
-        }
-        for class in decide.classes.keys() {
-            let Thresholds { enter, leave } = self.thresholds(class);
-            if !(leave > 0.0 && leave <= enter && enter <= 1.0) {
-                return invalid("decide.classes", class, "expected 0 < leave ≤ enter ≤ 1");
-            }
-        }
-        if !(model.slowdown_max >= 1.0 && model.slowdown_max <= 1000.0) {
-            return invalid("model.slowdown_max", &model.slowdown_max, "expected 1 to 1000");
-        }
-        for (group, devices) in &self.fleet.groups {
-            if devices.is_empty() {
-                return invalid("fleet.groups", group, "expected at least one device");
-            }
-            if let Some(device) = devices.iter().find(|device| DeviceName::new(device).is_err()) {
-                return invalid("fleet.groups", group, &format!("{device:?} is no device's name"));
-            }
-        }
-        if !(0.0..=255.0).contains(&camera.still_threshold) {
-            return invalid("camera.still_threshold", &camera.still_threshold, "expected 0 to 255 grey levels");
-        }
-        let ranges: [(&'static str, u64, u64, u64); 19] = [
-            ("camera.stall_ms", camera.stall_ms, 1, MS_MAX),
-            ("camera.interval_ms", camera.interval_ms, 0, MS_MAX),
-            ("camera.reopen_ms_min", camera.reopen_ms_min, 1, MS_MAX),
-            ("camera.frame_bytes_max", camera.frame_bytes_max, 1024, FILE_BYTES_MAX),
-            ("camera.width", camera.width.into(), 1, SIDE_MAX.into()),
-            ("camera.height", camera.height.into(), 1, SIDE_MAX.into()),
-            ("camera.fps", camera.fps.into(), 1, 1000),
-            ("model.threads", model.threads.into(), 0, THREADS_MAX as u64),
-            ("model.offer_bytes_max", model.offer_bytes_max, 4096, archive::FILE_BYTES_MAX),
-            ("model.trial_frames", model.trial_frames.into(), 1, 1_000_000),
-            ("model.trial_s_max", model.trial_s_max, 1, 86_400),
-            ("mqtt.port", mqtt.port.into(), 1, u16::MAX.into()),
-            ("mqtt.keep_alive_s", mqtt.keep_alive_s, 1, u16::MAX.into()),
-            ("mqtt.reconnect_ms_min", mqtt.reconnect_ms_min, 1, MS_MAX),
-            ("mqtt.packet_bytes_max", mqtt.packet_bytes_max as u64, 4096, 256 << 20),
-            ("mqtt.inflight_max", mqtt.inflight_max.into(), 1, 1000),
-            ("mqtt.outbox_entries_max", mqtt.outbox_entries_max as u64, 1, 1_000_000),
-            ("mqtt.outbox_bytes_max", mqtt.outbox_bytes_max as u64, 4096, 1 << 30),
-            ("log.counters_interval_s", self.log.counters_interval_s, 1, MS_MAX),
-        ];
-        if let Some((key, value, min, max)) = ranges.iter().find(|(_, value, min, max)| value < min || value > max) {
-            return invalid(key, value, &format!("expected {min} to {max}"));
-        }
-        let ordered = [
-            ("camera.reopen_ms_max", self.camera.reopen_ms_min, self.camera.reopen_ms_max),
-            ("mqtt.reconnect_ms_max", self.mqtt.reconnect_ms_min, self.mqtt.reconnect_ms_max),
-        ];
-        if let Some((key, _, max)) = ordered.iter().find(|(_, min, max)| min > max) {
-            return invalid(key, max, "expected at least what the first wait is");
-        }
-        if self.mqtt.host.is_empty() {
-            return invalid("mqtt.host", &"\"\"", "expected the broker's name or address");
-        }
-        if self.camera.source == Source::Replay && self.camera.replay.path.as_os_str().is_empty() {
-            return invalid("camera.replay.path", &"\"\"", "expected a folder or a list of images");
-        }
-        Ok(())
-    }
-
-    /// Where messages go. The device's name is the host's where none is set.
-    pub fn topics(&self) -> Result<Topics, ConfigError> {
-        let name = match self.device.name.as_str() {
-            "" => fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
-            name => name.to_owned(),
-        };
-        let invalid =
-            |key, value: &str, reason: String| ConfigError::Invalid { key, value: format!("{value:?}"), reason };
-        let device = DeviceName::new(&name).map_err(|e| invalid("device.name", &name, e.to_string()))?;
-        check_prefix(&self.mqtt.base).map_err(|e| invalid("mqtt.base", &self.mqtt.base, e.to_string()))?;
-        let prefix = &self.mqtt.discovery.prefix;
-        check_prefix(prefix).map_err(|e| invalid("mqtt.discovery.prefix", prefix, e.to_string()))?;
-        Ok(Topics::new(&self.mqtt.base, prefix, device))
-    }
-
-    /// Where the messages of another device go.
-    pub fn topics_of(&self, device: DeviceName) -> Topics {
-        Topics::new(&self.mqtt.base, &self.mqtt.discovery.prefix, device)
-    }
-
-    /// Threads that compute a frame.
-    pub fn threads(&self) -> usize {
-        match self.model.threads {
-            0 => all_but_one(),
-            threads => threads.into(),
-        }
-    }
-
-    /// The thresholds of a class.
-    pub fn thresholds(&self, class: &str) -> Thresholds {
-        let own = self.decide.classes.get(class);
-        Thresholds {
-            enter: own.and_then(|own| own.enter).unwrap_or(self.decide.enter),
-            leave: own.and_then(|own| own.leave).unwrap_or(self.decide.leave),
-        }
-    }
-
-    /// What is decided by, for the classes of a model. Thresholds for a class that the model does not
-    /// know are a mistake.
-    pub fn rules(&self, labels: &Labels) -> Result<Rules, ConfigError> {
-        match self.unknown_class(labels) {
-            None => Ok(self.rules_of_known(labels)),
-            Some(class) => Err(ConfigError::Invalid {
-                key: "decide.classes",
-                value: class.into(),
-                reason: format!("the model knows {}", labels.names().join(", ")),
-            }),
-        }
-    }
-
-    /// The same where models come and go: thresholds for a class that this one does not know wait for another.
-    pub fn rules_of_known(&self, labels: &Labels) -> Rules {
-        if let Some(class) = self.unknown_class(labels) {
-            warn!("decide.classes = {class}: the model does not know it");
-        }
-        Rules {
-            smoothing: Duration::from_millis(self.decide.smoothing_ms),
-            enter_dwell: Duration::from_millis(self.decide.enter_dwell_ms),
-            leave_dwell: Duration::from_millis(self.decide.leave_dwell_ms),
-            state_interval: Duration::from_millis(self.decide.state_interval_ms),
-            thresholds: labels.names().iter().map(|class| self.thresholds(class)).collect(),
-        }
-    }
-
-    fn unknown_class(&self, labels: &Labels) -> Option<&str> {
-        self.decide.classes.keys().map(String::as_str).find(|class| labels.position(class).is_none())
-    }
-
-    /// What the camera's supervisor goes by. A replay keeps the pace itself.
-    pub fn supervisor(&self, pace: &Pace) -> Supervisor {
-        Supervisor {
-            pace: (self.camera.source != Source::Replay).then(|| pace.clone()),
-            stall: Duration::from_millis(self.camera.stall_ms),
-            reopen_min: Duration::from_millis(self.camera.reopen_ms_min),
-            reopen_max: Duration::from_millis(self.camera.reopen_ms_max),
-        }
-    }
-
-    /// What a device's connection to the broker goes by.
-    pub fn link(&self) -> Result<ConnectionOptions, ConfigError> {
-        let mqtt = &self.mqtt;
-        Ok(ConnectionOptions {
-            access: self.access()?,
-            reconnect_min: Duration::from_millis(mqtt.reconnect_ms_min),
-            reconnect_max: Duration::from_millis(mqtt.reconnect_ms_max),
-            inflight_max: mqtt.inflight_max,
-            farewell: Duration::from_millis(mqtt.farewell_ms),
-        })
-    }
-
-    /// How the broker is reached; reads the credentials.
-    pub fn access(&self) -> Result<BrokerAccess, ConfigError> {
-        let mqtt = &self.mqtt;
-        Ok(BrokerAccess {
-            host: mqtt.host.clone(),
-            port: mqtt.port,
-            credentials: match mqtt.credentials_file.as_os_str().is_empty() {
-                true => handed_over(env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from))?,
-                false => Some(credentials(&mqtt.credentials_file)?),
+    fn parse(settings: Settings, warnings: Vec<String>) -> Result<Self, ConfigError> {
+        let Settings { camera, model, decide, mqtt, fleet, log, device } = &settings;
+        let ms = Duration::from_millis;
+        let topics = topics(&device.name, mqtt)?;
+        let kernels = model.kernels.resolve();
+        let kernels = kernels.map_err(|e| ConfigError::invalid("model.kernels", &model.kernels, e.to_string()))?;
+        Ok(Config {
+            camera: CameraConfig {
+                name: camera.name.clone(),
+                source: source(camera)?,
+                interval_ms: camera.interval_ms,
+                still_threshold: camera.still_threshold,
+                stall: ms(camera.stall_ms),
+                reopen_min: ms(camera.reopen_ms_min),
+                reopen_max: ms(camera.reopen_ms_max),
             },
-            keep_alive: Duration::from_secs(mqtt.keep_alive_s),
-            packet_bytes_max: mqtt.packet_bytes_max,
+            models: ModelFiles {
+                bundle: named(&model.bundle),
+                backbone: named(&model.backbone),
+                store: named(&model.store),
+            },
+            kernels,
+            threads: if model.threads == 0 { default_threads() } else { model.threads.into() },
+            update: UpdateOptions {
+                trusted_keys: model.trusted_keys.clone(),
+                offer_bytes_max: model.offer_bytes_max,
+                slowdown_max: model.slowdown_max,
+                trial: TrialLimits { frames: model.trial_frames, seconds: model.trial_s_max },
+                policy: policy(decide)?,
+                discovery: mqtt.discovery.enabled,
+                packet_bytes_max: mqtt.packet_bytes_max,
+            },
+            topics,
+            connection: ConnectionOptions {
+                access: access(mqtt)?,
+                reconnect_min: ms(mqtt.reconnect_ms_min),
+                reconnect_max: ms(mqtt.reconnect_ms_max),
+                inflight_max: mqtt.inflight_max,
+                shutdown_timeout: ms(mqtt.shutdown_timeout_ms),
+            },
+            outbox: OutboxLimits { entries_max: mqtt.outbox_entries_max, bytes_max: mqtt.outbox_bytes_max },
+            groups: groups(fleet)?,
+            log: LogConfig { level: log.level, counters_interval: Duration::from_secs(log.counters_interval_s) },
+            warnings,
         })
     }
+}
 
-    pub fn outbox(&self) -> Limits {
-        Limits { entries_max: self.mqtt.outbox_entries_max, bytes_max: self.mqtt.outbox_bytes_max }
+/// Returns the path; `None` if the setting is empty.
+fn named(path: &Path) -> Option<PathBuf> {
+    (!path.as_os_str().is_empty()).then(|| path.to_owned())
+}
+
+/// Checks the values that have a range or an order.
+fn check_ranges(settings: &Settings) -> Result<(), ConfigError> {
+    let Settings { camera, model, mqtt, log, .. } = settings;
+    if !(model.slowdown_max >= 1.0 && model.slowdown_max <= 1000.0) {
+        return Err(ConfigError::invalid("model.slowdown_max", &model.slowdown_max, "expected 1 to 1000"));
     }
+    if !(0.0..=255.0).contains(&camera.still_threshold) {
+        let value = &camera.still_threshold;
+        return Err(ConfigError::invalid("camera.still_threshold", value, "expected 0 to 255 grey levels"));
+    }
+    let ranges: [(&'static str, u64, u64, u64); 19] = [
+        ("camera.stall_ms", camera.stall_ms, 1, MS_MAX),
+        ("camera.interval_ms", camera.interval_ms, 0, MS_MAX),
+        ("camera.reopen_ms_min", camera.reopen_ms_min, 1, MS_MAX),
+        ("camera.frame_bytes_max", camera.frame_bytes_max, 1024, FILE_BYTES_MAX),
+        ("camera.width", camera.width.into(), 1, SIDE_MAX.into()),
+        ("camera.height", camera.height.into(), 1, SIDE_MAX.into()),
+        ("camera.fps", camera.fps.into(), 1, 1000),
+        ("model.threads", model.threads.into(), 0, THREADS_MAX as u64),
+        ("model.offer_bytes_max", model.offer_bytes_max, 4096, archive::FILE_BYTES_MAX),
+        ("model.trial_frames", model.trial_frames.into(), 1, 1_000_000),
+        ("model.trial_s_max", model.trial_s_max, 1, 86_400),
+        ("mqtt.port", mqtt.port.into(), 1, u16::MAX.into()),
+        ("mqtt.keep_alive_s", mqtt.keep_alive_s, 1, u16::MAX.into()),
+        ("mqtt.reconnect_ms_min", mqtt.reconnect_ms_min, 1, MS_MAX),
+        ("mqtt.packet_bytes_max", mqtt.packet_bytes_max as u64, 4096, 256 << 20),
+        ("mqtt.inflight_max", mqtt.inflight_max.into(), 1, 1000),
+        ("mqtt.outbox_entries_max", mqtt.outbox_entries_max as u64, 1, 1_000_000),
+        ("mqtt.outbox_bytes_max", mqtt.outbox_bytes_max as u64, 4096, 1 << 30),
+        ("log.counters_interval_s", log.counters_interval_s, 1, MS_MAX),
+    ];
+    if let Some((key, value, min, max)) = ranges.iter().find(|(_, value, min, max)| value < min || value > max) {
+        return Err(ConfigError::invalid(key, value, format!("expected {min} to {max}")));
+    }
+    let ordered = [
+        ("camera.reopen_ms_max", camera.reopen_ms_min, camera.reopen_ms_max),
+        ("mqtt.reconnect_ms_max", mqtt.reconnect_ms_min, mqtt.reconnect_ms_max),
+    ];
+    if let Some((key, min, max)) = ordered.iter().find(|(_, min, max)| min > max) {
+        return Err(ConfigError::invalid(key, max, format!("expected at least {min}, the first wait")));
+    }
+    if mqtt.host.is_empty() {
+        return Err(ConfigError::invalid("mqtt.host", &"\"\"", "expected the broker's name or address"));
+    }
+    Ok(())
 }
 
-/// What systemd hands over under the name `mqtt` (`LoadCredential=`). None where it hands over nothing, or an empty file, as
-/// the package brings it.
-fn handed_over(folder: Option<PathBuf>) -> Result<Option<Credentials>, ConfigError> {
+/// Returns the device's topics. An empty name is the host's.
+fn topics(name: &str, mqtt: &settings::Mqtt) -> Result<Topics, ConfigError> {
+    let name = match name {
+        "" => fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
+        name => name.to_owned(),
+    };
+    let invalid = |key, value: &str, reason: String| ConfigError::invalid(key, &format!("{value:?}"), reason);
+    let device = DeviceName::new(&name).map_err(|e| invalid("device.name", &name, e.to_string()))?;
+    check_prefix(&mqtt.base).map_err(|e| invalid("mqtt.base", &mqtt.base, e.to_string()))?;
+    let prefix = &mqtt.discovery.prefix;
+    check_prefix(prefix).map_err(|e| invalid("mqtt.discovery.prefix", prefix, e.to_string()))?;
+    Ok(Topics::new(&mqtt.base, prefix, device))
+}
+
+fn source(camera: &settings::Camera) -> Result<SourceOptions, ConfigError> {
+    let (width, height, fps) = (camera.width, camera.height, camera.fps);
+    Ok(match camera.source {
+        Source::V4l2 => SourceOptions::V4l2 {
+            device: camera.device.clone(),
+            capture: CaptureOptions { width, height, fps, format: camera.format },
+        },
+        Source::Rpicam => SourceOptions::Rpicam(RpicamOptions {
+            command: camera.rpicam.command.clone(),
+            width,
+            height,
+            fps,
+            frame_bytes_max: camera.frame_bytes_max as usize,
+        }),
+        Source::Replay => {
+            let reason = "expected a folder or a list of images";
+            let path = named(&camera.replay.path);
+            SourceOptions::Replay {
+                path: path.ok_or_else(|| ConfigError::invalid("camera.replay.path", &"\"\"", reason))?,
+                looped: camera.replay.looped,
+                file_bytes_max: camera.frame_bytes_max,
+            }
+        }
+    })
+}
+
+fn policy(decide: &settings::Decide) -> Result<Policy, ConfigError> {
+    for (key, value) in [("decide.enter", decide.enter), ("decide.leave", decide.leave)] {
+        if !(value > 0.0 && value <= 1.0) {
+            return Err(ConfigError::invalid(key, &value, "expected a number above 0, at most 1"));
+        }
+    }
+    if decide.leave > decide.enter {
+        let reason = "expected at most decide.enter: the class would be entered and left in turns";
+        return Err(ConfigError::invalid("decide.leave", &decide.leave, reason));
+    }
+    let mut class_thresholds = BTreeMap::new();
+    for (class, own) in &decide.classes {
+        let (enter, leave) = (own.enter.unwrap_or(decide.enter), own.leave.unwrap_or(decide.leave));
+        if !(leave > 0.0 && leave <= enter && enter <= 1.0) {
+            return Err(ConfigError::invalid("decide.classes", class, "expected 0 < leave ≤ enter ≤ 1"));
+        }
+        class_thresholds.insert(class.clone(), Thresholds { enter, leave });
+    }
+    Ok(Policy {
+        smoothing: Duration::from_millis(decide.smoothing_ms),
+        enter_dwell: Duration::from_millis(decide.enter_dwell_ms),
+        leave_dwell: Duration::from_millis(decide.leave_dwell_ms),
+        state_interval: Duration::from_millis(decide.state_interval_ms),
+        thresholds: Thresholds { enter: decide.enter, leave: decide.leave },
+        class_thresholds,
+    })
+}
+
+fn groups(fleet: &settings::Fleet) -> Result<BTreeMap<String, Vec<DeviceName>>, ConfigError> {
+    let mut groups = BTreeMap::new();
+    for (group, names) in &fleet.groups {
+        if names.is_empty() {
+            return Err(ConfigError::invalid("fleet.groups", group, "expected at least one device"));
+        }
+        let device = |name: &String| {
+            let reason = |e| format!("{name:?} is not a device name: {e}");
+            DeviceName::new(name).map_err(|e| ConfigError::invalid("fleet.groups", group, reason(e)))
+        };
+        groups.insert(group.clone(), names.iter().map(device).collect::<Result<_, _>>()?);
+    }
+    Ok(groups)
+}
+
+/// Returns the broker's address; reads the credentials.
+fn access(mqtt: &settings::Mqtt) -> Result<BrokerAccess, ConfigError> {
+    Ok(BrokerAccess {
+        host: mqtt.host.clone(),
+        port: mqtt.port,
+        credentials: match named(&mqtt.credentials_file) {
+            None => service_credentials(env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from))?,
+            Some(file) => Some(credentials(&file)?),
+        },
+        keep_alive: Duration::from_secs(mqtt.keep_alive_s),
+        packet_bytes_max: mqtt.packet_bytes_max,
+    })
+}
+
+/// Reads the credentials that systemd passes under the name `mqtt` (`LoadCredential=`); `None` if there are none, or the file is
+/// empty, as the package installs it.
+fn service_credentials(folder: Option<PathBuf>) -> Result<Option<Credentials>, ConfigError> {
     let file = folder.map(|folder| folder.join("mqtt"));
-    let written = |path: &PathBuf| fs::metadata(path).is_ok_and(|file| file.len() > 0);
-    file.filter(written).map(|path| credentials(&path)).transpose()
+    let is_filled = |path: &PathBuf| fs::metadata(path).is_ok_and(|file| file.len() > 0);
+    file.filter(is_filled).map(|path| credentials(&path)).transpose()
 }
 
-/// The user's name on the first line, the password on the second.
+/// Reads a user name from the first line and a password from the second.
 fn credentials(path: &Path) -> Result<Credentials, ConfigError> {
     let failed = |reason: String| ConfigError::Read { path: path.into(), reason };
     let text = fs::read_to_string(path).map_err(|e| failed(e.to_string()))?;
@@ -416,13 +388,18 @@ fn credentials(path: &Path) -> Result<Credentials, ConfigError> {
         (Some(user), Some(password)) if !user.is_empty() => {
             Ok(Credentials { user: user.into(), password: password.into() })
         }
-        _ => Err(failed("expected the user's name on the first line and the password on the second".into())),
+        _ => Err(failed("expected the user name on the first line and the password on the second".into())),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vision::Labels;
+
+    fn labels() -> Labels {
+        Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap()
+    }
 
     fn load(text: &str, environment: &[(&str, &str)], overrides: &[&str]) -> Result<Config, String> {
         let dir = tempfile::tempdir().unwrap();
@@ -437,39 +414,75 @@ mod tests {
     #[test]
     fn the_defaults_are_valid() {
         let config = Config::layered(None, std::iter::empty(), &[]).unwrap();
-        assert_eq!(config.camera.source, Source::V4l2);
-        let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
-        assert_eq!(config.rules(&labels).unwrap().thresholds.len(), 2);
+        assert!(matches!(config.camera.source, SourceOptions::V4l2 { .. }));
+        assert_eq!(config.update.policy.rules(&labels()).unwrap().thresholds.len(), 2);
+        assert_eq!(config.warnings, [""; 0]);
+        assert_eq!(config.kernels, Some(Isa::best()));
     }
 
     #[test]
-    fn flags_win_over_the_environment_and_that_over_the_file() {
+    fn flags_override_the_environment_which_overrides_the_file() {
         let file = "[camera]\nwidth = 1\nheight = 1\nfps = 1\n";
-        let environment =
-            [("BLOOMCAST__CAMERA__HEIGHT", "2"), ("BLOOMCAST__CAMERA__FPS", "2"), ("BLOOMCAST_KERNELS", "tract")];
-        let config = load(file, &environment, &["camera.fps=3", "camera.replay.looped=false"]).unwrap();
-        assert_eq!((config.camera.width, config.camera.height, config.camera.fps), (1, 2, 3));
-        assert!(!config.camera.replay.looped);
+        let environment = [("BLOOMCAST__CAMERA__HEIGHT", "2"), ("BLOOMCAST__CAMERA__FPS", "2"), ("BLOOMCAST_X", "y")];
+        let config = load(file, &environment, &["camera.fps=3"]).unwrap();
+        let SourceOptions::V4l2 { capture: CaptureOptions { width, height, fps, .. }, .. } = config.camera.source
+        else {
+            panic!("the default source");
+        };
+        assert_eq!((width, height, fps), (1, 2, 3));
+        let replay = ["camera.source=replay", "camera.replay.path=x", "camera.replay.looped=false"];
+        let config = load("", &[], &replay).unwrap();
+        assert!(matches!(config.camera.source, SourceOptions::Replay { looped: false, .. }));
     }
 
     #[test]
-    fn groups_have_names_of_their_own() {
+    fn group_names_are_free() {
         let config = load("[fleet.groups]\ngarden = [\"pi\", \"greenhouse\"]\n", &[], &[]).unwrap();
-        assert_eq!(config.fleet.groups["garden"], ["pi", "greenhouse"]);
+        let devices: Vec<&str> = config.groups["garden"].iter().map(DeviceName::as_str).collect();
+        assert_eq!(devices, ["pi", "greenhouse"]);
     }
 
     #[test]
-    fn thresholds_of_one_class_replace_the_common_ones() {
+    fn thresholds_of_a_class_replace_the_common_ones() {
         let config = load("[decide.classes.roses]\nenter = 0.9\n", &[], &[]).unwrap();
-        assert_eq!(config.thresholds("roses"), Thresholds { enter: 0.9, leave: 0.45 });
-        assert_eq!(config.thresholds("daisy"), Thresholds { enter: 0.7, leave: 0.45 });
-        let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
-        let error = config.rules(&labels).unwrap_err().to_string();
-        assert_eq!(error, "decide.classes = roses: the model knows daisy, tulips");
+        let policy = config.update.policy;
+        assert_eq!(policy.class_thresholds["roses"], Thresholds { enter: 0.9, leave: 0.45 });
+        assert_eq!(policy.thresholds, Thresholds { enter: 0.7, leave: 0.45 });
+        assert!(policy.rules(&labels()).is_err());
     }
 
     #[test]
-    fn mistakes_are_named_with_key_and_line() {
+    fn an_old_key_works_and_is_reported_once() {
+        let timeout = |config: &Config| config.connection.shutdown_timeout.as_millis();
+        let warning = "mqtt.farewell_ms is now called mqtt.shutdown_timeout_ms; the old name still works";
+        let file = "[mqtt]\nport = 1\nfarewell_ms = 70\n";
+        let config = load(file, &[], &[]).unwrap();
+        assert_eq!((timeout(&config), config.warnings), (70, vec![format!("b.toml:3: {warning}")]));
+        let config = load(file, &[("BLOOMCAST__MQTT__FAREWELL_MS", "80")], &[]).unwrap();
+        assert_eq!((timeout(&config), config.warnings.len()), (80, 2));
+        let config = load(file, &[], &["mqtt.farewell_ms=90"]).unwrap();
+        assert_eq!(timeout(&config), 90);
+        let config = load("[mqtt]\nfarewell_ms = 70\nshutdown_timeout_ms = 60\n", &[], &[]).unwrap();
+        assert_eq!(timeout(&config), 60, "the new name wins within a layer");
+        let error = load("[mqtt]\nfarewell_ms = \"long\"\n", &[], &[]).unwrap_err();
+        assert!(error.starts_with("b.toml:2: mqtt.shutdown_timeout_ms: invalid type: string"), "{error}");
+    }
+
+    #[test]
+    fn unknown_and_unsupported_kernels_are_refused_with_the_choices() {
+        let error = load("[model]\nkernels = \"sse9\"\n", &[], &[]).unwrap_err();
+        let expected = "unknown kernels, expected one of auto, avx512, avx2, neon, portable, tract";
+        assert!(error.starts_with("b.toml:2: model.kernels: ") && error.contains(expected), "{error}");
+        assert_eq!(load("", &[], &["model.kernels=tract"]).unwrap().kernels, None);
+        let unsupported = Isa::ALL.into_iter().find(|isa| !isa.is_supported()).expect("x86 has no NEON, ARM no AVX");
+        let error = load("", &[], &[&format!("model.kernels={}", unsupported.name())]).unwrap_err();
+        let (name, best) = (unsupported.name(), Isa::best().name());
+        let reason = format!("this processor lacks {name}; \"auto\" would take {best}");
+        assert_eq!(error, format!("model.kernels = {name}: {reason}"));
+    }
+
+    #[test]
+    fn names_errors_with_key_and_line() {
         let cases = [
             ("[camera]\n\nwidht = 640\n", "b.toml:3: unknown setting `camera.widht`, did you mean `camera.width`?"),
             ("[kamera]\nwidth = 1\n", "b.toml:1: unknown setting `kamera`, did you mean `camera`?"),
@@ -478,7 +491,7 @@ mod tests {
             ("[mqtt]\nport = 0\n", "mqtt.port = 0: expected 1 to 65535"),
             (
                 "[decide]\nleave = 0.9\n",
-                "decide.leave = 0.9: expected at most decide.enter, or the class would flicker",
+                "decide.leave = 0.9: expected at most decide.enter: the class would be entered and left in turns",
             ),
             ("[decide]\nenter = 7\n", "decide.enter = 7: expected a number above 0, at most 1"),
             ("[decide.classes.roses]\nentre = 0.9\n", "b.toml:2: unknown setting `decide.classes.roses.entre`"),
@@ -489,7 +502,10 @@ mod tests {
             ),
             ("[camera]\nsource = \"replay\"\n", "camera.replay.path = \"\": expected a folder or a list of images"),
             ("[fleet.groups]\ngarden = []\n", "fleet.groups = garden: expected at least one device"),
-            ("[fleet.groups]\ngarden = [\"a/b\"]\n", "fleet.groups = garden: \"a/b\" is no device's name"),
+            (
+                "[fleet.groups]\ngarden = [\"a/b\"]\n",
+                "fleet.groups = garden: \"a/b\" is not a device name: expected 1 to 64 letters (a–z, A–Z), digits, - or _",
+            ),
             ("[model]\nslowdown_max = 0.5\n", "model.slowdown_max = 0.5: expected 1 to 1000"),
             ("[camera]\nstill_threshold = -1\n", "camera.still_threshold = -1: expected 0 to 255 grey levels"),
             ("[model]\nthreads = 65\n", "model.threads = 65: expected 0 to 64"),
@@ -498,13 +514,13 @@ mod tests {
             ("[mqtt]\nkeep_alive_s = 65536\n", "mqtt.keep_alive_s = 65536: expected 1 to 65535"),
             (
                 "[mqtt]\nbase = \"a/#\"\n",
-                "mqtt.base = \"a/#\": expected 1 to 128 bytes, levels that are not empty, without +, #, $ at the start or control characters",
+                "mqtt.base = \"a/#\": expected 1 to 128 bytes, non-empty levels, without +, #, $ at the start or control characters",
             ),
             (
                 "[mqtt.discovery]\nprefix = \"/\"\n",
-                "mqtt.discovery.prefix = \"/\": expected 1 to 128 bytes, levels that are not empty, without +, #, $ at the start or control characters",
+                "mqtt.discovery.prefix = \"/\": expected 1 to 128 bytes, non-empty levels, without +, #, $ at the start or control characters",
             ),
-            ("[camera]\nreopen_ms_max = 1\n", "camera.reopen_ms_max = 1: expected at least what the first wait is"),
+            ("[camera]\nreopen_ms_max = 1\n", "camera.reopen_ms_max = 1: expected at least 500, the first wait"),
         ];
         for (text, expected) in cases {
             assert_eq!(load(text, &[], &[]).unwrap_err(), expected, "{text}");
@@ -530,7 +546,7 @@ mod tests {
     }
 
     #[test]
-    fn credentials_are_two_lines_and_never_shown() {
+    fn credentials_are_two_lines_and_never_printed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mqtt");
         fs::write(&path, "pi\nsecret word\n").unwrap();
@@ -540,12 +556,12 @@ mod tests {
         fs::write(&path, "pi\n").unwrap();
         assert!(credentials(&path).unwrap_err().to_string().contains("the password on the second"));
         assert!(credentials(&dir.path().join("none")).is_err());
-        // From systemd: none, an empty one, one that is cut.
-        let handed_over = || handed_over(Some(dir.path().into()));
-        assert!(handed_over().unwrap_err().to_string().contains("the password on the second"));
+        // From systemd: incomplete, empty, missing.
+        let passed = || service_credentials(Some(dir.path().into()));
+        assert!(passed().unwrap_err().to_string().contains("the password on the second"));
         fs::write(&path, "").unwrap();
-        assert_eq!(handed_over().unwrap(), None);
+        assert_eq!(passed().unwrap(), None);
         fs::remove_file(&path).unwrap();
-        assert_eq!(handed_over().unwrap(), None);
+        assert_eq!(passed().unwrap(), None);
     }
 }

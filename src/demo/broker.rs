@@ -1,4 +1,4 @@
-//! The broker inside the demo; the only file that names rumqttd.
+//! The demo's MQTT broker; the only module that imports rumqttd.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -7,32 +7,40 @@ use std::time::{Duration, Instant};
 
 use rumqttd::{Broker, Config, ConnectionSettings, RouterConfig, ServerSettings};
 
-/// How long the broker may take to listen.
-const START: Duration = Duration::from_secs(5);
+/// The longest wait for the broker to accept connections.
+const START_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// An error at the start of the broker.
 #[derive(Debug, thiserror::Error)]
 pub enum BrokerError {
+    /// The port cannot be bound.
     #[error("port {port} of 127.0.0.1: {source}")]
     Port { port: u16, source: std::io::Error },
-    #[error("does not listen on port {0}")]
-    Deaf(u16),
+    /// The broker accepts no connections.
+    #[error("no connection accepted on port {0} of 127.0.0.1 within {timeout} s", timeout = START_TIMEOUT.as_secs())]
+    NotListening(u16),
+    /// The broker's thread cannot be started.
     #[error("cannot start its thread: {0}")]
     Thread(std::io::Error),
 }
 
-/// Starts a broker on 127.0.0.1 and waits until it listens; gives its port. It cannot be stopped and
-/// ends with the process.
+/// Starts a broker on 127.0.0.1, waits until it accepts connections, and returns its port; port 0 selects a free one. The
+/// broker runs until the process ends.
+///
+/// # Errors
+///
+/// [`BrokerError`] if the port is in use or the broker does not start.
 pub fn start(port: u16) -> Result<u16, BrokerError> {
-    // The broker itself says nothing when the port is taken: it is tried first.
+    // rumqttd reports no error if the port is in use, so the port is bound first.
     let probe = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|source| BrokerError::Port { port, source })?;
     let address = probe.local_addr().map_err(|source| BrokerError::Port { port, source })?;
     drop(probe);
     let broker = Broker::new(config(address));
     thread::Builder::new().name("broker".into()).spawn(move || serve(broker)).map_err(BrokerError::Thread)?;
-    let began = Instant::now();
-    while TcpStream::connect_timeout(&address, START).is_err() {
-        if began.elapsed() > START {
-            return Err(BrokerError::Deaf(address.port()));
+    let started = Instant::now();
+    while TcpStream::connect_timeout(&address, START_TIMEOUT).is_err() {
+        if started.elapsed() > START_TIMEOUT {
+            return Err(BrokerError::NotListening(address.port()));
         }
         thread::sleep(Duration::from_millis(5));
     }
@@ -78,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_taken_port_is_named() {
+    fn the_error_names_a_port_in_use() {
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let port = taken.local_addr().unwrap().port();
         let error = start(port).unwrap_err().to_string();

@@ -1,5 +1,5 @@
-//! One command to see it work: a broker inside the process, real photographs replayed through the real
-//! daemon, and a subscriber that knows no more than any other.
+//! The demo: a broker inside the process, photographs that are replayed through the daemon, and a subscriber that prints the
+//! events.
 
 pub mod broker;
 mod photographs;
@@ -16,15 +16,16 @@ use serde_json::Value;
 use crate::bundle::Bundle;
 use crate::config::{Config, ConfigError};
 use crate::daemon::{Daemon, DaemonError};
-use crate::mqtt::access::BrokerAccess;
+use crate::mqtt::BrokerAccess;
 use crate::mqtt::client::{Client, ClientError};
 use crate::mqtt::message::OFFLINE;
 use crate::system::Counters;
+use crate::update::device::admission::Refusal;
 use crate::vision::UNKNOWN;
-use crate::vision_stage::Seen;
+use crate::vision_stage::ClassifiedFrame;
 use photographs::Photographs;
 
-/// How long the subscriber is listened to once the daemon has ended.
+/// The longest wait for a message; after it, the end of the daemon is checked.
 const GRACE: Duration = Duration::from_secs(2);
 const DEVICE: &str = "demo";
 
@@ -46,55 +47,65 @@ pub enum DemoError {
     Sequence(String),
 }
 
-/// What the demo is asked for.
+/// Options of the demo.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Photographs, one folder a class, or just photographs.
+    /// A folder of photographs, with or without a folder for each class.
     pub frames: Option<PathBuf>,
-    /// Of the broker on 127.0.0.1; 0 takes a free one.
+    /// Port of the broker on 127.0.0.1; 0 chooses a free one.
     pub port: u16,
+    /// Photographs of each class.
     pub per_class: usize,
+    /// Interval between two photographs.
     pub interval_ms: u64,
 }
 
-/// An event as the subscriber got it.
+/// A received event.
 struct Event {
     class: String,
     previous: String,
     confidence: f64,
     received_at: SystemTime,
-    /// When the frame was caught that decided it, to the millisecond.
+    /// Capture time of the frame that caused it, in milliseconds.
     captured_at: SystemTime,
 }
 
-/// What came of it.
+/// The results of a demo.
 struct Outcome {
     events: Vec<Event>,
-    seen: Vec<Seen>,
+    classified: Vec<ClassifiedFrame>,
     counters: Arc<Counters>,
     elapsed: Duration,
 }
 
-/// Plays the photographs through and prints what comes out at the other end. An error where the
-/// folders' names tell what is shown and the events tell something else.
+/// Replays the photographs and prints the received events.
+///
+/// # Errors
+/// The broker, the daemon or the subscriber fails, or the events do not follow the folders that were replayed.
 pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
-    let labels = Bundle::built_in().map_err(|e| DaemonError::Model(e.into()))?.manifest().classes.names().to_vec();
-    let photographs = Photographs::find(options.frames.as_deref(), options.per_class, out)?.told_by(&labels);
+    let labels = Bundle::built_in()
+        .map_err(|e| DaemonError::Model(Refusal::from(e).into()))?
+        .manifest()
+        .classes
+        .names()
+        .to_vec();
+    let photographs = Photographs::find(options.frames.as_deref(), options.per_class, out)?.match_labels(&labels);
     let port = broker::start(options.port)?;
     let list = photographs.write_list()?;
     let daemon = Daemon::prepare(config(port, &list, options.interval_ms)?)?;
-    screen::opening(out, port, &photographs, &daemon.model())?;
+    screen::header(out, port, &photographs, &daemon.model())?;
 
     let mut subscriber = Client::connect(&BrokerAccess::local(port), &[format!("bloomcast/{DEVICE}/#")])?;
-    let (seen, looked_on) = mpsc::sync_channel(photographs.images.len());
+    let (classified, classified_frames) = mpsc::sync_channel(photographs.images.len());
     let began = Instant::now();
-    let watching = thread::Builder::new()
+    let running = thread::Builder::new()
         .name("daemon".into())
-        // The channel has room for every photograph: the daemon never waits for us.
-        .spawn(move || daemon.run(std::future::pending(), Box::new(move |frame| drop(seen.try_send(frame)))))?;
-    let events = listen(&mut subscriber, &watching, out)?;
-    let counters = watching.join().map_err(|_| DaemonError::Panicked("daemon"))??.close();
-    let outcome = Outcome { events, seen: looked_on.iter().collect(), counters, elapsed: began.elapsed() };
+        // The channel has room for every photograph: the daemon never waits.
+        .spawn(move || daemon.run(std::future::pending(), Box::new(move |frame| drop(classified.try_send(frame)))))?;
+    let events = listen(&mut subscriber, &running, out)?;
+    let counters = running.join().map_err(|_| DaemonError::Panicked("daemon"))??.close();
+    let outcome =
+        Outcome { events, classified: classified_frames.iter().collect(), counters, elapsed: began.elapsed() };
     screen::summary(out, &photographs, &outcome, &labels)?;
     follows(&photographs, &outcome.events)
 }
@@ -113,10 +124,10 @@ fn config(port: u16, list: &tempfile::NamedTempFile, interval_ms: u64) -> Result
         format!("mqtt.port={port}"),
         "model.store=".into(),
     ];
-    Config::of_settings(&settings)
+    Config::from_settings(&settings)
 }
 
-/// Prints each event as it comes, until the device says that it is gone.
+/// Prints each event until the device publishes `offline`.
 fn listen<T>(
     subscriber: &mut Client,
     daemon: &thread::JoinHandle<T>,
@@ -125,7 +136,7 @@ fn listen<T>(
     let mut events = Vec::new();
     loop {
         let Some(message) = subscriber.next(GRACE)? else {
-            // Silence is an answer only once nobody is left to speak.
+            // No message will follow once the daemon has ended.
             if daemon.is_finished() {
                 return Ok(events);
             }
@@ -144,17 +155,17 @@ fn listen<T>(
 }
 
 impl Event {
-    /// From the capture of the frame that decided it to the subscriber.
+    /// Time from the capture of the frame to the subscriber.
     fn latency(&self) -> Duration {
         self.received_at.duration_since(self.captured_at).unwrap_or_default()
     }
 
-    /// The part of the latency that the backbone did not need, where the frame is known.
-    fn overhead(&self, seen: &[Seen]) -> Option<Duration> {
-        let decisive = |frame: &&Seen| {
+    /// The latency without the time of the backbone, if the frame is found.
+    fn overhead(&self, classified: &[ClassifiedFrame]) -> Option<Duration> {
+        let decisive = |frame: &&ClassifiedFrame| {
             frame.captured_at.duration_since(self.captured_at).is_ok_and(|later| later < Duration::from_millis(1))
         };
-        seen.iter().find(decisive).map(|frame| self.latency().saturating_sub(frame.stages.backbone))
+        classified.iter().find(decisive).map(|frame| self.latency().saturating_sub(frame.stages.backbone))
     }
 
     fn read(payload: &[u8], received_at: SystemTime) -> Option<Self> {
@@ -171,14 +182,14 @@ impl Event {
     }
 }
 
-/// The classes that were told, in order, are the folders that were replayed, in order; between two of
-/// them nothing may be seen.
+/// Checks that the classes of the events are the replayed folders, in order; `unknown` may lie between them.
 fn follows(photographs: &Photographs, events: &[Event]) -> Result<(), DemoError> {
-    let told: Vec<&str> = events.iter().map(|event| event.class.as_str()).filter(|class| *class != UNKNOWN).collect();
-    if photographs.classes.is_empty() || told == photographs.classes {
+    let published: Vec<&str> =
+        events.iter().map(|event| event.class.as_str()).filter(|class| *class != UNKNOWN).collect();
+    if photographs.classes.is_empty() || published == photographs.classes {
         return Ok(());
     }
     let sequence = |classes: &[&str]| classes.join(" → ");
     let replayed: Vec<&str> = photographs.classes.iter().map(String::as_str).collect();
-    Err(DemoError::Sequence(format!("{} were replayed, {} were told", sequence(&replayed), sequence(&told))))
+    Err(DemoError::Sequence(format!("{} were replayed, {} were published", sequence(&replayed), sequence(&published))))
 }

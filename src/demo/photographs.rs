@@ -1,56 +1,84 @@
-//! Photographs for the demo: those named, those at hand, or those that can be fetched.
+//! Photographs for the demo: from a named folder, a known local one, or a download.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use crate::camera::{CameraError, replay};
-use crate::fetch::flower_photos;
+use crate::fetch::{FetchError, flower_photos};
 
-/// Beside the project, one folder a class.
-const AT_HAND: &str = "../shared/flowers/val";
-/// Where Debian's package mate-backgrounds puts its photographs.
+/// Folder beside the repository, one subfolder a class.
+const LOCAL_FOLDER: &str = "../shared/flowers/val";
+/// Photographs of Debian's package mate-backgrounds.
 const MATE_BACKGROUNDS: &str = "/usr/share/backgrounds/mate";
-/// A photograph of a folder without classes is shown so often in a row, for an event to come of it.
-const HOLD: usize = 8;
+/// Repetitions of each photograph of a folder without classes, enough for the decider to publish an event.
+const REPEATS: usize = 8;
 
+/// No photographs, or no list of them.
 #[derive(Debug, thiserror::Error)]
 pub enum PhotographsError {
+    /// The folder that the user named cannot be read.
     #[error("--frames: {0}")]
     Named(CameraError),
+    /// No folder was named, and none of the default sources has photographs.
     #[error(
-        "no photographs: {AT_HAND} is not there, flower_photos cannot be fetched ({0}), and Debian's mate-backgrounds is not installed; name a folder with --frames"
+        "no photographs: {LOCAL_FOLDER} does not exist, flower_photos cannot be fetched ({0}), and Debian's mate-backgrounds is not installed; name a folder with --frames"
     )]
-    Nowhere(String),
+    NotFound(FlowerPhotosError),
+    /// The temporary list of photographs cannot be written.
     #[error("cannot write the list of photographs: {0}")]
     List(io::Error),
 }
 
-/// What is replayed, in order.
+/// `flower_photos` cannot be fetched or read.
+#[derive(Debug, thiserror::Error)]
+pub enum FlowerPhotosError {
+    /// The user has no home directory for a cache.
+    #[error("no home directory")]
+    NoHome,
+    /// The progress cannot be printed.
+    #[error("cannot write: {0}")]
+    Output(#[from] io::Error),
+    /// The archive cannot be downloaded or unpacked.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// The unpacked folder cannot be read.
+    #[error(transparent)]
+    Read(#[from] CameraError),
+}
+
+/// The photographs to replay, in order.
 pub struct Photographs {
+    /// Folder that they were found in.
     pub folder: PathBuf,
-    /// The folders that tell what is shown; none where the photographs lie in no such folders.
+    /// Classes by the names of the subfolders; empty if the photographs are not sorted into classes.
     pub classes: Vec<String>,
+    /// Paths of the photographs.
     pub images: Vec<PathBuf>,
 }
 
 impl Photographs {
-    /// Looks where `named` says, or where photographs may be.
-    pub fn find(named: Option<&Path>, per_class: usize, out: &mut dyn Write) -> Result<Self, PhotographsError> {
-        if let Some(folder) = named {
+    /// Finds photographs in `folder`, or in the first default source that has some; at most `per_class` of each class.
+    /// Prints to `out` before a download.
+    ///
+    /// # Errors
+    ///
+    /// [`PhotographsError`] if there are no photographs.
+    pub fn find(folder: Option<&Path>, per_class: usize, out: &mut dyn Write) -> Result<Self, PhotographsError> {
+        if let Some(folder) = folder {
             return Self::read(folder, per_class).map_err(PhotographsError::Named);
         }
-        if let Ok(found) = Self::read(Path::new(AT_HAND), per_class) {
-            return Ok(found);
+        if let Ok(photographs) = Self::read(Path::new(LOCAL_FOLDER), per_class) {
+            return Ok(photographs);
         }
         match fetch(out) {
-            Ok(folder) => Self::read(&folder, per_class).map_err(|e| PhotographsError::Nowhere(e.to_string())),
-            Err(reason) => {
-                Self::read(Path::new(MATE_BACKGROUNDS), per_class).map_err(|_| PhotographsError::Nowhere(reason))
+            Ok(folder) => Self::read(&folder, per_class).map_err(|e| PhotographsError::NotFound(e.into())),
+            Err(error) => {
+                Self::read(Path::new(MATE_BACKGROUNDS), per_class).map_err(|_| PhotographsError::NotFound(error))
             }
         }
     }
 
-    /// Folders with images in them are classes; otherwise every image below `folder` is shown.
+    /// Reads the subfolders with images as classes if there are at least two; otherwise takes every image below `folder`.
     fn read(folder: &Path, per_class: usize) -> Result<Self, CameraError> {
         let all = replay::images(folder)?;
         let class_of = |image: &Path| -> Option<String> {
@@ -60,38 +88,42 @@ impl Photographs {
         let mut classes: Vec<String> = all.iter().filter_map(|image| class_of(image)).collect();
         classes.dedup();
         if classes.len() < 2 {
-            return Ok(Photographs { folder: folder.into(), classes: Vec::new(), images: held(&all) });
+            return Ok(Photographs { folder: folder.into(), classes: Vec::new(), images: repeated(&all) });
         }
         let mut images = Vec::new();
         for class in &classes {
             let of_class: Vec<&PathBuf> = all.iter().filter(|image| class_of(image).as_ref() == Some(class)).collect();
-            let wanted = per_class.clamp(1, of_class.len());
-            // Evenly from the whole folder.
-            images.extend((0..wanted).map(|i| of_class[i * of_class.len() / wanted].clone()));
+            let count = per_class.clamp(1, of_class.len());
+            // At even steps through the whole folder.
+            images.extend((0..count).map(|i| of_class[i * of_class.len() / count].clone()));
         }
         Ok(Photographs { folder: folder.into(), classes, images })
     }
 
-    /// Forgets the folders where one of them is no class of the model: they tell nothing then.
-    pub fn told_by(mut self, labels: &[String]) -> Self {
+    /// Clears the classes unless each of them is one of the model's `labels`; the photographs are then repeated.
+    pub fn match_labels(mut self, labels: &[String]) -> Self {
         if !self.classes.is_empty() && !self.classes.iter().all(|class| labels.contains(class)) {
             self.classes.clear();
-            self.images = held(&self.images);
+            self.images = repeated(&self.images);
         }
         self
     }
 
-    /// What the photograph shows, by its folder's name.
-    pub fn truth<'a>(&self, image: &'a Path) -> Option<&'a str> {
+    /// Returns the class of a photograph, by the name of its folder; `None` if it has none.
+    pub fn true_class<'a>(&self, image: &'a Path) -> Option<&'a str> {
         let name = image.parent()?.file_name()?.to_str()?;
         self.classes.iter().any(|class| class == name).then_some(name)
     }
 
-    /// The list as the replay reads it.
+    /// Writes the list that [`replay::images`] reads to a temporary file.
+    ///
+    /// # Errors
+    ///
+    /// [`PhotographsError::List`] if the file cannot be written or a photograph no longer exists.
     pub fn write_list(&self) -> Result<tempfile::NamedTempFile, PhotographsError> {
         let mut list = tempfile::Builder::new().suffix(".txt").tempfile().map_err(PhotographsError::List)?;
         for image in &self.images {
-            // Relative paths would be taken for relative to the list.
+            // The replay resolves relative paths against the folder of the list.
             let image = image.canonicalize().map_err(PhotographsError::List)?;
             writeln!(list, "{}", image.display()).map_err(PhotographsError::List)?;
         }
@@ -100,18 +132,19 @@ impl Photographs {
     }
 }
 
-fn held(images: &[PathBuf]) -> Vec<PathBuf> {
-    images.iter().flat_map(|image| std::iter::repeat_n(image.clone(), HOLD)).collect()
+/// Repeats each photograph [`REPEATS`] times in a row.
+fn repeated(images: &[PathBuf]) -> Vec<PathBuf> {
+    images.iter().flat_map(|image| std::iter::repeat_n(image.clone(), REPEATS)).collect()
 }
 
-/// TensorFlow's flower_photos, fetched once.
-fn fetch(out: &mut dyn Write) -> Result<PathBuf, String> {
-    let cache = crate::system::paths::user_cache().ok_or("no home directory")?;
+/// Fetches TensorFlow's flower_photos to the user's cache, unless it is there, and returns its folder.
+fn fetch(out: &mut dyn Write) -> Result<PathBuf, FlowerPhotosError> {
+    let cache = crate::system::paths::user_cache().ok_or(FlowerPhotosError::NoHome)?;
     let folder = cache.join("flower_photos");
     if !folder.exists() {
-        writeln!(out, "fetching flower_photos (218 MiB) to {} …", cache.display()).map_err(|e| e.to_string())?;
+        writeln!(out, "fetching flower_photos (218 MiB) to {} …", cache.display())?;
     }
-    flower_photos::fetch(&flower_photos::published(), &folder, &|_, _| {}).map_err(|e| e.to_string())?;
+    flower_photos::fetch(&flower_photos::archive(), &folder, &|_, _| {})?;
     Ok(folder)
 }
 
@@ -131,36 +164,36 @@ mod tests {
     }
 
     #[test]
-    fn folders_are_classes_and_each_gives_its_share() {
+    fn takes_the_same_share_of_each_class_folder() {
         let dir = folder(&["a/1.jpg", "a/2.jpg", "a/3.jpg", "a/4.jpg", "b/1.jpg"]);
-        let found = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
-        assert_eq!(found.classes, ["a", "b"]);
+        let photographs = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
+        assert_eq!(photographs.classes, ["a", "b"]);
         let names: Vec<_> =
-            found.images.iter().map(|p| p.strip_prefix(dir.path()).unwrap().to_str().unwrap()).collect();
+            photographs.images.iter().map(|p| p.strip_prefix(dir.path()).unwrap().to_str().unwrap()).collect();
         assert_eq!(names, ["a/1.jpg", "a/3.jpg", "b/1.jpg"]);
-        assert_eq!(found.truth(&found.images[2]), Some("b"));
-        let told_by = |labels: [&str; 2]| {
-            let found = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
-            let found = found.told_by(&labels.map(str::to_owned));
-            (found.classes.len(), found.images.len())
+        assert_eq!(photographs.true_class(&photographs.images[2]), Some("b"));
+        let matched = |labels: [&str; 2]| {
+            let photographs = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
+            let photographs = photographs.match_labels(&labels.map(str::to_owned));
+            (photographs.classes.len(), photographs.images.len())
         };
-        assert_eq!(told_by(["b", "a"]), (2, 3));
-        assert_eq!(told_by(["b", "c"]), (0, 3 * HOLD), "each is held, since none is followed by its like");
-        let list = fs::read_to_string(found.write_list().unwrap().path()).unwrap();
+        assert_eq!(matched(["b", "a"]), (2, 3));
+        assert_eq!(matched(["b", "c"]), (0, 3 * REPEATS), "photographs without classes are repeated");
+        let list = fs::read_to_string(photographs.write_list().unwrap().path()).unwrap();
         assert_eq!(list.lines().count(), 3);
     }
 
     #[test]
-    fn photographs_without_folders_are_held_and_tell_nothing() {
+    fn repeats_photographs_without_class_folders() {
         let dir = folder(&["1.jpg", "2.jpg"]);
-        let found = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
-        assert!(found.classes.is_empty());
-        assert_eq!(found.images.len(), 2 * HOLD);
-        assert_eq!(found.truth(&found.images[0]), None);
+        let photographs = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
+        assert!(photographs.classes.is_empty());
+        assert_eq!(photographs.images.len(), 2 * REPEATS);
+        assert_eq!(photographs.true_class(&photographs.images[0]), None);
     }
 
     #[test]
-    fn an_empty_folder_is_named() {
+    fn the_error_names_an_empty_folder() {
         let dir = tempfile::tempdir().unwrap();
         let error = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).err().unwrap().to_string();
         assert!(error.starts_with("--frames: ") && error.contains("no images here"), "{error}");

@@ -1,4 +1,4 @@
-//! What the demo shows.
+//! Output of the demo on the terminal.
 
 use std::io::{self, Write};
 
@@ -6,21 +6,30 @@ use humantime::format_rfc3339_millis;
 
 use super::photographs::Photographs;
 use super::{Event, Outcome};
-use crate::bench::{Figures, StageReport};
-use crate::vision::Stages;
+use crate::bench::{StageReport, TimingStats};
+use crate::vision::StageTimes;
 
-/// Characters of a bar that is full.
+/// Width of a full bar, characters.
 const BAR: usize = 20;
 
-pub fn opening(out: &mut dyn Write, port: u16, photographs: &Photographs, model: &str) -> io::Result<()> {
+/// Prints the broker, the model and the photographs.
+///
+/// # Errors
+///
+/// The error of the writer.
+pub fn header(out: &mut dyn Write, port: u16, photographs: &Photographs, model: &str) -> io::Result<()> {
     writeln!(out, "broker      127.0.0.1:{port}, inside this process")?;
     writeln!(out, "model       {model}")?;
     writeln!(out, "replaying   {} photographs from {}", photographs.images.len(), photographs.folder.display())?;
-    writeln!(out, "watch along mosquitto_sub -p {port} -v -t '#'")?;
+    writeln!(out, "subscribe   mosquitto_sub -p {port} -v -t '#'")?;
     writeln!(out)
 }
 
-/// One line: when, what, how sure, how long after the picture was caught.
+/// Prints an event in one line: time, class, confidence, latency from the capture of the frame, previous class.
+///
+/// # Errors
+///
+/// The error of the writer.
 pub fn event(out: &mut dyn Write, event: &Event) -> io::Result<()> {
     let time = format_rfc3339_millis(event.received_at).to_string();
     writeln!(
@@ -35,11 +44,17 @@ pub fn event(out: &mut dyn Write, event: &Event) -> io::Result<()> {
     )
 }
 
-fn bar(share: f64) -> String {
-    let full = (share.clamp(0.0, 1.0) * BAR as f64).round() as usize;
+/// Draws `fraction`, clamped to 0–1, as a bar.
+fn bar(fraction: f64) -> String {
+    let full = (fraction.clamp(0.0, 1.0) * BAR as f64).round() as usize;
     format!("{}{}", "█".repeat(full), "░".repeat(BAR - full))
 }
 
+/// Prints the counters, the classes, the accuracy and the latencies of the whole run.
+///
+/// # Errors
+///
+/// The error of the writer.
 pub fn summary(out: &mut dyn Write, photographs: &Photographs, outcome: &Outcome, labels: &[String]) -> io::Result<()> {
     let counters = &outcome.counters;
     writeln!(
@@ -53,42 +68,45 @@ pub fn summary(out: &mut dyn Write, photographs: &Photographs, outcome: &Outcome
         outcome.events.len()
     )?;
     if !photographs.classes.is_empty() {
-        let told: Vec<&str> = outcome.events.iter().map(|event| event.class.as_str()).collect();
+        let published: Vec<&str> = outcome.events.iter().map(|event| event.class.as_str()).collect();
         writeln!(out, "replayed    {}", photographs.classes.join(" → "))?;
-        writeln!(out, "told        {}", told.join(" → "))?;
-        let (right, of) = right(photographs, outcome, labels);
+        writeln!(out, "published   {}", published.join(" → "))?;
+        let (correct, total) = correct(photographs, outcome, labels);
         writeln!(
             out,
-            "accuracy    {right} of {of} photographs named right ({:.1} %)",
-            100.0 * right as f64 / of.max(1) as f64
+            "accuracy    {correct} of {total} photographs classified correctly ({:.1} %)",
+            100.0 * correct as f64 / total.max(1) as f64
         )?;
     }
-    let latency = Figures::of(outcome.events.iter().map(Event::latency).collect());
-    let overhead = Figures::of(outcome.events.iter().filter_map(|event| event.overhead(&outcome.seen)).collect());
+    let latency = TimingStats::from_times(outcome.events.iter().map(Event::latency).collect());
+    let overhead = TimingStats::from_times(
+        outcome.events.iter().filter_map(|event| event.overhead(&outcome.classified)).collect(),
+    );
     if outcome.events.is_empty() {
-        writeln!(out, "latency     no event came: the photographs show nothing that the model is sure of")?;
+        writeln!(out, "latency     no events: the model is not confident of any photograph")?;
     } else {
-        writeln!(out, "latency     {}, from the frame to the subscriber", spread(&latency))?;
-        writeln!(out, "            {}, without the backbone's own time", spread(&overhead))?;
+        writeln!(out, "latency     {}, from the capture to the subscriber", percentiles(&latency))?;
+        writeln!(out, "            {}, without the time of the backbone", percentiles(&overhead))?;
     }
     writeln!(out)?;
-    let stages: Vec<Stages> = outcome.seen.iter().map(|seen| seen.stages).collect();
-    write!(out, "{}", StageReport::of(&stages))
+    let stages: Vec<StageTimes> = outcome.classified.iter().map(|frame| frame.stages).collect();
+    write!(out, "{}", StageReport::from_frames(&stages))
 }
 
-fn spread(figures: &Figures) -> String {
+fn percentiles(figures: &TimingStats) -> String {
     format!("median {:.1} ms, p99 {:.1} ms", figures.median_ms, figures.p99_ms)
 }
 
-/// Frames whose best class, and no rejection, is what their folder says; of how many.
-fn right(photographs: &Photographs, outcome: &Outcome, labels: &[String]) -> (usize, usize) {
-    let (mut right, mut of) = (0, 0);
-    for seen in &outcome.seen {
-        let Some(truth) = seen.origin.as_deref().and_then(|image| photographs.truth(image)) else { continue };
-        of += 1;
-        right += usize::from(seen.class.is_some_and(|class| labels[class] == truth));
+/// Returns the number of frames whose predicted class is that of their folder, and the number of frames with such a class.
+/// A frame rejected as unknown is not correct.
+fn correct(photographs: &Photographs, outcome: &Outcome, labels: &[String]) -> (usize, usize) {
+    let (mut correct, mut total) = (0, 0);
+    for frame in &outcome.classified {
+        let Some(expected) = frame.origin.as_deref().and_then(|image| photographs.true_class(image)) else { continue };
+        total += 1;
+        correct += usize::from(frame.class.is_some_and(|class| labels[class] == expected));
     }
-    (right, of)
+    (correct, total)
 }
 
 #[cfg(test)]
@@ -96,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bar_is_as_full_as_the_share() {
+    fn bar_length_is_proportional_and_clamped() {
         assert_eq!(bar(0.0), "░".repeat(20));
         assert_eq!(bar(0.5), format!("{}{}", "█".repeat(10), "░".repeat(10)));
         assert_eq!(bar(7.0), "█".repeat(20));

@@ -1,4 +1,4 @@
-//! Which files are pictures.
+//! Picture files by their names.
 
 use std::path::Path;
 

@@ -1,35 +1,36 @@
-//! Where a JPEG ends: for cutting a motion-JPEG stream into pictures, for dropping the rubbish that
-//! cameras leave behind the end marker, and for noticing a picture that was cut short.
+//! Finds the end of a JPEG: splits a motion-JPEG stream into pictures, drops the stale bytes that cameras leave behind the
+//! end marker, and detects truncated pictures.
 //!
-//! Markers as in ITU-T T.81, annex B. A segment's length is followed, so that a thumbnail inside
-//! an APP segment does not end the picture that carries it.
+//! Markers and segments as in ITU-T T.81, annex B. Segments are skipped by their lengths, so that the end marker of a
+//! thumbnail in an APP segment does not end the picture that contains it.
 
+/// Marker codes, ITU-T T.81, table B.1: start of image, end of image, start of scan.
 const SOI: u8 = 0xD8;
 const EOI: u8 = 0xD9;
 const SOS: u8 = 0xDA;
 
-/// What a scan found so far.
+/// Extent of the JPEG at the start of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extent {
-    /// The picture is `bytes[..n]`, end marker included.
+    /// The picture is the first n bytes, including its end marker.
     Whole(usize),
-    /// The picture goes on behind these bytes.
+    /// The buffer ends before the picture does.
     Short,
-    /// These bytes are no JPEG.
+    /// The buffer does not start with a JPEG.
     NotJpeg,
 }
 
-/// A scan that can go on when more bytes have come.
+/// An incremental scan for the end of a JPEG.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Scanner {
-    /// Everything before this offset was looked at.
+    /// Offset of the first byte that was not scanned.
     at: usize,
-    /// Within entropy-coded data, where only markers matter.
+    /// Whether `at` is within entropy-coded data, where only markers are searched for.
     in_scan: bool,
 }
 
 impl Scanner {
-    /// Looks on from where the last call stopped; `bytes` must begin with the same picture.
+    /// Continues the scan where the last call stopped; `bytes` must start with the bytes of that call.
     pub fn advance(&mut self, bytes: &[u8]) -> Extent {
         if self.at == 0 {
             match bytes {
@@ -40,7 +41,7 @@ impl Scanner {
         }
         loop {
             if self.in_scan {
-                // A marker is FF and a byte that is neither stuffing (00), fill (FF) nor restart (D0–D7).
+                // A marker is FF and a byte that is not stuffing (00), fill (FF) or a restart marker (D0–D7).
                 let rest = &bytes[self.at..];
                 let marker = rest.windows(2).position(|w| w[0] == 0xFF && !matches!(w[1], 0x00 | 0xFF | 0xD0..=0xD7));
                 match marker {
@@ -55,7 +56,7 @@ impl Scanner {
             match bytes[self.at..] {
                 [] | [0xFF] => return Extent::Short,
                 [0xFF, 0xFF, ..] => self.at += 1,
-                // Another picture begins before this one ended.
+                // Another picture starts before the end marker of this one.
                 [0xFF, SOI, ..] => return Extent::NotJpeg,
                 [0xFF, EOI, ..] => return Extent::Whole(self.at + 2),
                 [0xFF, 0x01 | 0xD0..=0xD7, ..] => self.at += 2,
@@ -77,7 +78,7 @@ impl Scanner {
     }
 }
 
-/// Where the JPEG that starts at the first byte ends.
+/// Returns the extent of the JPEG that starts at the first byte.
 pub fn extent(bytes: &[u8]) -> Extent {
     Scanner::default().advance(bytes)
 }
@@ -86,21 +87,21 @@ pub fn extent(bytes: &[u8]) -> Extent {
 mod tests {
     use super::*;
 
-    /// SOI, an APP1 segment that holds a thumbnail with its own end marker, SOS, data, EOI.
+    /// SOI, an APP1 segment with a thumbnail that has its own end marker, SOS, data, EOI.
     const PICTURE: &[u8] = &[
         0xFF, 0xD8, 0xFF, 0xE1, 0, 6, 0xFF, 0xD8, 0xFF, 0xD9, 0xFF, 0xDA, 0, 3, 1, 0x12, 0xFF, 0x00, 0xFF, 0xD3, 0x34,
         0xFF, 0xD9,
     ];
 
     #[test]
-    fn the_end_is_found_behind_thumbnails_stuffing_and_restarts() {
+    fn finds_the_end_behind_thumbnails_stuffing_and_restart_markers() {
         let mut buffer = PICTURE.to_vec();
         buffer.extend([0, 0, 0xFF, 0xD9, 7]);
         assert_eq!(extent(&buffer), Extent::Whole(PICTURE.len()));
     }
 
     #[test]
-    fn every_cut_is_short_and_a_scan_resumed_after_it_ends_at_the_same_place() {
+    fn a_truncated_picture_is_short_at_every_length_and_its_scan_can_continue() {
         for cut in 0..PICTURE.len() {
             let mut scanner = Scanner::default();
             assert_eq!(scanner.advance(&PICTURE[..cut]), Extent::Short, "cut at {cut}");
@@ -109,10 +110,10 @@ mod tests {
     }
 
     #[test]
-    fn other_bytes_are_no_jpeg() {
+    fn rejects_bytes_that_are_not_a_jpeg() {
         assert_eq!(extent(b"\x89PNG"), Extent::NotJpeg);
         assert_eq!(extent(&[0xFF, 0xD8, 0x00, 0x11]), Extent::NotJpeg);
         assert_eq!(extent(&[0xFF, 0xD8, 0xFF, 0xE0, 0, 1, 0]), Extent::NotJpeg);
-        assert_eq!(extent(&[&PICTURE[..16], PICTURE].concat()), Extent::NotJpeg, "cut short by the next one");
+        assert_eq!(extent(&[&PICTURE[..16], PICTURE].concat()), Extent::NotJpeg, "truncated by the next picture");
     }
 }

@@ -13,7 +13,7 @@ pub struct Frame {
     pub captured_at: SystemTime,
     /// The picture as the source gave it.
     pub picture: Picture,
-    /// The file that a replayed frame was read from; `None` for a camera's frame.
+    /// File of a replayed frame; `None` for a camera's frame.
     pub origin: Option<PathBuf>,
 }
 
@@ -29,30 +29,31 @@ pub enum Picture {
 /// Packed pixels, row after row.
 #[derive(Debug, Clone)]
 pub struct RawPicture {
-    /// Pixels a row.
+    /// Pixels per row.
     pub width: u32,
-    /// Rows.
+    /// Number of rows.
     pub height: u32,
-    /// Bytes from the start of a row to the start of the next one: at least `width × bytes a pixel`, the rest is padding.
+    /// Bytes from the start of a row to the start of the next one: at least `width × bytes per pixel`, the rest is padding.
     pub stride: usize,
-    /// Layout of a pixel.
+    /// Pixel layout.
     pub layout: Layout,
-    /// At least `(height − 1) × stride + width × bytes a pixel` bytes; padding behind the last row may be there or not.
+    /// At least `(height − 1) × stride + width × bytes per pixel` bytes; padding behind the last row is optional.
     pub bytes: Vec<u8>,
 }
 
 impl RawPicture {
-    /// Creates a picture whose rows follow each other without padding.
+    /// Creates a picture without padding between its rows.
     pub fn packed(width: u32, height: u32, layout: Layout, bytes: Vec<u8>) -> Self {
         RawPicture { width, height, stride: width as usize * layout.bytes_per_pixel(), layout, bytes }
     }
 
-    /// Bytes of the pixels of one row, without padding.
+    /// Returns the number of bytes of one row, without padding.
     pub fn row_bytes(&self) -> usize {
         self.width as usize * self.layout.bytes_per_pixel()
     }
 
-    /// The fewest bytes that hold the picture: `(height − 1) × stride + row_bytes`; `None` if that overflows.
+    /// Returns the minimum length of `bytes`, `(height − 1) × stride + row_bytes`; `None` if the height is 0 or it
+    /// overflows.
     pub fn bytes_min(&self) -> Option<usize> {
         (self.height as usize).checked_sub(1)?.checked_mul(self.stride)?.checked_add(self.row_bytes())
     }
@@ -61,16 +62,16 @@ impl RawPicture {
 /// Layout of the pixels of a [`RawPicture`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
-    /// 4:2:2, two pixels in four bytes: Y0 U Y1 V; BT.601, studio range.
+    /// 4:2:2, two pixels in four bytes, Y0 U Y1 V; BT.601, limited range (`V4L2_PIX_FMT_YUYV`).
     Yuyv,
-    /// Three bytes a pixel: red, green, blue.
+    /// Three bytes per pixel: red, green, blue.
     Rgb,
-    /// Three bytes a pixel: blue, green, red.
+    /// Three bytes per pixel: blue, green, red.
     Bgr,
 }
 
 impl Layout {
-    /// Bytes of one pixel.
+    /// Returns the number of bytes per pixel.
     pub const fn bytes_per_pixel(self) -> usize {
         match self {
             Layout::Yuyv => 2,

@@ -1,25 +1,31 @@
-//! How the broker is reached.
+//! The broker's address and credentials.
 
 use std::fmt;
 use std::time::Duration;
 
 use rumqttc::{ConnectReturnCode, ConnectionError, MqttOptions};
 
-/// The broker, and what it lets us in by.
-#[derive(Debug, Clone)]
+/// The broker's address, the credentials, and the limits of a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BrokerAccess {
+    /// Host name or address.
     pub host: String,
+    /// TCP port.
     pub port: u16,
+    /// User name and password, if the broker asks for them.
     pub credentials: Option<Credentials>,
+    /// MQTT keep alive.
     pub keep_alive: Duration,
-    /// A larger message is not sent.
+    /// The largest packet that is sent, in bytes.
     pub packet_bytes_max: usize,
 }
 
-/// A user's name and password; the password is never printed.
+/// A user name and password; `Debug` does not print the password.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Credentials {
+    /// User name.
     pub user: String,
+    /// Password.
     pub password: String,
 }
 
@@ -30,7 +36,7 @@ impl fmt::Debug for Credentials {
 }
 
 impl BrokerAccess {
-    /// A broker on this machine that lets everybody in.
+    /// Returns the access to a broker on 127.0.0.1 that accepts anonymous clients.
     pub fn local(port: u16) -> Self {
         BrokerAccess {
             host: "127.0.0.1".into(),
@@ -41,9 +47,10 @@ impl BrokerAccess {
         }
     }
 
-    /// A clean session: what is under way is ours to know. `incoming_bytes_max`: a larger message breaks the connection.
-    pub(super) fn options(&self, id: String, incoming_bytes_max: usize) -> MqttOptions {
-        let mut options = MqttOptions::new(id, self.host.clone(), self.port);
+    /// Returns the options of a connection with a clean session: the outbox, not the session, holds what is unacknowledged.
+    /// A packet from the broker of more than `incoming_bytes_max` bytes breaks the connection.
+    pub(super) fn options(&self, client_id: String, incoming_bytes_max: usize) -> MqttOptions {
+        let mut options = MqttOptions::new(client_id, self.host.clone(), self.port);
         options.set_keep_alive(self.keep_alive);
         options.set_clean_session(true);
         options.set_max_packet_size(incoming_bytes_max, self.packet_bytes_max);
@@ -60,7 +67,7 @@ impl fmt::Display for BrokerAccess {
     }
 }
 
-/// The error in words that help.
+/// Returns the message for a failed connection.
 pub(super) fn reason(error: &ConnectionError) -> String {
     match error {
         ConnectionError::ConnectionRefused(

@@ -1,4 +1,4 @@
-//! Whoever is no device: listens to a broker as any subscriber does, and publishes.
+//! The MQTT client of a workstation: subscribes and publishes, for `push`, `rollback` and the demo.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -9,63 +9,75 @@ use rumqttc::{Connection, Event, Packet, QoS, SubscribeFilter, SubscribeReasonCo
 
 use super::access::{BrokerAccess, reason};
 
-/// Messages that wait to be looked at; when there are more, the connection waits.
+/// Received messages that wait for [`Client::next`]; the connection waits while there are more.
 const MESSAGES_MAX: usize = 256;
-/// Messages of our own that may wait.
+/// The most published messages that wait for an acknowledgement.
 const WAITING_MAX: usize = 64;
-/// Subscriptions in one packet.
+/// The most filters in one SUBSCRIBE packet.
 const FILTERS_MAX: usize = 16;
-/// How long the broker may take to take the subscriptions.
-const CONNECT: Duration = Duration::from_secs(10);
+/// The longest wait for the connection and the SUBACK.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest packet from the broker, in bytes.
 const INCOMING_BYTES_MAX: usize = 1 << 20;
 
-/// A message and when it came.
+/// A received message.
 #[derive(Debug, Clone)]
 pub struct Message {
+    /// Its topic.
     pub topic: String,
+    /// Its payload.
     pub payload: Vec<u8>,
+    /// Wall-clock time of the reception.
     pub received_at: SystemTime,
 }
 
+/// An error of the connection to the broker.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    #[error("broker {broker}: no subscription within {} s", CONNECT.as_secs())]
+    /// No SUBACK in time.
+    #[error("broker {broker}: no answer to the subscription within {} s", CONNECT_TIMEOUT.as_secs())]
     Timeout { broker: String },
+    /// The connection failed.
     #[error("broker {broker}: {reason}")]
     Connection { broker: String, reason: String },
-    #[error("broker {broker}: refuses the subscription to {filter}")]
+    /// The broker refuses a filter.
+    #[error("broker {broker}: the broker refuses the subscription to {filter}")]
     Subscription { broker: String, filter: String },
-    #[error("cannot start its thread: {0}")]
+    /// No thread.
+    #[error("cannot start the MQTT client thread: {0}")]
     Thread(std::io::Error),
 }
 
-enum Heard {
-    /// The broker answered a subscription: a place in the list that it refuses, if any.
+enum Incoming {
+    /// SUBACK: the index of the first filter that the broker refuses, if any.
     Subscribed(Option<usize>),
     Message(Message),
     Broken(String),
 }
 
-/// One connection with its subscriptions; it ends when it is dropped, and does not come back by itself.
+/// One connection with its subscriptions. It is closed when it is dropped; it does not reconnect.
 pub struct Client {
     client: rumqttc::Client,
-    heard: Receiver<Heard>,
-    /// What came before the broker said that it would.
+    incoming: Receiver<Incoming>,
+    /// Messages that arrived before the SUBACK.
     early: VecDeque<Message>,
     broker: String,
 }
 
 impl Client {
-    /// Connects and waits until the broker took the subscriptions.
+    /// Connects, subscribes with QoS 1 and waits for the SUBACK.
+    ///
+    /// # Errors
+    /// No connection or SUBACK in time, or a refused filter.
     pub fn connect(access: &BrokerAccess, filters: &[String]) -> Result<Self, ClientError> {
         let mut options = access.options(format!("bloomcast-{:x}", fastrand::u64(..)), INCOMING_BYTES_MAX);
         options.set_inflight(WAITING_MAX as u16);
         let (client, connection) = rumqttc::Client::new(options, WAITING_MAX);
-        let (sender, heard) = sync_channel(MESSAGES_MAX);
-        let mut this = Client { client, heard, early: VecDeque::new(), broker: access.to_string() };
+        let (sender, incoming) = sync_channel(MESSAGES_MAX);
+        let mut this = Client { client, incoming, early: VecDeque::new(), broker: access.to_string() };
         thread::Builder::new()
             .name("mqtt-client".into())
-            .spawn(move || pump(connection, &sender))
+            .spawn(move || forward(connection, &sender))
             .map_err(ClientError::Thread)?;
         for filters in filters.chunks(FILTERS_MAX) {
             this.subscribe(filters)?;
@@ -73,39 +85,42 @@ impl Client {
         Ok(this)
     }
 
-    /// Waits for the broker's answer.
+    /// Subscribes and waits for the SUBACK.
     fn subscribe(&mut self, filters: &[String]) -> Result<(), ClientError> {
-        let asked = filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), QoS::AtLeastOnce));
-        self.client.try_subscribe_many(asked).map_err(|e| self.broken(e.to_string()))?;
+        let subscriptions = filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), QoS::AtLeastOnce));
+        self.client.try_subscribe_many(subscriptions).map_err(|e| self.broken(e.to_string()))?;
         loop {
-            match self.heard.recv_timeout(CONNECT) {
-                Ok(Heard::Subscribed(None)) => return Ok(()),
-                Ok(Heard::Subscribed(Some(refused))) => {
+            match self.incoming.recv_timeout(CONNECT_TIMEOUT) {
+                Ok(Incoming::Subscribed(None)) => return Ok(()),
+                Ok(Incoming::Subscribed(Some(refused))) => {
                     let filter = filters.get(refused).cloned().unwrap_or_default();
                     return Err(ClientError::Subscription { broker: self.broker.clone(), filter });
                 }
-                Ok(Heard::Message(message)) => self.early.push_back(message),
-                Ok(Heard::Broken(reason)) => return Err(self.broken(reason)),
+                Ok(Incoming::Message(message)) => self.early.push_back(message),
+                Ok(Incoming::Broken(reason)) => return Err(self.broken(reason)),
                 Err(RecvTimeoutError::Timeout) => return Err(ClientError::Timeout { broker: self.broker.clone() }),
                 Err(RecvTimeoutError::Disconnected) => return Err(self.broken("the connection is closed".into())),
             }
         }
     }
 
-    /// The next message; none where `wait` is over first; an error where the connection is gone.
+    /// Waits for the next message, at most `wait`.
+    ///
+    /// # Errors
+    /// The connection is closed.
     pub fn next(&mut self, wait: Duration) -> Result<Option<Message>, ClientError> {
         if let Some(message) = self.early.pop_front() {
             return Ok(Some(message));
         }
-        match self.heard.recv_timeout(wait) {
-            Ok(Heard::Message(message)) => Ok(Some(message)),
-            Ok(Heard::Subscribed(_)) | Err(RecvTimeoutError::Timeout) => Ok(None),
-            Ok(Heard::Broken(reason)) => Err(self.broken(reason)),
+        match self.incoming.recv_timeout(wait) {
+            Ok(Incoming::Message(message)) => Ok(Some(message)),
+            Ok(Incoming::Subscribed(_)) | Err(RecvTimeoutError::Timeout) => Ok(None),
+            Ok(Incoming::Broken(reason)) => Err(self.broken(reason)),
             Err(RecvTimeoutError::Disconnected) => Err(self.broken("the connection is closed".into())),
         }
     }
 
-    /// Sends a message, not retained, at least once; false where it must wait.
+    /// Publishes a message with QoS 1, not retained; returns `false` if the queue is full.
     pub fn publish(&self, topic: &str, payload: Vec<u8>) -> bool {
         self.client.try_publish(topic, QoS::AtLeastOnce, false, payload).is_ok()
     }
@@ -117,28 +132,28 @@ impl Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
-        // Where the connection is gone already, there is nothing to end.
+        // An error means that the connection is closed already.
         let _ = self.client.try_disconnect();
     }
 }
 
-/// Sends on what comes, until the connection breaks or nobody listens.
-fn pump(mut connection: Connection, heard: &SyncSender<Heard>) {
+/// Forwards what arrives until the connection breaks or the receiver is dropped.
+fn forward(mut connection: Connection, incoming: &SyncSender<Incoming>) {
     for event in connection.iter() {
-        let news = match event {
+        let message = match event {
             Ok(Event::Incoming(Packet::SubAck(ack))) => {
-                Heard::Subscribed(ack.return_codes.iter().position(|code| *code == SubscribeReasonCode::Failure))
+                Incoming::Subscribed(ack.return_codes.iter().position(|code| *code == SubscribeReasonCode::Failure))
             }
-            Ok(Event::Incoming(Packet::Publish(publish))) => Heard::Message(Message {
+            Ok(Event::Incoming(Packet::Publish(publish))) => Incoming::Message(Message {
                 topic: publish.topic,
                 payload: publish.payload.to_vec(),
                 received_at: SystemTime::now(),
             }),
             Ok(_) => continue,
-            Err(error) => Heard::Broken(reason(&error)),
+            Err(error) => Incoming::Broken(reason(&error)),
         };
-        let failed = matches!(news, Heard::Broken(_));
-        if heard.send(news).is_err() || failed {
+        let failed = matches!(message, Incoming::Broken(_));
+        if incoming.send(message).is_err() || failed {
             return;
         }
     }

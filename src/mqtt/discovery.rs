@@ -1,5 +1,5 @@
-//! What Home Assistant is told, so that the device appears there by itself: one message for the device
-//! (MQTT device discovery, Home Assistant 2024.11 and later).
+//! Home Assistant's MQTT device discovery: one retained message with all entities of the device (Home Assistant 2024.11 and
+//! later).
 
 use serde_json::{Value, json};
 
@@ -7,7 +7,7 @@ use super::message::{OFFLINE, ONLINE};
 use super::topics::Topics;
 use crate::vision::{Labels, UNKNOWN};
 
-/// The retained message under [`Topics::discovery`].
+/// Returns the payload of [`Topics::discovery`].
 pub fn device(topics: &Topics, labels: &Labels) -> Vec<u8> {
     let device = topics.device().as_str();
     let id = |component: &str| format!("bloomcast_{device}_{component}");
@@ -60,7 +60,7 @@ pub fn device(topics: &Topics, labels: &Labels) -> Vec<u8> {
                 "value_template": "{{ 'ON' if value_json.camera_ok else 'OFF' }}",
                 "availability": available,
             },
-            // Without availability: it must say "off" just when the device is gone.
+            // Without availability: it is "off" while the device is gone.
             "connectivity": {
                 "platform": "binary_sensor",
                 "unique_id": id("connectivity"),

@@ -1,4 +1,4 @@
-//! What stands in the messages. A field is never removed or renamed within a schema number.
+//! The JSON of the device's messages, schema 1. A field is never removed or renamed within a schema number.
 
 use std::time::SystemTime;
 
@@ -6,31 +6,35 @@ use humantime::format_rfc3339_millis;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::decide::Sight;
-use crate::vision::Labels;
+use crate::decide::{self, Observation};
+use crate::vision::UNKNOWN;
+use crate::vision::labels::ClassName;
 
+/// The schema number of every message.
 pub const SCHEMA: u32 = 1;
 
+/// Payload of `…/status` while the device is connected.
 pub const ONLINE: &str = "online";
+/// Payload of `…/status` after it has disconnected; also its last will.
 pub const OFFLINE: &str = "offline";
 
-/// What all messages of a daemon have in common.
+/// Encodes a device's observations and events.
 #[derive(Debug, Clone)]
-pub struct Sender {
+pub struct Encoder {
+    /// Name of the device.
     pub device: String,
+    /// Name of the camera.
     pub camera: String,
-    pub labels: Labels,
-    /// Version of the model.
-    pub model: u64,
 }
 
-/// A class and its value.
+/// An entry of `top`.
 #[derive(Debug, Serialize)]
 struct Ranked<'a> {
     class: &'a str,
     confidence: f32,
 }
 
+/// Payload of `…/state`.
 #[derive(Debug, Serialize)]
 struct State<'a> {
     schema: u32,
@@ -46,6 +50,7 @@ struct State<'a> {
     model: u64,
 }
 
+/// Payload of `…/event`.
 #[derive(Debug, Serialize)]
 struct Event<'a> {
     schema: u32,
@@ -60,59 +65,63 @@ struct Event<'a> {
     model: u64,
 }
 
-impl Sender {
-    /// What is seen now.
-    pub fn state(&self, sight: &Sight, paused: bool) -> Vec<u8> {
+impl Encoder {
+    /// Returns the payload of `…/state`.
+    pub fn state(&self, observation: &Observation) -> Vec<u8> {
         json(&State {
             schema: SCHEMA,
             device: &self.device,
             camera: &self.camera,
-            class: self.labels.name(sight.class),
-            confidence: rounded(sight.confidence),
-            top: self.ranked(sight),
-            since: time(sight.since),
-            captured_at: time(sight.captured_at),
-            camera_ok: sight.camera_ok,
-            paused,
-            model: self.model,
+            class: name(observation.class.as_ref()),
+            confidence: rounded(observation.confidence),
+            top: ranked(&observation.top),
+            since: time(observation.since),
+            captured_at: time(observation.captured_at),
+            camera_ok: observation.camera_ok,
+            paused: observation.paused,
+            model: observation.model,
         })
     }
 
-    /// What changed, with an id that sorts by time.
-    pub fn event(&self, id: Uuid, sight: &Sight, previous: Option<usize>) -> Vec<u8> {
+    /// Returns the payload of `…/event`; `id` is a UUIDv7, which sorts by time.
+    pub fn event(&self, id: Uuid, event: &decide::Event) -> Vec<u8> {
         json(&Event {
             schema: SCHEMA,
             id: id.to_string(),
             device: &self.device,
             camera: &self.camera,
-            class: self.labels.name(sight.class),
-            previous: self.labels.name(previous),
-            confidence: rounded(sight.confidence),
-            top: self.ranked(sight),
-            captured_at: time(sight.captured_at),
-            model: self.model,
+            class: name(event.class.as_ref()),
+            previous: name(event.previous.as_ref()),
+            confidence: rounded(event.confidence),
+            top: ranked(&event.top),
+            captured_at: time(event.captured_at),
+            model: event.model,
         })
-    }
-
-    fn ranked(&self, sight: &Sight) -> Vec<Ranked<'_>> {
-        let ranked = |(class, value): &(usize, f32)| Ranked {
-            class: self.labels.name(Some(*class)),
-            confidence: rounded(*value),
-        };
-        sight.top.iter().map(ranked).collect()
     }
 }
 
-/// Four digits: more would claim more than is known.
+fn name(class: Option<&ClassName>) -> &str {
+    class.map_or(UNKNOWN, |class| class)
+}
+
+fn ranked(top: &[decide::Ranked]) -> Vec<Ranked<'_>> {
+    top.iter().map(|entry| Ranked { class: &entry.class, confidence: rounded(entry.confidence) }).collect()
+}
+
+/// Rounds to four digits, which exceeds the calibration's precision.
 fn rounded(value: f32) -> f32 {
     (value.clamp(0.0, 1.0) * 1e4).round() / 1e4
 }
 
-/// RFC 3339, UTC, milliseconds.
+/// Returns a time as RFC 3339, UTC, milliseconds.
 pub fn time(at: SystemTime) -> String {
     format_rfc3339_millis(at).to_string()
 }
 
+/// Returns a message as JSON.
+///
+/// # Panics
+/// If it has a map with keys that are not strings, which no message has.
 pub fn json(message: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(message).expect("a message of strings and numbers can be written as JSON")
 }
@@ -122,31 +131,34 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::vision::Labels;
 
-    /// The wire format is a promise: whoever changes this text changes the schema number.
+    /// The wire format is stable: a change of these texts needs another schema number.
     #[test]
-    fn messages_are_as_promised() {
-        let sender = Sender {
-            device: "pi".into(),
-            camera: "window".into(),
-            labels: Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap(),
-            model: 7,
-        };
+    fn messages_keep_their_schema() {
+        let encoder = Encoder { device: "pi".into(), camera: "window".into() };
+        let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
+        let ranked = |class: usize, confidence| decide::Ranked { class: labels.class_name(class), confidence };
         let at = |ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms);
-        let sight = Sight {
-            class: Some(1),
-            confidence: 0.912_345,
-            top: smallvec::smallvec![(1, 0.912_345), (0, 0.05)],
+        let (class, confidence) = (Some(labels.class_name(1)), 0.912_345);
+        let top: decide::Top = smallvec::smallvec![ranked(1, 0.912_345), ranked(0, 0.05)];
+        let observation = Observation {
+            class: class.clone(),
+            confidence,
+            top: top.clone(),
             since: at(1_500),
             captured_at: at(2_000),
             camera_ok: true,
+            paused: false,
+            model: 7,
         };
+        let event = decide::Event { class, previous: None, confidence, top, captured_at: at(2_000), model: 7 };
         assert_eq!(
-            String::from_utf8(sender.state(&sight, false)).unwrap(),
+            String::from_utf8(encoder.state(&observation)).unwrap(),
             r#"{"schema":1,"device":"pi","camera":"window","class":"tulips","confidence":0.9123,"top":[{"class":"tulips","confidence":0.9123},{"class":"daisy","confidence":0.05}],"since":"1970-01-01T00:00:01.500Z","captured_at":"1970-01-01T00:00:02.000Z","camera_ok":true,"paused":false,"model":7}"#
         );
         assert_eq!(
-            String::from_utf8(sender.event(Uuid::nil(), &sight, None)).unwrap(),
+            String::from_utf8(encoder.event(Uuid::nil(), &event)).unwrap(),
             r#"{"schema":1,"id":"00000000-0000-0000-0000-000000000000","device":"pi","camera":"window","class":"tulips","previous":"unknown","confidence":0.9123,"top":[{"class":"tulips","confidence":0.9123},{"class":"daisy","confidence":0.05}],"captured_at":"1970-01-01T00:00:02.000Z","model":7}"#
         );
     }

@@ -1,16 +1,18 @@
-//! From events to the broker. Nothing here makes a stage before it wait: events go into an outbox and
-//! leave it only when the broker acknowledged them; the state is a slot whose newest value is sent. Here
-//! alone rumqttc is named.
+//! MQTT: messages, topics, and the connections to a broker. Events and answers wait in an outbox until the broker
+//! acknowledges them; the state is a slot whose newest value is published. No other module names rumqttc.
 
 pub mod access;
 pub mod client;
+mod connection;
+pub mod device_client;
 pub mod discovery;
-pub mod link;
+pub mod events;
 pub mod message;
 pub mod outbox;
 pub mod setting;
 pub mod topics;
 
-pub use link::{About, ConnectionOptions, Link, Mail};
+pub use access::BrokerAccess;
+pub use device_client::{Command, ConnectionOptions, DeviceClient, ModelAnnouncement};
 pub use outbox::Outbox;
-pub use setting::Setting;
+pub use topics::{DeviceName, Topics};

@@ -6,38 +6,42 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::Notify;
 
-/// How much may wait.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
+/// Limits of the waiting messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OutboxLimits {
+    /// Messages.
     pub entries_max: usize,
-    /// Of all payloads together.
+    /// Bytes of all payloads together.
     pub bytes_max: usize,
 }
 
-/// One message's place in their order; grows by one with each.
+/// A message's number; each has the next one.
 pub type Sequence = u64;
 
-/// A message that waits or is under way.
+/// A message that waits or is in flight.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
+    /// Its number.
     pub sequence: Sequence,
+    /// Where it is published.
     pub topic: String,
+    /// Its content.
     pub payload: Vec<u8>,
 }
 
-/// A handle; clones share the same entries.
+/// A handle to the messages; clones share them.
 #[derive(Clone)]
 pub struct Outbox(Arc<Shared>);
 
 struct Shared {
     queue: Mutex<Queue>,
     changed: Notify,
-    limits: Limits,
+    limits: OutboxLimits,
 }
 
 #[derive(Default)]
 struct Queue {
-    /// In order. Those before `sent` are under way on the present connection.
+    /// In order. Those before `sent` are in flight on the present connection.
     entries: VecDeque<Entry>,
     sent: usize,
     bytes: usize,
@@ -45,38 +49,39 @@ struct Queue {
 }
 
 impl Outbox {
-    pub fn new(limits: Limits) -> Self {
+    /// Creates an empty outbox.
+    pub fn new(limits: OutboxLimits) -> Self {
         Outbox(Arc::new(Shared { queue: Mutex::default(), changed: Notify::new(), limits }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.0.queue.lock().expect("no holder of the outbox panics")
+        self.0.queue.lock().expect("no thread panics with the lock held")
     }
 
-    /// Takes a message and never waits. Gives back what had to go for it, oldest first.
+    /// Appends a message without waiting. Returns the messages that were dropped to stay within the limits, oldest first.
     pub fn push(&self, topic: String, payload: Vec<u8>) -> Vec<Entry> {
         let mut queue = self.lock();
         let sequence = queue.next;
         queue.next += 1;
         queue.bytes += payload.len();
         queue.entries.push_back(Entry { sequence, topic, payload });
-        let mut lost = Vec::new();
+        let mut dropped = Vec::new();
         while queue.entries.len() > self.0.limits.entries_max || queue.bytes > self.0.limits.bytes_max {
             let Some(oldest) = queue.remove(0) else { break };
-            lost.push(oldest);
+            dropped.push(oldest);
         }
         drop(queue);
         self.0.changed.notify_one();
-        lost
+        dropped
     }
 
-    /// Takes all that waits in another, oldest first; gives how much had to go for it.
-    pub fn adopt(&self, other: &Outbox) -> usize {
+    /// Moves all messages of another outbox to the end of this one; returns how many were dropped.
+    pub fn append(&self, other: &Outbox) -> usize {
         let entries = std::mem::take(&mut *other.lock()).entries;
         entries.into_iter().map(|entry| self.push(entry.topic, entry.payload).len()).sum()
     }
 
-    /// The oldest entry that is not under way; from now on it is.
+    /// Returns the oldest message that is not in flight, which it is from now on.
     pub fn take_next(&self) -> Option<Entry> {
         let mut queue = self.lock();
         let entry = queue.entries.get(queue.sent).cloned()?;
@@ -84,30 +89,32 @@ impl Outbox {
         Some(entry)
     }
 
-    /// The broker has it. False where it had been given up before.
+    /// Removes a message that the broker acknowledged; `false` if it had been dropped before.
     pub fn acknowledged(&self, sequence: Sequence) -> bool {
         let mut queue = self.lock();
         let place = queue.entries.iter().position(|entry| entry.sequence == sequence);
-        let gone = place.and_then(|place| queue.remove(place)).is_some();
+        let removed = place.and_then(|place| queue.remove(place)).is_some();
         drop(queue);
         self.0.changed.notify_one();
-        gone
+        removed
     }
 
-    /// The connection is gone: nothing is under way any more, and everything is to be sent again.
+    /// Marks every message as not in flight, to be sent again on the next connection.
     pub fn rewind(&self) {
         self.lock().sent = 0;
     }
 
+    /// Whether no message waits or is in flight.
     pub fn is_empty(&self) -> bool {
         self.lock().entries.is_empty()
     }
 
+    /// Messages that wait or are in flight.
     pub fn len(&self) -> usize {
         self.lock().entries.len()
     }
 
-    /// Waits until something came or went since the last wait.
+    /// Waits for a message that was added or acknowledged since the last call.
     pub async fn changed(&self) {
         self.0.changed.notified().await;
     }
@@ -129,7 +136,7 @@ mod tests {
     use super::*;
 
     fn outbox(entries_max: usize, bytes_max: usize) -> Outbox {
-        Outbox::new(Limits { entries_max, bytes_max })
+        Outbox::new(OutboxLimits { entries_max, bytes_max })
     }
 
     fn sequences(entries: &[Entry]) -> Vec<Sequence> {
@@ -137,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn only_an_acknowledgement_lets_an_entry_go() {
+    fn only_an_acknowledgement_removes_a_message() {
         let outbox = outbox(10, 100);
         for n in 0..3 {
             assert!(outbox.push("t".into(), vec![n]).is_empty());
@@ -155,13 +162,13 @@ mod tests {
     }
 
     #[test]
-    fn when_it_is_full_the_oldest_go() {
+    fn a_full_outbox_drops_the_oldest() {
         let by_count = outbox(2, 100);
         by_count.push("t".into(), vec![0]);
         by_count.push("t".into(), vec![1]);
         assert_eq!(by_count.take_next().unwrap().sequence, 0);
         assert_eq!(sequences(&by_count.push("t".into(), vec![2])), [0]);
-        assert!(!by_count.acknowledged(0), "given up while it was under way");
+        assert!(!by_count.acknowledged(0), "dropped while in flight");
         assert_eq!(by_count.take_next().unwrap().sequence, 1, "the rest keeps its order");
 
         let by_bytes = outbox(100, 10);
@@ -169,24 +176,28 @@ mod tests {
         by_bytes.push("t".into(), vec![1; 4]);
         assert_eq!(sequences(&by_bytes.push("t".into(), vec![2; 9])), [0, 1]);
         assert_eq!(by_bytes.len(), 1);
-        assert_eq!(sequences(&by_bytes.push("t".into(), vec![3; 11])), [2, 3], "what never fits goes at once");
+        assert_eq!(
+            sequences(&by_bytes.push("t".into(), vec![3; 11])),
+            [2, 3],
+            "a message above the limit is dropped at once"
+        );
         assert!(by_bytes.is_empty());
     }
 
     #[test]
-    fn another_takes_over_what_waits() {
+    fn append_moves_the_waiting_messages() {
         let (old, new) = (outbox(10, 100), outbox(2, 100));
         for n in 0..3 {
             old.push("t".into(), vec![n]);
         }
         old.take_next();
-        assert_eq!(new.adopt(&old), 1, "it has less room");
+        assert_eq!(new.append(&old), 1, "its limit is smaller");
         assert!(old.is_empty());
         assert_eq!((new.take_next().unwrap().payload, new.take_next().unwrap().payload), (vec![1], vec![2]));
     }
 
     #[tokio::test]
-    async fn a_waiter_wakes_for_what_came_before_it_waited() {
+    async fn changed_returns_for_a_message_that_came_before() {
         let outbox = outbox(10, 100);
         outbox.push("t".into(), vec![0]);
         outbox.changed().await;

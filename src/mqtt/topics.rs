@@ -1,33 +1,43 @@
-//! Where messages go.
+//! Topic names.
 
 use std::fmt;
 
-/// A device's name, which is a level of its topics and part of its ids.
+/// A device's name: a level of its topics and a part of its ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceName(String);
 
+/// The longest device name, in bytes.
 pub const NAME_BYTES_MAX: usize = 64;
+/// The longest topic prefix, in bytes.
 pub const PREFIX_BYTES_MAX: usize = 128;
 
+/// A name or prefix that cannot be used in topics.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TopicError {
+    /// A device name.
     #[error("expected 1 to {NAME_BYTES_MAX} letters (a–z, A–Z), digits, - or _")]
     Name,
+    /// A topic prefix.
     #[error(
-        "expected 1 to {PREFIX_BYTES_MAX} bytes, levels that are not empty, without +, #, $ at the start or control characters"
+        "expected 1 to {PREFIX_BYTES_MAX} bytes, non-empty levels, without +, #, $ at the start or control characters"
     )]
     Prefix,
 }
 
 impl DeviceName {
+    /// Checks a name.
+    ///
+    /// # Errors
+    /// It is empty, too long, or has other characters than letters, digits, `-` and `_`.
     pub fn new(name: &str) -> Result<Self, TopicError> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-        if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(plain) {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(allowed) {
             return Err(TopicError::Name);
         }
         Ok(DeviceName(name.into()))
     }
 
+    /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -39,109 +49,131 @@ impl fmt::Display for DeviceName {
     }
 }
 
-/// What a topic may begin with: levels that are not empty, and nothing that a broker takes for a wildcard.
+/// Checks the prefix of topics: non-empty levels without wildcards.
+///
+/// # Errors
+/// It cannot be the beginning of a topic.
 pub fn check_prefix(prefix: &str) -> Result<(), TopicError> {
-    let bad = |c: char| c == '+' || c == '#' || c.is_control();
+    let forbidden = |c: char| c == '+' || c == '#' || c.is_control();
     let empty_level = prefix.split('/').any(str::is_empty);
-    if empty_level || prefix.len() > PREFIX_BYTES_MAX || prefix.starts_with('$') || prefix.chars().any(bad) {
+    if empty_level || prefix.len() > PREFIX_BYTES_MAX || prefix.starts_with('$') || prefix.chars().any(forbidden) {
         return Err(TopicError::Prefix);
     }
     Ok(())
 }
 
-/// What a device is asked for, by the topic.
+/// A request to a device, by its topic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order<'a> {
+pub enum Request<'a> {
     /// A setting by its name.
     Set(&'a str),
+    /// A model is offered.
     Offer,
-    /// By its number.
+    /// A chunk of it, by its number.
     Chunk(u32),
+    /// The model is to be rolled back.
     Rollback,
 }
 
 /// The topics of one device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topics {
+    base: String,
     root: String,
     discovery_prefix: String,
     device: DeviceName,
 }
 
 impl Topics {
-    /// `base` and `discovery_prefix` as [`check_prefix`] wants them.
+    /// `base` and `discovery_prefix` are prefixes that [`check_prefix`] accepts.
     pub fn new(base: &str, discovery_prefix: &str, device: DeviceName) -> Self {
-        Topics { root: format!("{base}/{device}"), discovery_prefix: discovery_prefix.into(), device }
+        Topics {
+            base: base.into(),
+            root: format!("{base}/{device}"),
+            discovery_prefix: discovery_prefix.into(),
+            device,
+        }
     }
 
+    /// Returns the topics of another device with the same base and discovery prefix.
+    pub fn for_device(&self, device: DeviceName) -> Self {
+        Topics::new(&self.base, &self.discovery_prefix, device)
+    }
+
+    /// The device.
     pub fn device(&self) -> &DeviceName {
         &self.device
     }
 
+    /// `online` or `offline`, retained.
     pub fn status(&self) -> String {
         format!("{}/status", self.root)
     }
 
+    /// The newest observation, retained.
     pub fn state(&self) -> String {
         format!("{}/state", self.root)
     }
 
+    /// Events.
     pub fn event(&self) -> String {
         format!("{}/event", self.root)
     }
 
+    /// The active model, retained.
     pub fn model(&self) -> String {
         format!("{}/model", self.root)
     }
 
-    /// What the topics begin with.
+    /// The beginning of all the topics: base and device.
     pub fn root(&self) -> &str {
         &self.root
     }
 
-    /// A new model is offered.
+    /// Offers of a model, to the device.
     pub fn offer(&self) -> String {
         format!("{}/model/offer", self.root)
     }
 
-    /// A piece of it.
+    /// A chunk of an offered model, to the device.
     pub fn chunk(&self, number: u32) -> String {
         format!("{}/model/chunk/{number}", self.root)
     }
 
-    /// Asks for the model before.
+    /// Requests to roll back, to the device.
     pub fn rollback(&self) -> String {
         format!("{}/model/rollback", self.root)
     }
 
-    /// What became of an offer or of a model.
+    /// The update agent's answers.
     pub fn answer(&self) -> String {
         format!("{}/model/answer", self.root)
     }
 
-    /// How much of a new model is there.
+    /// Progress of a transfer.
     pub fn progress(&self) -> String {
         format!("{}/model/progress", self.root)
     }
 
-    /// The filters of all that a device listens to.
-    pub fn orders(&self) -> [String; 4] {
+    /// The filters that a device subscribes to.
+    pub fn request_filters(&self) -> [String; 4] {
         [format!("{}/set/+", self.root), self.offer(), format!("{}/model/chunk/+", self.root), self.rollback()]
     }
 
-    /// What a message on one of [`Self::orders`] is.
-    pub fn order<'a>(&self, topic: &'a str) -> Option<Order<'a>> {
+    /// Parses a topic of [`Topics::request_filters`]; `None` for any other.
+    pub fn parse_request<'a>(&self, topic: &'a str) -> Option<Request<'a>> {
         let below = topic.strip_prefix(&self.root)?;
         match below {
-            "/model/offer" => Some(Order::Offer),
-            "/model/rollback" => Some(Order::Rollback),
+            "/model/offer" => Some(Request::Offer),
+            "/model/rollback" => Some(Request::Rollback),
             _ => match below.strip_prefix("/model/chunk/") {
-                Some(number) => number.parse().ok().map(Order::Chunk),
-                None => below.strip_prefix("/set/").map(Order::Set),
+                Some(number) => number.parse().ok().map(Request::Chunk),
+                None => below.strip_prefix("/set/").map(Request::Set),
             },
         }
     }
 
+    /// Home Assistant's device discovery, retained.
     pub fn discovery(&self) -> String {
         format!("{}/device/{}/config", self.discovery_prefix, self.device)
     }
@@ -152,7 +184,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_bases_are_checked() {
+    fn names_prefixes_and_requests_are_checked() {
         for good in ["pi", "garden-2", "A_b"] {
             assert!(DeviceName::new(good).is_ok(), "{good}");
         }
@@ -166,11 +198,11 @@ mod tests {
         let topics = Topics::new("house/bloomcast", "homeassistant", DeviceName::new("pi").unwrap());
         assert_eq!(topics.state(), "house/bloomcast/pi/state");
         assert_eq!(topics.discovery(), "homeassistant/device/pi/config");
-        assert_eq!(topics.order("house/bloomcast/pi/set/pause"), Some(Order::Set("pause")));
-        assert_eq!(topics.order("house/bloomcast/other/set/pause"), None);
-        assert_eq!(topics.order(&topics.chunk(7)), Some(Order::Chunk(7)));
-        assert_eq!(topics.order("house/bloomcast/pi/model/chunk/-1"), None);
-        assert_eq!(topics.order(&topics.offer()), Some(Order::Offer));
-        assert_eq!(topics.order(&topics.rollback()), Some(Order::Rollback));
+        assert_eq!(topics.parse_request("house/bloomcast/pi/set/pause"), Some(Request::Set("pause")));
+        assert_eq!(topics.parse_request("house/bloomcast/other/set/pause"), None);
+        assert_eq!(topics.parse_request(&topics.chunk(7)), Some(Request::Chunk(7)));
+        assert_eq!(topics.parse_request("house/bloomcast/pi/model/chunk/-1"), None);
+        assert_eq!(topics.parse_request(&topics.offer()), Some(Request::Offer));
+        assert_eq!(topics.parse_request(&topics.rollback()), Some(Request::Rollback));
     }
 }

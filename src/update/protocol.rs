@@ -1,4 +1,4 @@
-//! What workstation and device say to each other. Whoever reads ignores fields that it does not know.
+//! The messages between workstation and device. A reader ignores fields that it does not know.
 
 use std::fmt;
 
@@ -6,132 +6,191 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::bundle::manifest::check_name;
-use crate::bundle::signature::{Keyring, PrivateKey, Signed};
+use crate::bundle::signature::{DetachedSignature, Keyring, PrivateKey, SignatureError, UntrustedSigner};
 use crate::bundle::{Identity, Manifest, Metrics};
-use crate::config::Config;
 use crate::mqtt::message::SCHEMA;
-use crate::update::device::store::State;
 
-/// Where the model that decides came from.
+/// A message that is not of the protocol.
+#[derive(Debug, thiserror::Error)]
+pub enum ProtocolError {
+    /// Not JSON, or a field is missing or of another type.
+    #[error("{0}")]
+    Json(#[from] serde_json::Error),
+    /// Another schema.
+    #[error("schema {0}, this program reads {SCHEMA}")]
+    Schema(u32),
+    /// A malformed name.
+    #[error("name: expected {0}")]
+    Name(String),
+    /// A malformed hash.
+    #[error("sha256: expected 64 hexadecimal digits")]
+    Sha256,
+}
+
+/// A command that is not authorised.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// DetachedSignature for another generation of the store.
+    #[error("the order is for generation {signed}, this is {present}")]
+    Generation { signed: u64, present: u64 },
+    /// Not a signature.
+    #[error("the order's signature: {0}")]
+    Malformed(SignatureError),
+    /// A signature of something else.
+    #[error("the order's signature {0}")]
+    Signature(SignatureError),
+    /// A key that is not trusted.
+    #[error("the order: {0}")]
+    Untrusted(#[from] UntrustedSigner),
+}
+
+/// The origin of the active model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Source {
+pub enum ModelSource {
+    /// The program itself.
     BuiltIn,
     /// `model.bundle` of the configuration.
     File,
+    /// The device's store.
     Store,
 }
 
-/// A network that a device has.
+/// A backbone network of a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkRef {
+    /// Its name.
     pub name: String,
+    /// SHA-256 of its ONNX file, hexadecimal.
     pub sha256: String,
 }
 
-/// The model that decides; retained on `…/model`.
+/// The active model; retained on `…/model`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelStatus {
+    /// [`SCHEMA`].
     pub schema: u32,
+    /// Name, version and SHA-256 of the model.
     #[serde(flatten)]
     pub model: Identity,
+    /// Its classes.
     pub classes: Vec<String>,
-    /// The network it was made for.
+    /// Name of the backbone that it was trained on.
     pub backbone: String,
-    /// The bundles that the device reads.
+    /// The bundle format that the device reads.
     pub format: u32,
-    /// What a model must be made for that does not carry its own.
+    /// The backbone that a model must be trained on unless it carries its own.
     pub network: NetworkRef,
-    /// What it was taught with and measured on.
+    /// SHA-256 of the dataset that it was trained and evaluated on.
     pub dataset: String,
+    /// Its figures on the validation set.
     pub metrics: Metrics,
-    /// The id of the key that signed it.
+    /// Id of the key that signed it.
     pub signed_by: Option<String>,
-    pub source: Source,
-    /// It decides, and is not confirmed.
+    /// Where it was loaded from.
+    pub source: ModelSource,
+    /// Whether it is on trial.
     pub trial: bool,
-    /// What a rollback goes back to.
+    /// The model that a rollback activates.
     pub previous: Option<String>,
-    /// An order that is signed for it cannot be given a second time.
+    /// Generation of the store; a command signed for it is valid once.
     pub generation: u64,
-    /// Why it is not the model that was installed last.
+    /// The reason why it is not the model that was installed last.
     pub trouble: Option<String>,
 }
 
-/// A model is to be sent, in pieces.
+/// An offer of a model, which follows in chunks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
+    /// [`SCHEMA`].
     pub schema: u32,
+    /// Id of the transfer.
     pub transfer: Uuid,
+    /// Name, version and SHA-256 of the model.
     #[serde(flatten)]
     pub model: Identity,
+    /// Size of the bundle.
     pub bytes: u64,
-    /// In each piece but the last.
+    /// Size of each chunk but the last.
     pub chunk_bytes: u32,
-    /// Allows a model that is not newer, or was taken back.
-    pub force: Option<SignedOrder>,
+    /// Permits a model that is not newer, or was rolled back.
+    pub force: Option<SignedCommand>,
 }
 
 impl Offer {
-    /// Refuses what no workstation sends.
-    pub fn read(payload: &[u8]) -> Result<Self, String> {
-        let offer: Self = serde_json::from_slice(payload).map_err(|e| e.to_string())?;
+    /// Parses an offer.
+    ///
+    /// # Errors
+    /// It is not JSON of this schema, or the name or SHA-256 is malformed.
+    pub fn read(payload: &[u8]) -> Result<Self, ProtocolError> {
+        let offer: Self = serde_json::from_slice(payload)?;
         expect_schema(offer.schema)?;
-        check_name(&offer.model.name).map_err(|expected| format!("name: expected {expected}"))?;
+        check_name(&offer.model.name).map_err(|error| ProtocolError::Name(error.to_string()))?;
         let sha256 = &offer.model.sha256;
         if sha256.len() != 64 || !sha256.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')) {
-            return Err("sha256: expected 64 hexadecimal digits".into());
+            return Err(ProtocolError::Sha256);
         }
         Ok(offer)
     }
 
+    /// Number of chunks.
     pub fn chunks(&self) -> u32 {
         u32::try_from(self.bytes.div_ceil(u64::from(self.chunk_bytes.max(1)))).unwrap_or(u32::MAX)
     }
 }
 
-/// The model before is to decide again.
+/// A request to activate the previous model again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Rollback {
+pub struct RollbackRequest {
+    /// [`SCHEMA`].
     pub schema: u32,
-    /// Comes back in the answer.
+    /// Id of the request, repeated in the answer.
     pub transfer: Uuid,
-    pub order: SignedOrder,
+    /// Its authorisation.
+    pub order: SignedCommand,
 }
 
-impl Rollback {
-    pub fn read(payload: &[u8]) -> Result<Self, String> {
-        let rollback: Self = serde_json::from_slice(payload).map_err(|e| e.to_string())?;
+impl RollbackRequest {
+    /// Parses a request.
+    ///
+    /// # Errors
+    /// It is not JSON of this schema.
+    pub fn read(payload: &[u8]) -> Result<Self, ProtocolError> {
+        let rollback: Self = serde_json::from_slice(payload)?;
         expect_schema(rollback.schema).map(|()| rollback)
     }
 }
 
-fn expect_schema(schema: u32) -> Result<(), String> {
-    if schema == SCHEMA { Ok(()) } else { Err(format!("schema {schema}, this program reads {SCHEMA}")) }
+fn expect_schema(schema: u32) -> Result<(), ProtocolError> {
+    if schema == SCHEMA { Ok(()) } else { Err(ProtocolError::Schema(schema)) }
 }
 
-/// How much of a model has come; also said when a piece is missing.
+/// Progress of a transfer; also sent when a chunk is missing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
+    /// [`SCHEMA`].
     pub schema: u32,
+    /// Id of the transfer.
     pub transfer: Uuid,
-    /// The piece that is waited for.
+    /// The next chunk that the device expects.
     pub next: u32,
+    /// Number of chunks.
     pub chunks: u32,
-    /// What was sent from there on did not come, or may not have.
+    /// Whether chunks from `next` on must be sent again.
     pub again: bool,
 }
 
+/// The state of an update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum UpdateStatus {
-    /// It proved itself and decides on trial.
+    /// The model passed validation and is active on trial.
     Accepted,
-    /// It never decided.
+    /// The model was not activated.
     Refused,
-    /// It came through its trial.
+    /// The model passed its trial.
     Confirmed,
-    /// It decided, and does no more.
+    /// The model was active and was replaced by the previous one.
     RolledBack,
 }
 
@@ -146,60 +205,66 @@ impl fmt::Display for UpdateStatus {
     }
 }
 
-/// How long a trial takes: until so many frames were seen, or so much time has passed.
+/// The end of a trial: after this many frames or this time, whichever comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrialLimits {
+    /// Frames.
     pub frames: u32,
+    /// Seconds.
     pub seconds: u64,
 }
 
-impl TrialLimits {
-    pub fn of(config: &Config) -> Self {
-        TrialLimits { frames: config.model.trial_frames, seconds: config.model.trial_s_max }
-    }
-}
-
-/// What became of a model.
+/// An answer of the update agent, on `…/model/answer`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
+    /// [`SCHEMA`].
     pub schema: u32,
+    /// Name of the device.
     pub device: String,
-    /// The offer or order it answers; none where nobody asked.
+    /// The offer or request that it answers; `None` if there was none.
     pub transfer: Option<Uuid>,
+    /// The state of the update.
     pub answer: UpdateStatus,
+    /// Why it was refused or rolled back.
     pub reason: Option<String>,
+    /// Name, version and SHA-256 of the model.
     #[serde(flatten)]
     pub model: Identity,
+    /// Limits of the trial that begins.
     pub trial: Option<TrialLimits>,
-    /// RFC 3339, UTC.
+    /// Time of the answer, RFC 3339, UTC.
     pub at: String,
 }
 
-/// What a signed order is for.
+/// The action that a command authorises.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Take this model though it is not newer.
+    /// Accept this model although it is not newer, or was rolled back.
     Force,
-    /// Take this model back.
+    /// Roll this model back.
     Rollback,
 }
 
-/// A signature under one order: for one device, once.
+/// A signed command: for one action on one device in one generation of its store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SignedOrder {
+pub struct SignedCommand {
+    /// The generation that it is valid for.
     pub generation: u64,
-    /// Key and signature, in hexadecimal.
+    /// Key and signature, hexadecimal.
     pub signed: String,
 }
 
-impl SignedOrder {
-    /// `device`: what its topics begin with; `generation`: as it stands on its `…/model`; `sha256`: the model that is to
-    /// come, or to go.
+impl SignedCommand {
+    /// Signs a command. `device` is the beginning of its topics, `generation` that of its `…/model`, `sha256` the model to
+    /// accept or to roll back.
     pub fn sign(key: &PrivateKey, action: Action, device: &str, generation: u64, sha256: &str) -> Self {
-        SignedOrder { generation, signed: key.sign(&statement(action, device, generation, sha256)).to_text() }
+        SignedCommand { generation, signed: key.sign(&signed_text(action, device, generation, sha256)).to_hex() }
     }
 
-    /// Refuses what no trusted key has signed, or signed for something else.
+    /// Verifies the command.
+    ///
+    /// # Errors
+    /// It is for another generation, another action, device or model, or not signed by a trusted key.
     pub fn check(
         &self,
         trusted: &Keyring,
@@ -207,19 +272,19 @@ impl SignedOrder {
         device: &str,
         generation: u64,
         sha256: &str,
-    ) -> Result<(), String> {
+    ) -> Result<(), CommandError> {
         if self.generation != generation {
-            return Err(format!("the order is for generation {}, this is {generation}", self.generation));
+            return Err(CommandError::Generation { signed: self.generation, present: generation });
         }
-        let signed = Signed::from_text(&self.signed).map_err(|e| format!("the order's signature: {e}"))?;
-        let signer = signed.check(&statement(action, device, generation, sha256));
-        let signer = signer.map_err(|e| format!("the order's signature {e}"))?;
-        trusted.trust(Some(&signer)).map(drop).map_err(|e| format!("the order: {e}"))
+        let signed = DetachedSignature::from_hex(&self.signed).map_err(CommandError::Malformed)?;
+        let signer =
+            signed.verify(&signed_text(action, device, generation, sha256)).map_err(CommandError::Signature)?;
+        Ok(trusted.verify_signer(Some(&signer)).map(drop)?)
     }
 }
 
-/// What is signed: never the same for two orders.
-fn statement(action: Action, device: &str, generation: u64, sha256: &str) -> Vec<u8> {
+/// Returns the text that is signed; it differs for any two commands.
+fn signed_text(action: Action, device: &str, generation: u64, sha256: &str) -> Vec<u8> {
     let action = match action {
         Action::Force => "force",
         Action::Rollback => "rollback",
@@ -227,27 +292,14 @@ fn statement(action: Action, device: &str, generation: u64, sha256: &str) -> Vec
     format!("bloomcast order {SCHEMA}\n{action}\n{device}\n{generation}\n{sha256}\n").into_bytes()
 }
 
-/// Why a model should not decide after `present`, unless somebody insists.
-pub fn objection(model: &Identity, present: &Identity, state: &State) -> Option<String> {
-    if state.taken_back.contains(&model.sha256) {
-        Some(format!("{model} was taken back here, or failed its trial"))
-    } else if model.version <= present.version {
-        Some(format!("{model} is not newer than {present}"))
-    } else if model.version <= state.newest {
-        Some(format!("{model} is not newer than version {}, which was confirmed here before", state.newest))
-    } else {
-        None
-    }
-}
-
-/// Which model a manifest is of.
+/// Returns the identity of the model of a manifest. `sha256` is that of the whole bundle.
 pub fn identity(manifest: &Manifest, sha256: &str) -> Identity {
     Identity { name: manifest.name.clone(), version: manifest.version, sha256: sha256.into() }
 }
 
-/// A device whose model is one version older than this one and as good, of the same photographs.
+/// Returns the status of a device whose model is one version older and equally good on the same dataset.
 #[cfg(test)]
-pub fn older_note(manifest: &Manifest) -> ModelStatus {
+pub fn older_status(manifest: &Manifest) -> ModelStatus {
     let backbone = &manifest.backbone;
     ModelStatus {
         schema: SCHEMA,
@@ -259,7 +311,7 @@ pub fn older_note(manifest: &Manifest) -> ModelStatus {
         dataset: manifest.dataset.sha256.clone(),
         metrics: manifest.metrics.clone(),
         signed_by: None,
-        source: Source::BuiltIn,
+        source: ModelSource::BuiltIn,
         trial: false,
         previous: None,
         generation: 0,
@@ -272,37 +324,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_order_is_for_one_thing_on_one_device_once() {
+    fn a_command_is_valid_for_one_action_on_one_device_once() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trainer.key");
         PrivateKey::generate(&path).unwrap();
         let (key, trusted) = (PrivateKey::read(&path).unwrap(), Keyring::read(dir.path()).unwrap());
-        let order = SignedOrder::sign(&key, Action::Rollback, "bloomcast/pi", 7, "ab");
+        let order = SignedCommand::sign(&key, Action::Rollback, "bloomcast/pi", 7, "ab");
         let check = |action, device, generation, sha256| order.check(&trusted, action, device, generation, sha256);
-        assert_eq!(check(Action::Rollback, "bloomcast/pi", 7, "ab"), Ok(()));
-        assert!(check(Action::Force, "bloomcast/pi", 7, "ab").unwrap_err().contains("does not fit"));
+        assert!(check(Action::Rollback, "bloomcast/pi", 7, "ab").is_ok());
+        assert!(check(Action::Force, "bloomcast/pi", 7, "ab").unwrap_err().to_string().contains("does not fit"));
         assert!(check(Action::Rollback, "bloomcast/pi2", 7, "ab").is_err());
-        assert!(check(Action::Rollback, "bloomcast/pi", 8, "ab").unwrap_err().contains("generation 7, this is 8"));
+        assert!(
+            check(Action::Rollback, "bloomcast/pi", 8, "ab")
+                .unwrap_err()
+                .to_string()
+                .contains("generation 7, this is 8")
+        );
         assert!(check(Action::Rollback, "bloomcast/pi", 7, "ac").is_err());
-        let nobody = order.check(&Keyring::default(), Action::Rollback, "bloomcast/pi", 7, "ab");
-        assert_eq!(nobody.unwrap_err(), "the order: no key is trusted here");
+        let untrusted = order.check(&Keyring::default(), Action::Rollback, "bloomcast/pi", 7, "ab");
+        assert_eq!(untrusted.unwrap_err().to_string(), "the order: no key is trusted here");
     }
 
+    /// The wire format is stable: a change of these texts needs another schema number.
     #[test]
-    fn what_was_here_before_does_not_come_back_unasked() {
-        let model = |version, sha256: &str| Identity { name: "m".into(), version, sha256: sha256.into() };
-        let state = State { taken_back: vec!["bad".into()], newest: 5, ..State::default() };
-        let objection = |new| objection(&new, &model(3, "present"), &state);
-        assert_eq!(objection(model(6, "new")), None);
-        assert_eq!(objection(model(6, "bad")).unwrap(), "m 6 was taken back here, or failed its trial");
-        assert_eq!(objection(model(3, "same")).unwrap(), "m 3 is not newer than m 3");
-        let before = "m 5 is not newer than version 5, which was confirmed here before";
-        assert_eq!(objection(model(5, "older")).unwrap(), before);
-    }
-
-    /// The wire format is a promise: whoever changes this text changes the schema number.
-    #[test]
-    fn answers_and_notes_are_as_promised() {
+    fn answers_and_statuses_keep_their_schema() {
         let model = Identity { name: "garden".into(), version: 7, sha256: "ab".into() };
         let answer = Answer {
             schema: SCHEMA,
@@ -318,7 +363,7 @@ mod tests {
             serde_json::to_string(&answer).unwrap(),
             r#"{"schema":1,"device":"pi","transfer":"00000000-0000-0000-0000-000000000000","answer":"rolled-back","reason":"slow","name":"garden","version":7,"sha256":"ab","trial":null,"at":"2026-01-02T03:04:05.678Z"}"#
         );
-        let note = ModelStatus {
+        let status = ModelStatus {
             schema: SCHEMA,
             model,
             classes: vec!["daisy".into(), "tulips".into()],
@@ -328,14 +373,14 @@ mod tests {
             dataset: "ef".into(),
             metrics: Metrics { accuracy: 0.5, loss: 0.25, ece: 0.125 },
             signed_by: None,
-            source: Source::BuiltIn,
+            source: ModelSource::BuiltIn,
             trial: false,
             previous: None,
             generation: 3,
             trouble: None,
         };
         let json = r#"{"schema":1,"name":"garden","version":7,"sha256":"ab","classes":["daisy","tulips"],"backbone":"n","format":1,"network":{"name":"n","sha256":"cd"},"dataset":"ef","metrics":{"accuracy":0.5,"loss":0.25,"ece":0.125},"signed_by":null,"source":"built-in","trial":false,"previous":null,"generation":3,"trouble":null}"#;
-        assert_eq!(serde_json::to_string(&note).unwrap(), json);
-        assert_eq!(serde_json::from_str::<ModelStatus>(json).unwrap(), note);
+        assert_eq!(serde_json::to_string(&status).unwrap(), json);
+        assert_eq!(serde_json::from_str::<ModelStatus>(json).unwrap(), status);
     }
 }

@@ -1,118 +1,133 @@
-//! A model that comes in pieces: only the next one, of the transfer that was agreed on, is taken.
+//! A model in chunks: the device accepts only the next chunk of the transfer that was offered.
 
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::mqtt::link::{INCOMING_BYTES_MAX, PUBLISH_OVERHEAD};
+use crate::mqtt::device_client::{INCOMING_BYTES_MAX, PUBLISH_OVERHEAD};
 use crate::mqtt::message::SCHEMA;
 use crate::system::hash::sha256_hex;
 use crate::update::protocol::{Offer, Progress};
 
-/// A sender that was silent for so long makes place for another.
-const PATIENCE: Duration = Duration::from_secs(15);
-/// Pieces between two messages of progress.
+/// After this time without a message of its sender, a transfer may be replaced by another.
+const IDLE_MAX: Duration = Duration::from_secs(15);
+/// Chunks between two progress messages.
 pub const PROGRESS_EVERY: u32 = 4;
-/// A piece's payload begins with the transfer's id.
+/// Bytes of the transfer's id, with which a chunk's payload begins.
 const ID_BYTES: usize = 16;
-/// Smaller pieces cost more than they bring.
+/// The smallest chunk.
 pub const CHUNK_BYTES_MIN: u32 = 256;
-/// Larger ones might not fit a device's connection.
+/// The largest chunk, which fits the largest packet that a device accepts.
 const CHUNK_BYTES_MAX: u32 = INCOMING_BYTES_MAX as u32 / 2;
 
-/// What a piece led to.
+/// The result of a chunk.
 #[derive(Debug, PartialEq, Eq)]
 pub enum ChunkResult {
-    /// Nothing is to be said.
-    Quiet,
-    /// The sender should know where we are.
+    /// Accepted, or ignored as a duplicate; no answer is due.
+    Accepted,
+    /// Accepted; a progress message is due.
     Progress,
-    /// One is missing.
+    /// A chunk before it is missing.
     Gap,
-    /// It was the last one, and the whole is what was offered.
-    Whole(Vec<u8>),
-    /// It was the last one, and the whole is something else.
+    /// The last chunk; these bytes have the offered SHA-256.
+    Complete(Vec<u8>),
+    /// The last chunk, but the SHA-256 differs from the offer.
     Altered,
 }
 
+/// An offer that the device does not accept.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OfferError {
+    /// The bundle is empty or too large.
+    #[error("{bytes} bytes, model.offer_bytes_max allows {bytes_max}")]
+    Size { bytes: u64, bytes_max: u64 },
+    /// The chunks are too small or too large.
+    #[error("chunks of {0} bytes, expected {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX}")]
+    ChunkSize(u32),
+}
+
+/// A transfer that is being received.
 pub struct Transfer {
+    /// Its offer.
     pub offer: Offer,
     bytes: Vec<u8>,
     next: u32,
-    /// The piece beyond the next that was last complained of.
+    /// The chunk after the missing one that was reported last.
     gap: Option<u32>,
-    heard: Instant,
+    last_message: Instant,
 }
 
 impl Transfer {
-    /// Nothing is allocated by what the offer claims.
-    pub fn new(offer: Offer, bytes_max: u64, now: Instant) -> Result<Self, String> {
+    /// Starts a transfer. It allocates nothing from the sizes in the offer.
+    ///
+    /// # Errors
+    /// The bundle or the chunks are too large or too small.
+    pub fn new(offer: Offer, bytes_max: u64, now: Instant) -> Result<Self, OfferError> {
         if !(1..=bytes_max).contains(&offer.bytes) {
-            return Err(format!("{} bytes, model.offer_bytes_max allows {bytes_max}", offer.bytes));
+            return Err(OfferError::Size { bytes: offer.bytes, bytes_max });
         }
         if !(CHUNK_BYTES_MIN..=CHUNK_BYTES_MAX).contains(&offer.chunk_bytes) {
-            let expected = format!("{CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX}");
-            return Err(format!("pieces of {} bytes, expected {expected}", offer.chunk_bytes));
+            return Err(OfferError::ChunkSize(offer.chunk_bytes));
         }
-        Ok(Transfer { offer, bytes: Vec::new(), next: 0, gap: None, heard: now })
+        Ok(Transfer { offer, bytes: Vec::new(), next: 0, gap: None, last_message: now })
     }
 
-    /// The sender has not been heard of for a long time.
+    /// Whether the sender has been silent for so long that another transfer may replace this one.
     pub fn is_abandoned(&self, now: Instant) -> bool {
-        now.duration_since(self.heard) > PATIENCE
+        now.duration_since(self.last_message) > IDLE_MAX
     }
 
-    /// The sender is there.
-    pub fn heard(&mut self, now: Instant) {
-        self.heard = now;
+    /// Records a message of the sender.
+    pub fn touch(&mut self, now: Instant) {
+        self.last_message = now;
         self.gap = None;
     }
 
-    /// `again`: what was sent may not have come.
+    /// Returns a progress message. `again`: chunks may have been lost, the sender is to send from `next` on.
     pub fn progress(&self, again: bool) -> Progress {
         let Offer { transfer, .. } = self.offer;
         Progress { schema: SCHEMA, transfer, next: self.next, chunks: self.offer.chunks(), again }
     }
 
-    /// `payload`: the transfer's id and the piece. What is doubled, or of another transfer, is left out; behind a gap the
-    /// sender is told once where we are.
+    /// Takes a chunk. `payload` is the transfer's id and the chunk's bytes. A duplicate or a chunk of another transfer is
+    /// ignored; the first chunk after a missing one is reported as a gap.
     pub fn take(&mut self, number: u32, payload: &[u8], now: Instant) -> ChunkResult {
-        let Some((id, piece)) = payload.split_at_checked(ID_BYTES) else { return ChunkResult::Quiet };
+        let Some((id, chunk)) = payload.split_at_checked(ID_BYTES) else { return ChunkResult::Accepted };
         if id != self.offer.transfer.as_bytes() {
-            return ChunkResult::Quiet;
+            return ChunkResult::Accepted;
         }
-        self.heard = now;
+        self.last_message = now;
         let expected = u64::from(self.offer.chunk_bytes).min(self.offer.bytes - self.bytes.len() as u64);
-        if number != self.next || piece.len() as u64 != expected {
+        if number != self.next || chunk.len() as u64 != expected {
             if number > self.next && self.gap.is_none() {
                 self.gap = Some(number);
                 return ChunkResult::Gap;
             }
-            return ChunkResult::Quiet;
+            return ChunkResult::Accepted;
         }
-        self.bytes.extend_from_slice(piece);
+        self.bytes.extend_from_slice(chunk);
         self.next += 1;
         self.gap = None;
         if self.bytes.len() as u64 == self.offer.bytes {
             let bytes = std::mem::take(&mut self.bytes);
             return if sha256_hex(&bytes) == self.offer.model.sha256 {
-                ChunkResult::Whole(bytes)
+                ChunkResult::Complete(bytes)
             } else {
                 ChunkResult::Altered
             };
         }
-        if self.next.is_multiple_of(PROGRESS_EVERY) { ChunkResult::Progress } else { ChunkResult::Quiet }
+        if self.next.is_multiple_of(PROGRESS_EVERY) { ChunkResult::Progress } else { ChunkResult::Accepted }
     }
 }
 
-/// A piece as it is sent. `number`: from 0; none behind the last.
-pub fn piece(transfer: Uuid, bytes: &[u8], chunk_bytes: u32, number: u32) -> Option<Vec<u8>> {
-    let piece = bytes.chunks(chunk_bytes as usize).nth(number as usize)?;
-    Some([transfer.as_bytes().as_slice(), piece].concat())
+/// Returns the payload of a chunk. `number` counts from 0; `None` after the last.
+pub fn chunk(transfer: Uuid, bytes: &[u8], chunk_bytes: u32, number: u32) -> Option<Vec<u8>> {
+    let chunk = bytes.chunks(chunk_bytes as usize).nth(number as usize)?;
+    Some([transfer.as_bytes().as_slice(), chunk].concat())
 }
 
-/// What a piece may hold, so that its message is no larger than `packet_bytes`. `topic_bytes`: of the longest topic.
-pub fn chunk_bytes(packet_bytes: usize, topic_bytes: usize) -> u32 {
+/// Returns the largest chunk whose message is at most `packet_bytes` bytes. `topic_bytes` is the length of the longest topic.
+pub fn chunk_bytes_for(packet_bytes: usize, topic_bytes: usize) -> u32 {
     let room = packet_bytes.saturating_sub(topic_bytes + ID_BYTES + PUBLISH_OVERHEAD);
     u32::try_from(room).unwrap_or(u32::MAX).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
 }
@@ -144,37 +159,37 @@ mod tests {
     }
 
     fn nth(number: u32) -> Vec<u8> {
-        piece(Uuid::from_u128(5), &content(), CHUNK, number).unwrap()
+        chunk(Uuid::from_u128(5), &content(), CHUNK, number).unwrap()
     }
 
     #[test]
-    fn pieces_in_order_make_the_whole() {
+    fn chunks_in_order_complete_the_transfer() {
         let now = Instant::now();
         let mut transfer = transfer(now);
         let last = transfer.offer.chunks() - 1;
         assert_eq!(last, 10);
         for number in 0..last {
-            let told =
-                if (number + 1).is_multiple_of(PROGRESS_EVERY) { ChunkResult::Progress } else { ChunkResult::Quiet };
-            assert_eq!(transfer.take(number, &nth(number), now), told);
+            let expected =
+                if (number + 1).is_multiple_of(PROGRESS_EVERY) { ChunkResult::Progress } else { ChunkResult::Accepted };
+            assert_eq!(transfer.take(number, &nth(number), now), expected);
         }
-        assert_eq!(transfer.take(last, &nth(last), now), ChunkResult::Whole(content()));
-        assert_eq!(piece(Uuid::nil(), &content(), CHUNK, last + 1), None);
+        assert_eq!(transfer.take(last, &nth(last), now), ChunkResult::Complete(content()));
+        assert_eq!(chunk(Uuid::nil(), &content(), CHUNK, last + 1), None);
     }
 
     #[test]
-    fn what_is_doubled_out_of_order_cut_or_of_another_transfer_changes_nothing() {
+    fn ignores_duplicates_gaps_short_chunks_and_other_transfers() {
         let now = Instant::now();
         let mut transfer = transfer(now);
-        assert_eq!(transfer.take(0, &nth(0), now), ChunkResult::Quiet);
-        let other = piece(Uuid::from_u128(6), &content(), CHUNK, 1).unwrap();
+        assert_eq!(transfer.take(0, &nth(0), now), ChunkResult::Accepted);
+        let other = chunk(Uuid::from_u128(6), &content(), CHUNK, 1).unwrap();
         for (number, payload, expected) in [
-            (0, nth(0), ChunkResult::Quiet),
+            (0, nth(0), ChunkResult::Accepted),
             (3, nth(3), ChunkResult::Gap),
-            (4, nth(4), ChunkResult::Quiet),
-            (1, other, ChunkResult::Quiet),
-            (1, nth(1)[..100].to_vec(), ChunkResult::Quiet),
-            (1, Vec::new(), ChunkResult::Quiet),
+            (4, nth(4), ChunkResult::Accepted),
+            (1, other, ChunkResult::Accepted),
+            (1, nth(1)[..100].to_vec(), ChunkResult::Accepted),
+            (1, Vec::new(), ChunkResult::Accepted),
         ] {
             assert_eq!(transfer.take(number, &payload, now), expected, "{number}");
             assert_eq!(transfer.progress(true).next, 1);
@@ -182,11 +197,11 @@ mod tests {
         for number in 1..10 {
             transfer.take(number, &nth(number), now);
         }
-        assert_eq!(transfer.take(10, &nth(10), now), ChunkResult::Whole(content()));
+        assert_eq!(transfer.take(10, &nth(10), now), ChunkResult::Complete(content()));
     }
 
     #[test]
-    fn a_whole_that_is_another_is_altered() {
+    fn detects_an_altered_chunk() {
         let now = Instant::now();
         let mut transfer = transfer(now);
         let mut changed = nth(2);
@@ -198,28 +213,28 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_sender_makes_place_and_bad_offers_are_refused() {
+    fn an_idle_transfer_is_abandoned_and_bad_offers_are_refused() {
         let now = Instant::now();
         let mut waiting = transfer(now);
-        let later = now + PATIENCE + Duration::from_millis(1);
+        let later = now + IDLE_MAX + Duration::from_millis(1);
         assert!(!waiting.is_abandoned(now) && waiting.is_abandoned(later));
         waiting.take(0, &nth(0), later);
         assert!(!waiting.is_abandoned(later));
         let refused = |change: fn(&mut Offer)| {
             let mut offer = offer(&content());
             change(&mut offer);
-            Transfer::new(offer, 1 << 20, now).err().unwrap()
+            Transfer::new(offer, 1 << 20, now).err().unwrap().to_string()
         };
         assert_eq!(refused(|offer| offer.bytes = 1 << 30), "1073741824 bytes, model.offer_bytes_max allows 1048576");
         assert!(refused(|offer| offer.bytes = 0).starts_with("0 bytes"));
-        assert!(refused(|offer| offer.chunk_bytes = 0).starts_with("pieces of 0 bytes"));
+        assert!(refused(|offer| offer.chunk_bytes = 0).starts_with("chunks of 0 bytes"));
         assert!(refused(|offer| offer.chunk_bytes = 1 << 20).contains("expected 256 to 524288"));
     }
 
     #[test]
-    fn a_piece_fills_a_packet() {
-        assert_eq!(chunk_bytes(65_536, 40), 65_536 - 40 - 32);
-        assert_eq!(chunk_bytes(100, 90), CHUNK_BYTES_MIN);
-        assert_eq!(chunk_bytes(256 << 20, 40), CHUNK_BYTES_MAX);
+    fn a_chunk_fills_a_packet() {
+        assert_eq!(chunk_bytes_for(65_536, 40), 65_536 - 40 - 32);
+        assert_eq!(chunk_bytes_for(100, 90), CHUNK_BYTES_MIN);
+        assert_eq!(chunk_bytes_for(256 << 20, 40), CHUNK_BYTES_MAX);
     }
 }

@@ -1,32 +1,32 @@
-//! A whole picture in, a named flower out.
+//! Classification of whole images: from RGB pixels to a [`Prediction`].
 
 use std::time::{Duration, Instant};
 
+use bloomcast_kernels::LayerProfile;
 use image::{RgbImage, imageops};
 
 use super::backbone::Session;
 use super::head::argmax;
-use super::kernels::Part;
 use super::{Backbone, BackboneError, FrameDiff, Head, Labels, OodDetector, Preprocess, Preprocessor};
 
-/// What one picture was taken for.
+/// The classification of one image.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Prediction {
     /// `[classes]`, 0–1, calibrated, summing to 1; in the order of the labels.
     pub probabilities: Vec<f32>,
-    /// Cosine of the angle to the subspace of the classes, 0–1.
+    /// Cosine of the angle between the features and the subspace of the classes, 0–1.
     pub similarity: f32,
-    /// False where the features are like no class's.
+    /// False if the image is out of the distribution of the classes.
     pub known: bool,
 }
 
 impl Prediction {
-    /// The best class; none where the picture is unknown.
+    /// Returns the index of the best class; `None` if the image is unknown.
     pub fn class(&self) -> Option<usize> {
         self.known.then(|| argmax(&self.probabilities))
     }
 
-    /// How sure [`Self::class`] is, 0–1; an unknown picture counts nothing for any class.
+    /// Returns the probability of [`Self::class`], 0–1; 1 if the image is unknown.
     pub fn confidence(&self) -> f32 {
         match self.class() {
             Some(class) => self.probabilities[class],
@@ -35,24 +35,27 @@ impl Prediction {
     }
 }
 
-/// How long each stage of a frame took.
+/// The time that each stage took for a frame.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Stages {
+pub struct StageTimes {
+    /// Zero if the caller decodes and does not set it.
     pub decode: Duration,
     pub preprocess: Duration,
     pub backbone: Duration,
     pub head: Duration,
-    /// Processor time of the backbone, of all threads: what it worked rather than waited for another program.
-    pub work: Duration,
+    /// Processor time of the backbone, summed over its threads; unlike [`Self::backbone`] it does not depend on the
+    /// load of the machine.
+    pub cpu_time: Duration,
 }
 
-impl Stages {
+impl StageTimes {
+    /// Returns the wall-clock time of the whole frame.
     pub fn frame(&self) -> Duration {
         self.decode + self.preprocess + self.backbone + self.head
     }
 }
 
-/// The part of a classifier that a new model replaces.
+/// The parameters of a classifier without its backbone.
 #[derive(Debug, Clone)]
 pub struct ClassifierParams {
     pub labels: Labels,
@@ -61,7 +64,21 @@ pub struct ClassifierParams {
     pub preprocess: Preprocess,
 }
 
-/// A backbone and the params that was trained on it.
+/// A backbone with the parameters that were trained on it.
+///
+/// ```
+/// use bloomcast::bundle::Bundle;
+/// use bloomcast::vision::{decode, test_pattern};
+///
+/// let mut classifier = Bundle::built_in()?.classifier(None)?;
+/// let image = decode::encoded(&test_pattern::jpeg(640, 480))?;
+/// let (prediction, times) = classifier.classify(&image)?;
+/// assert_eq!(prediction.probabilities.len(), 5);
+/// assert!((prediction.probabilities.iter().sum::<f32>() - 1.0).abs() < 1e-5);
+/// assert!(times.backbone > times.head);
+/// println!("{}", classifier.labels().name(classifier.last_prediction().class()));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Classifier {
     session: Session,
     preprocessor: Preprocessor,
@@ -71,11 +88,16 @@ pub struct Classifier {
 }
 
 impl Classifier {
+    /// Creates a classifier and allocates its buffers.
+    ///
+    /// # Errors
+    /// If the backbone cannot start a session.
+    ///
     /// # Panics
-    /// Where the params is not as wide as the backbone; [`crate::bundle::Bundle::classifier`] makes sure of it.
+    /// If the head or the subspace has another width than the features of the backbone.
     pub fn new(backbone: &Backbone, params: ClassifierParams) -> Result<Self, BackboneError> {
-        assert_eq!(params.head.width(), backbone.width(), "a head as wide as its backbone");
-        assert_eq!(params.ood.width(), backbone.width(), "a subspace as wide as its backbone");
+        assert_eq!(params.head.width(), backbone.width(), "width of the head and of the backbone's features");
+        assert_eq!(params.ood.width(), backbone.width(), "width of the subspace and of the backbone's features");
         Ok(Classifier {
             session: backbone.session()?,
             input: vec![0.0; params.preprocess.input_len()],
@@ -85,15 +107,21 @@ impl Classifier {
         })
     }
 
+    /// Returns the names of the classes.
     pub fn labels(&self) -> &Labels {
         &self.params.labels
     }
 
-    pub fn classifier_params(&self) -> &ClassifierParams {
+    /// Returns the parameters.
+    pub fn params(&self) -> &ClassifierParams {
         &self.params
     }
 
-    /// What a picture and its mirrored self are taken for, the mean of both. in: H×W×3 u8 RGB, any size.
+    /// Classifies an image and its mirror image and returns the mean prediction (test-time augmentation). in: H×W×3 u8 RGB,
+    /// any size.
+    ///
+    /// # Errors
+    /// If the backbone fails.
     pub fn classify_with_mirror(&mut self, image: &RgbImage) -> Result<Prediction, BackboneError> {
         let mut features = |image: &RgbImage| {
             self.preprocessor.run(image, &mut self.input);
@@ -103,85 +131,95 @@ impl Classifier {
         Ok(self.params.predict_views(views.iter()))
     }
 
-    /// in: H×W×3 u8 RGB, any size. The decoding is not this function's, and its time stays zero.
-    pub fn classify(&mut self, image: &RgbImage) -> Result<(&Prediction, Stages), BackboneError> {
+    /// Classifies an image. in: H×W×3 u8 RGB, any size. The time of decoding in the result is zero.
+    ///
+    /// # Errors
+    /// If the backbone fails.
+    pub fn classify(&mut self, image: &RgbImage) -> Result<(&Prediction, StageTimes), BackboneError> {
         let started = Instant::now();
         self.preprocessor.resize(image);
-        self.judge_resized(started)
+        self.classify_resized(started)
     }
 
-    /// The same, but that a picture which is the last one still is taken for the same without another look: it has no stages. [`Classifier::last`] tells for what.
+    /// Classifies an image unless `frame_diff` finds it unchanged. Returns `None` for an unchanged image, whose prediction
+    /// is still [`Classifier::last_prediction`]. in: H×W×3 u8 RGB, any size.
+    ///
+    /// # Errors
+    /// If the backbone fails.
     pub fn classify_if_changed(
         &mut self,
         image: &RgbImage,
         frame_diff: &mut FrameDiff,
-    ) -> Result<Option<Stages>, BackboneError> {
+    ) -> Result<Option<StageTimes>, BackboneError> {
         let started = Instant::now();
         if frame_diff.is_unchanged(self.preprocessor.resize(image)) {
             return Ok(None);
         }
-        self.judge_resized(started).map(|(_, stages)| Some(stages))
+        self.classify_resized(started).map(|(_, times)| Some(times))
     }
 
-    fn judge_resized(&mut self, started: Instant) -> Result<(&Prediction, Stages), BackboneError> {
+    fn classify_resized(&mut self, started: Instant) -> Result<(&Prediction, StageTimes), BackboneError> {
         self.preprocessor.normalise(&mut self.input);
         let preprocessed = Instant::now();
         let features = self.session.features(&self.input)?;
         let extracted = Instant::now();
         self.params.predict_into(features, &mut self.prediction);
-        let work = self.session.worked();
-        let stages = Stages {
+        let cpu_time = self.session.cpu_time();
+        let times = StageTimes {
             decode: Duration::ZERO,
             preprocess: preprocessed - started,
             backbone: extracted - preprocessed,
             head: extracted.elapsed(),
-            work,
+            cpu_time,
         };
-        Ok((&self.prediction, stages))
+        Ok((&self.prediction, times))
     }
 
-    /// What the last picture was taken for.
-    pub fn last(&self) -> &Prediction {
+    /// Returns the prediction of the last image; empty before the first one.
+    pub fn last_prediction(&self) -> &Prediction {
         &self.prediction
     }
 
-    /// How long the backbone takes for the last picture once more, with nothing between two runs of it.
+    /// Runs the backbone again on the last image and returns its wall-clock time.
+    ///
+    /// # Errors
+    /// If the backbone fails.
     pub fn backbone_alone(&mut self) -> Result<Duration, BackboneError> {
-        let began = Instant::now();
+        let started = Instant::now();
         self.session.features(&self.input)?;
-        Ok(began.elapsed())
+        Ok(started.elapsed())
     }
 
-    /// The stages of the backbone's last run, where kernels of ours compute all of it.
-    pub fn parts(&self) -> Vec<Part> {
-        self.session.parts()
+    /// Returns the layers of the backbone with the times of its last run; empty unless the kernels compute all layers.
+    pub fn layer_profiles(&self) -> Vec<LayerProfile> {
+        self.session.layer_profiles()
     }
 }
 
 impl ClassifierParams {
-    /// in: `[width]`, one picture's features.
+    /// Predicts the class of one feature vector. in: `[width]`.
     pub fn predict(&self, features: &[f32]) -> Prediction {
         let mut prediction = Prediction::default();
         self.predict_into(features, &mut prediction);
         prediction
     }
 
-    /// The same, in the place of another prediction.
+    /// As [`Self::predict`], into an existing prediction whose buffer is reused.
     fn predict_into(&self, features: &[f32], prediction: &mut Prediction) {
         self.head.probabilities(features, &mut prediction.probabilities);
         prediction.similarity = self.ood.similarity(features);
         prediction.known = self.ood.is_known(prediction.similarity);
     }
 
-    /// The mean of what several views of one picture are taken for. in: at least one, `[width]`.
+    /// Returns the mean prediction over several views of one image. in: at least one view, `[width]` each.
     pub fn predict_views(&self, views: impl Iterator<Item = impl AsRef<[f32]>>) -> Prediction {
         let (mut count, mut similarity) = (0.0, 0.0);
         let mut probabilities = vec![0.0; self.labels.names().len()];
         for features in views {
-            let of_view = self.predict(features.as_ref());
+            let prediction = self.predict(features.as_ref());
             count += 1.0;
-            similarity += of_view.similarity;
-            probabilities.iter_mut().zip(of_view.probabilities).for_each(|(sum, p)| *sum += p);
+            similarity += prediction.similarity;
+            probabilities.iter_mut().zip(prediction.probabilities).for_each(|(sum, p)| *sum += p);
         }
         probabilities.iter_mut().for_each(|p| *p /= count);
         similarity /= count;

@@ -1,4 +1,4 @@
-//! From a [`Picture`] to RGB pixels, within limits that are checked before anything is allocated.
+//! Decoding of images to RGB pixels, within limits that are checked before a buffer is allocated.
 
 use std::fs::File;
 use std::io::{Cursor, Read};
@@ -12,19 +12,21 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 
 use crate::frame::{Layout, Picture, RawPicture, jpeg};
 
-/// What a picture may be at most: 64 MiB in the file, 64 megapixels, 16,384 pixels a side.
+/// Largest image file, in bytes.
 pub const FILE_BYTES_MAX: u64 = 64 << 20;
+/// Most pixels of an image.
 pub const PIXELS_MAX: u64 = 64_000_000;
+/// Largest width and height, in pixels.
 pub const SIDE_MAX: u32 = 16_384;
 
-/// Why a picture could not be decoded.
+/// An error of decoding an image.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
     #[error("{0}")]
     Io(#[from] std::io::Error),
     #[error("{0} bytes, more than the {FILE_BYTES_MAX} allowed")]
     FileTooLarge(u64),
-    #[error("{width}×{height} pixels, more than the {PIXELS_MAX} or the {SIDE_MAX} a side allowed")]
+    #[error("{width}×{height} pixels, expected 1 to {PIXELS_MAX}, at most {SIDE_MAX} per side")]
     TooLarge { width: u32, height: u32 },
     #[error("empty file")]
     Empty,
@@ -34,17 +36,22 @@ pub enum DecodeError {
     Jpeg(String),
     #[error("{0}")]
     Image(#[from] image::ImageError),
-    #[error("a {width}×{height} picture needs {expected} bytes, got {got}")]
+    #[error("{got} bytes for {width}×{height} pixels, expected {expected}")]
     Length { width: u32, height: u32, expected: usize, got: usize },
 }
 
-/// Decodes an image file: JPEG, PNG or WebP, told by its content; turned upright where its EXIF
-/// says how.
+/// Decodes a JPEG, PNG or WebP file, detected by its content, and applies its EXIF orientation. out: H×W×3 u8 RGB.
+///
+/// # Errors
+/// If the file cannot be read, exceeds a limit, or is not a valid image.
 pub fn file(path: &Path) -> Result<RgbImage, DecodeError> {
     encoded(&read_file(path)?)
 }
 
-/// Reads a file whole, at most [`FILE_BYTES_MAX`] of it.
+/// Reads an image file of at most [`FILE_BYTES_MAX`] bytes.
+///
+/// # Errors
+/// If the file cannot be read or is too large.
 pub fn read_file(path: &Path) -> Result<Vec<u8>, DecodeError> {
     let file = File::open(path)?;
     let length = file.metadata()?.len();
@@ -52,12 +59,15 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>, DecodeError> {
         return Err(DecodeError::FileTooLarge(length));
     }
     let mut bytes = Vec::with_capacity(length as usize);
-    // Read no more than the limit, whatever a special file says of its length.
+    // The length of a special file is not reliable: the limit holds for the read as well.
     file.take(FILE_BYTES_MAX).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
-/// Decodes what a camera gave. out: H×W×3 u8 RGB.
+/// Decodes a camera frame. out: H×W×3 u8 RGB.
+///
+/// # Errors
+/// As [`encoded`], or if a raw frame has the wrong length.
 pub fn picture(picture: &Picture) -> Result<RgbImage, DecodeError> {
     match picture {
         Picture::Encoded(bytes) => encoded(bytes),
@@ -65,7 +75,10 @@ pub fn picture(picture: &Picture) -> Result<RgbImage, DecodeError> {
     }
 }
 
-/// Decodes a whole JPEG, PNG or WebP file. out: H×W×3 u8 RGB.
+/// Decodes the bytes of a JPEG, PNG or WebP file, and applies its EXIF orientation. out: H×W×3 u8 RGB.
+///
+/// # Errors
+/// If the image is empty, cut short or invalid, or exceeds a limit.
 pub fn encoded(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     match bytes {
         [] => Err(DecodeError::Empty),
@@ -83,7 +96,7 @@ fn check_size(width: u32, height: u32) -> Result<(), DecodeError> {
 }
 
 fn decode_jpeg(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
-    // A decoder paints what is missing grey, and says nothing.
+    // The decoder fills missing data with grey and reports no error.
     let jpeg::Extent::Whole(length) = jpeg::extent(bytes) else {
         return Err(DecodeError::CutShort);
     };
@@ -107,11 +120,11 @@ fn decode_jpeg(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
         expected: width as usize * height as usize * 3,
         got,
     })?;
-    Ok(upright(rgb, orientation))
+    Ok(with_orientation(rgb, orientation))
 }
 
-/// Some USB cameras leave the Huffman tables out, as AVI's motion JPEG does. Marked as such, the
-/// picture is decoded with the standard tables (ITU-T T.81, annex K.3).
+/// Marks a JPEG without Huffman tables as motion JPEG of AVI, which the decoder decodes with the standard tables
+/// (ITU-T T.81, annex K.3). Some USB cameras omit the tables.
 fn with_huffman_tables(jpeg: &[u8]) -> std::borrow::Cow<'_, [u8]> {
     const AVI1: &[u8] = &[0xFF, 0xE0, 0, 9, b'A', b'V', b'I', b'1', 0, 0, 0];
     if has_huffman_tables(jpeg) {
@@ -120,18 +133,18 @@ fn with_huffman_tables(jpeg: &[u8]) -> std::borrow::Cow<'_, [u8]> {
     [&jpeg[..2], AVI1, &jpeg[2..]].concat().into()
 }
 
-/// True where a DHT segment stands before the first scan.
+/// Returns whether there is a DHT segment before the first scan.
 fn has_huffman_tables(jpeg: &[u8]) -> bool {
-    let mut at = 2;
-    while let Some([0xFF, marker, high, low]) = jpeg.get(at..at + 4) {
+    let mut offset = 2;
+    while let Some([0xFF, marker, high, low]) = jpeg.get(offset..offset + 4) {
         match marker {
             0xC4 => return true,
             0xDA => return false,
-            0xFF => at += 1,
-            _ => at += 2 + usize::from(u16::from_be_bytes([*high, *low])),
+            0xFF => offset += 1,
+            _ => offset += 2 + usize::from(u16::from_be_bytes([*high, *low])),
         }
     }
-    // What has no scan is for the decoder to refuse.
+    // The decoder rejects a file without a scan.
     true
 }
 
@@ -145,16 +158,17 @@ fn decode_other(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     let mut decoder = reader.into_decoder()?;
     let (width, height) = decoder.dimensions();
     check_size(width, height)?;
-    // Sixteen bits a channel, and a channel for what shines through, take more than RGB.
+    // 16-bit and alpha channels need more memory than RGB.
     if decoder.total_bytes() > PIXELS_MAX * 3 {
         return Err(DecodeError::TooLarge { width, height });
     }
     let orientation = decoder.orientation().ok();
     let rgb = DynamicImage::from_decoder(decoder)?.into_rgb8();
-    Ok(upright(rgb, orientation))
+    Ok(with_orientation(rgb, orientation))
 }
 
-fn upright(image: RgbImage, orientation: Option<Orientation>) -> RgbImage {
+/// Applies an EXIF orientation.
+fn with_orientation(image: RgbImage, orientation: Option<Orientation>) -> RgbImage {
     match orientation {
         None | Some(Orientation::NoTransforms) => image,
         Some(orientation) => {
@@ -165,12 +179,13 @@ fn upright(image: RgbImage, orientation: Option<Orientation>) -> RgbImage {
     }
 }
 
+/// Converts a raw frame to RGB. out: H×W×3 u8 RGB.
 fn raw(picture: &RawPicture) -> Result<RgbImage, DecodeError> {
     let RawPicture { width, height, stride, layout, ref bytes } = *picture;
     check_size(width, height)?;
     let row_bytes = picture.row_bytes();
     let expected = picture.bytes_min().unwrap_or(usize::MAX);
-    // Rows may be padded, and drivers leave padding behind the last row; two pixels of YUYV share their colour: its rows are even.
+    // Rows may be padded, and some drivers omit the padding of the last row. Two pixels of YUYV share their chroma: the width is even.
     let padded = stride.saturating_mul(height as usize);
     let fits = stride >= row_bytes && (expected..=padded).contains(&bytes.len());
     if !fits || (layout == Layout::Yuyv && !width.is_multiple_of(2)) {
@@ -191,8 +206,8 @@ fn raw(picture: &RawPicture) -> Result<RgbImage, DecodeError> {
     Ok(RgbImage::from_raw(width, height, pixels).expect("the length was checked"))
 }
 
-/// BT.601, studio range, in 16.16 fixed point: Y 16–235 and U, V 16–240 become 0–255
-/// (ITU-R BT.601-7; V4L2's default for YUYV). Two pixels of 6 bytes a group of 4.
+/// Converts YUYV to RGB: BT.601, limited range, in 16.16 fixed point; Y 16–235 and U, V 16–240 become 0–255
+/// (ITU-R BT.601-7; V4L2's default for YUYV). in: 4 bytes per two pixels; out: 6 bytes per two pixels.
 fn yuyv_to_rgb(bytes: &[u8], out: &mut [u8]) {
     for (group, rgb) in bytes.chunks_exact(4).zip(out.chunks_exact_mut(6)) {
         let [y0, u, y1, v] = [group[0], group[1], group[2], group[3]].map(i32::from);
@@ -216,7 +231,7 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A picture that is not square: dark left, bright right, red above, blue below.
+    /// Returns an image whose red falls and blue rises from top to bottom, and whose green rises from left to right.
     pub(crate) fn gradient(width: u32, height: u32) -> RgbImage {
         RgbImage::from_fn(width, height, |x, y| {
             let (right, down) = (x * 255 / width, y * 255 / height);
@@ -230,7 +245,7 @@ pub(crate) mod tests {
         bytes.into_inner()
     }
 
-    /// PNG's checksum (ISO 3309), bit by bit.
+    /// Returns the CRC-32 of PNG (ISO 3309), computed bit by bit.
     fn crc32(bytes: &[u8]) -> u32 {
         let bit = |crc: u32, _| if crc & 1 == 1 { (crc >> 1) ^ 0xEDB8_8320 } else { crc >> 1 };
         !bytes.iter().fold(u32::MAX, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), bit))
@@ -243,7 +258,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn rows_with_padding_are_read_without_it() {
+    fn removes_the_padding_of_rows() {
         let pixels = [1, 2, 3, 4, 5, 6, 99, 99, 7, 8, 9, 10, 11, 12];
         let picture = |stride, bytes: &[u8]| RawPicture {
             width: 2,
@@ -267,7 +282,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn every_kind_of_file_gives_its_pixels() {
+    fn decodes_png_webp_and_jpeg() {
         let image = gradient(61, 40);
         for (format, tolerance) in [(ImageFormat::Png, 0.0), (ImageFormat::WebP, 0.0), (ImageFormat::Jpeg, 4.0)] {
             let decoded = encoded(&encode(&image, format)).unwrap();
@@ -277,11 +292,11 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_cut_file_is_refused_wherever_it_is_cut() {
+    fn rejects_a_truncated_file_at_every_length() {
         for format in [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP] {
             let whole = encode(&gradient(40, 30), format);
             for cut in [0, 1, 2, 20, whole.len() / 2, whole.len() - 1] {
-                // PNG's last twelve bytes are an empty end chunk: without one of them the picture is whole.
+                // PNG ends in an empty chunk of twelve bytes: without its last byte the image is still complete.
                 let harmless = format == ImageFormat::Png && cut == whole.len() - 1;
                 assert_eq!(encoded(&whole[..cut]).is_ok(), harmless, "{format:?} cut at {cut} of {}", whole.len());
             }
@@ -291,13 +306,13 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_picture_that_claims_to_be_giant_is_refused_before_it_is_allocated() {
+    fn rejects_giant_dimensions_before_allocating() {
         let mut jpeg = encode(&gradient(16, 16), ImageFormat::Jpeg);
         // SOF0: FF C0, length, precision, height, width
         let sof = jpeg.windows(2).position(|w| w == [0xFF, 0xC0]).unwrap();
         jpeg[sof + 5..sof + 9].copy_from_slice(&[0x3F, 0xFF, 0x3F, 0xFF]);
         assert!(matches!(encoded(&jpeg), Err(DecodeError::TooLarge { width: 16383, height: 16383 })));
-        // A whole header of 16,000 × 16,000 pixels: IHDR, its CRC, and an empty picture.
+        // A complete header of 16,000 × 16,000 pixels: IHDR, its CRC, and an empty IDAT.
         let png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x3e\x80\0\0\x3e\x80\x08\x02\0\0\0\x00\x00\x00\x00\0\0\0\0IDAT\x35\xaf\x06\x1e";
         let mut png = png.to_vec();
         let crc = crc32(&png[12..29]).to_be_bytes();
@@ -318,15 +333,15 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn exif_turns_a_photograph_upright() {
+    fn applies_the_exif_orientation() {
         let jpeg = encode(&gradient(40, 24), ImageFormat::Jpeg);
-        // APP1, "Exif", little-endian TIFF with one entry: orientation (0x0112) = 6, turn right.
+        // APP1, "Exif", little-endian TIFF with one entry: orientation (0x0112) = 6, rotate by 90° clockwise.
         let exif: &[u8] = &[
             0xFF, 0xE1, 0, 34, b'E', b'x', b'i', b'f', 0, 0, b'I', b'I', 42, 0, 8, 0, 0, 0, 1, 0, 0x12, 1, 3, 0, 1, 0,
             0, 0, 6, 0, 0, 0, 0, 0, 0, 0,
         ];
-        let turned = encoded(&[&jpeg[..2], exif, &jpeg[2..]].concat()).unwrap();
-        assert_eq!(turned, image::imageops::rotate90(&encoded(&jpeg).unwrap()));
+        let rotated = encoded(&[&jpeg[..2], exif, &jpeg[2..]].concat()).unwrap();
+        assert_eq!(rotated, image::imageops::rotate90(&encoded(&jpeg).unwrap()));
     }
 
     #[test]

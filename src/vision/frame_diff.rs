@@ -1,59 +1,62 @@
-//! Tells whether a camera frame_diff sees what it saw.
+//! Detection of unchanged frames by frame differencing.
 
-/// Width and height of a block, in pixels of what the network looks at.
+/// Width and height of a block, in pixels of the resized image.
 const BLOCK: usize = 16;
 
-/// The last picture that was classified, and how far another may lie from it and be the same.
+/// Compares images with the last one that was classified.
 #[derive(Debug)]
 pub struct FrameDiff {
-    /// Grey levels, 0–255; 0: no picture is the same.
+    /// Grey levels, 0–255; 0 disables the comparison.
     threshold: f32,
-    /// size×size×3.
-    last: Vec<u8>,
+    /// The reference image, size×size×3 u8 RGB; empty if there is none.
+    reference: Vec<u8>,
 }
 
 impl FrameDiff {
+    /// Creates a detector without a reference image. `threshold`: the largest mean difference of a block that counts as
+    /// unchanged, in grey levels, 0–255; at 0 every image counts as changed.
     pub fn new(threshold: f32) -> Self {
-        FrameDiff { threshold, last: Vec::new() }
+        FrameDiff { threshold, reference: Vec::new() }
     }
 
-    /// Whether the picture is the last one, as far as the threshold goes: in no block of it do the values differ by more in the mean.
-    /// A flower that comes into a corner is seen in its blocks, where a mean over the whole picture would drown it in the noise of the
-    /// rest. A picture that is another one is the last from now on. in: size×size×3 u8 RGB.
+    /// Returns whether the mean absolute difference to the reference image is within the threshold in every block; if not,
+    /// the image becomes the new reference. Blocks detect a flower that enters at a corner, which a mean over the
+    /// whole image would lose in the noise of the rest. in: size×size×3 u8 RGB.
     pub fn is_unchanged(&mut self, pixels: &[u8]) -> bool {
         if self.threshold <= 0.0 {
             return false;
         }
-        let same = self.last.len() == pixels.len() && self.largest_difference(pixels) <= self.threshold;
-        if !same {
-            self.last.clear();
-            self.last.extend_from_slice(pixels);
+        let unchanged = self.reference.len() == pixels.len() && self.largest_difference(pixels) <= self.threshold;
+        if !unchanged {
+            self.reference.clear();
+            self.reference.extend_from_slice(pixels);
         }
-        same
+        unchanged
     }
 
-    /// The next picture is another one, whatever it shows.
-    pub fn forget(&mut self) {
-        self.last.clear();
+    /// Discards the reference image: the next image counts as changed.
+    pub fn reset(&mut self) {
+        self.reference.clear();
     }
 
-    /// The mean difference in the block where it is largest.
+    /// Returns the largest mean absolute difference of all blocks, in grey levels.
     fn largest_difference(&self, pixels: &[u8]) -> f32 {
-        let line = 3 * (pixels.len() / 3).isqrt();
+        let row_bytes = 3 * (pixels.len() / 3).isqrt();
         let mut largest = 0.0_f32;
-        for (a, b) in self.last.chunks(BLOCK * line).zip(pixels.chunks(BLOCK * line)) {
-            for left in (0..line).step_by(3 * BLOCK) {
-                let block = left..(left + 3 * BLOCK).min(line);
-                let rows = a.chunks_exact(line).zip(b.chunks_exact(line));
-                let sum: u32 = rows.map(|(a, b)| difference(&a[block.clone()], &b[block.clone()])).sum();
-                largest = largest.max(sum as f32 / (block.len() * a.len() / line) as f32);
+        for (a, b) in self.reference.chunks(BLOCK * row_bytes).zip(pixels.chunks(BLOCK * row_bytes)) {
+            for left in (0..row_bytes).step_by(3 * BLOCK) {
+                let block = left..(left + 3 * BLOCK).min(row_bytes);
+                let rows = a.chunks_exact(row_bytes).zip(b.chunks_exact(row_bytes));
+                let sum: u32 = rows.map(|(a, b)| absolute_difference(&a[block.clone()], &b[block.clone()])).sum();
+                largest = largest.max(sum as f32 / (block.len() * a.len() / row_bytes) as f32);
             }
         }
         largest
     }
 }
 
-fn difference(a: &[u8], b: &[u8]) -> u32 {
+/// Returns the sum of the absolute differences.
+fn absolute_difference(a: &[u8], b: &[u8]) -> u32 {
     a.iter().zip(b).map(|(a, b)| u32::from(a.abs_diff(*b))).sum()
 }
 
@@ -63,44 +66,44 @@ mod tests {
 
     const SIZE: usize = 40;
 
-    fn noisy(seed: usize) -> Vec<u8> {
+    fn noise(seed: usize) -> Vec<u8> {
         (0..SIZE * SIZE * 3).map(|n| 100 + ((n * 7919 + seed * 104_729) % 5) as u8).collect()
     }
 
     #[test]
-    fn noise_is_still_and_a_corner_that_changes_is_not() {
+    fn noise_is_unchanged_and_a_changed_corner_is_not() {
         let mut frame_diff = FrameDiff::new(4.0);
-        assert!(!frame_diff.is_unchanged(&noisy(0)), "the first is no other's");
-        assert!(frame_diff.is_unchanged(&noisy(1)) && frame_diff.is_unchanged(&noisy(2)));
+        assert!(!frame_diff.is_unchanged(&noise(0)), "there is no reference yet");
+        assert!(frame_diff.is_unchanged(&noise(1)) && frame_diff.is_unchanged(&noise(2)));
         // The last block, which is smaller than the others: 8×8 pixels.
-        let mut corner = noisy(3);
+        let mut corner = noise(3);
         for y in 32..SIZE {
             corner[(y * SIZE + 32) * 3..(y + 1) * SIZE * 3].fill(120);
         }
-        assert!(!frame_diff.is_unchanged(&corner), "2 % of the picture");
+        assert!(!frame_diff.is_unchanged(&corner), "2 % of the image");
         assert!(frame_diff.is_unchanged(&corner));
-        assert!(!frame_diff.is_unchanged(&noisy(4)), "it goes again");
+        assert!(!frame_diff.is_unchanged(&noise(4)), "the corner changes back");
     }
 
     #[test]
-    fn what_changes_slowly_is_seen_in_the_end() {
+    fn a_slow_change_is_detected_once_it_exceeds_the_threshold() {
         let mut frame_diff = FrameDiff::new(4.0);
-        let at = |level: u8| vec![level; SIZE * SIZE * 3];
-        let seen: Vec<u8> = (0..20).filter(|level| !frame_diff.is_unchanged(&at(*level))).collect();
-        assert_eq!(seen, [0, 5, 10, 15], "each is compared with the last that was classified");
+        let uniform = |level: u8| vec![level; SIZE * SIZE * 3];
+        let changed: Vec<u8> = (0..20).filter(|level| !frame_diff.is_unchanged(&uniform(*level))).collect();
+        assert_eq!(changed, [0, 5, 10, 15], "each is compared with the last that was classified");
     }
 
     #[test]
-    fn nothing_is_still_where_it_is_off_or_forgotten_or_of_another_size() {
-        let mut off = FrameDiff::new(0.0);
-        assert!(!off.is_unchanged(&noisy(0)) && !off.is_unchanged(&noisy(0)));
+    fn every_image_is_changed_if_disabled_or_after_a_reset_or_at_another_size() {
+        let mut disabled = FrameDiff::new(0.0);
+        assert!(!disabled.is_unchanged(&noise(0)) && !disabled.is_unchanged(&noise(0)));
         let mut frame_diff = FrameDiff::new(255.0);
         assert!(
-            !frame_diff.is_unchanged(&noisy(0))
-                && frame_diff.is_unchanged(&noisy(0))
-                && !frame_diff.is_unchanged(&noisy(0)[..27])
+            !frame_diff.is_unchanged(&noise(0))
+                && frame_diff.is_unchanged(&noise(0))
+                && !frame_diff.is_unchanged(&noise(0)[..27])
         );
-        frame_diff.forget();
-        assert!(!frame_diff.is_unchanged(&noisy(0)[..27]));
+        frame_diff.reset();
+        assert!(!frame_diff.is_unchanged(&noise(0)[..27]));
     }
 }

@@ -1,36 +1,41 @@
-//! The last layer: from features to calibrated probabilities.
+//! The classification head: from features to calibrated probabilities.
 
-/// A linear layer, softmax behind it, and the temperature that makes its probabilities honest.
+/// A linear layer and a softmax with a temperature (temperature scaling, Guo et al. 2017).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Head {
     width: usize,
-    /// `[classes, width]`, a class a row.
+    /// `[classes, width]`, one row per class.
     weight: Vec<f32>,
     /// `[classes]`
     bias: Vec<f32>,
     temperature: f32,
 }
 
-/// Larger weights are no trained head's, and logits might overflow.
-const NUMBER_MAX: f32 = 1e4;
+/// Largest absolute weight and bias; beyond trained weights, and small enough that logits do not overflow.
+const WEIGHT_MAX: f32 = 1e4;
 
+/// An error of the parameters of a [`Head`].
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum HeadError {
     #[error("the head has {weights} weights and {biases} biases, expected {biases} × {width}")]
     Shape { weights: usize, biases: usize, width: usize },
-    #[error("the head holds a number that is not finite, or beyond {NUMBER_MAX}")]
+    #[error("the head has a weight or bias that is not finite or above {WEIGHT_MAX}")]
     TooLarge,
-    #[error("temperature {0}, expected a number above 0")]
+    #[error("temperature {0}, expected a finite value above 0")]
     Temperature(f32),
 }
 
 impl Head {
-    /// `weight`: `[classes, width]`, a class a row; `bias`: `[classes]`.
+    /// Creates a head. `weight`: `[classes, width]`, one row per class; `bias`: `[classes]`; `temperature`: above 0.
+    ///
+    /// # Errors
+    /// If the lengths do not match, there is no class, a value is not finite or too large, or the temperature is not
+    /// positive.
     pub fn new(width: usize, weight: Vec<f32>, bias: Vec<f32>, temperature: f32) -> Result<Self, HeadError> {
         if bias.is_empty() || width.checked_mul(bias.len()) != Some(weight.len()) {
             return Err(HeadError::Shape { weights: weight.len(), biases: bias.len(), width });
         }
-        if !weight.iter().chain(&bias).all(|v| v.abs() <= NUMBER_MAX) {
+        if !weight.iter().chain(&bias).all(|v| v.abs() <= WEIGHT_MAX) {
             return Err(HeadError::TooLarge);
         }
         if !(temperature.is_finite() && temperature > 0.0) {
@@ -39,91 +44,95 @@ impl Head {
         Ok(Head { width, weight, bias, temperature })
     }
 
+    /// Returns the length of a feature vector.
     pub fn width(&self) -> usize {
         self.width
     }
 
+    /// Returns the number of classes.
     pub fn classes(&self) -> usize {
         self.bias.len()
     }
 
-    /// `[classes, width]`, a class a row.
+    /// Returns the weights, `[classes, width]`, one row per class.
     pub fn weight(&self) -> &[f32] {
         &self.weight
     }
 
-    /// `[classes]`
+    /// Returns the biases, `[classes]`.
     pub fn bias(&self) -> &[f32] {
         &self.bias
     }
 
+    /// Returns the divisor of the logits.
     pub fn temperature(&self) -> f32 {
         self.temperature
     }
 
-    /// in: `[width]`; out: `[classes]`, before the temperature.
+    /// Computes the logits, not divided by the temperature. in: `[width]`; out: `[classes]`.
     ///
     /// # Panics
-    /// Where `features` is not `width` long.
+    /// If `features` is not `width` long.
     pub fn logits(&self, features: &[f32]) -> Vec<f32> {
         linear(&self.weight, &self.bias, features)
     }
 
-    /// in: `[width]`; out: `[classes]`, 0–1, calibrated, summing to 1.
+    /// Computes the calibrated probabilities. in: `[width]`; out: `[classes]`, 0–1, summing to 1; its buffer is reused.
     ///
     /// # Panics
     /// As [`Head::logits`].
     pub fn probabilities(&self, features: &[f32], out: &mut Vec<f32>) {
         out.clear();
-        out.extend(sums(&self.weight, &self.bias, features));
-        soften(out, self.temperature);
+        out.extend(weighted_sums(&self.weight, &self.bias, features));
+        softmax_in_place(out, self.temperature);
     }
 }
 
-/// A linear layer. `weight`: `[classes, width]`, a class a row; `bias` and out: `[classes]`; in:
-/// `[width]`.
+/// Computes a linear layer. `weight`: `[classes, width]`, one row per class; `bias` and out: `[classes]`; in: `[width]`.
 ///
 /// # Panics
-/// Where the lengths do not fit.
+/// If the lengths do not match.
 pub fn linear(weight: &[f32], bias: &[f32], features: &[f32]) -> Vec<f32> {
-    sums(weight, bias, features).collect()
+    weighted_sums(weight, bias, features).collect()
 }
 
-fn sums(weight: &[f32], bias: &[f32], features: &[f32]) -> impl Iterator<Item = f32> {
-    assert_eq!(features.len() * bias.len(), weight.len(), "one feature vector's length");
+/// Returns an iterator over the outputs of a linear layer; shapes as in [`linear`].
+fn weighted_sums(weight: &[f32], bias: &[f32], features: &[f32]) -> impl Iterator<Item = f32> {
+    assert_eq!(features.len() * bias.len(), weight.len(), "length of the feature vector");
     let rows = weight.chunks_exact(features.len());
     rows.zip(bias).map(|(row, bias)| dot(row, features) + bias)
 }
 
-/// `exp(z / T)`, normalised; the largest logit is taken off first, so that nothing overflows.
+/// Computes `softmax(logits / temperature)`. in, out: `[classes]`.
 pub fn softmax(logits: &[f32], temperature: f32) -> Vec<f32> {
     let mut out = logits.to_vec();
-    soften(&mut out, temperature);
+    softmax_in_place(&mut out, temperature);
     out
 }
 
-fn soften(logits: &mut [f32], temperature: f32) {
+/// Replaces the logits by `softmax(logits / temperature)`; subtracts the largest logit first, so that `exp` does not overflow.
+fn softmax_in_place(logits: &mut [f32], temperature: f32) {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     logits.iter_mut().for_each(|z| *z = ((*z - largest) / temperature).exp());
     let sum: f32 = logits.iter().sum();
     logits.iter_mut().for_each(|p| *p /= sum);
 }
 
-/// Eight sums side by side, which the compiler keeps in vector registers; the order of the additions
-/// is the same on every machine.
+/// Computes the dot product. Eight partial sums stay in vector registers; the order of the additions is the same on every
+/// machine.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = [0.0f32; 8];
     let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
-    let rest: f32 = a8.remainder().iter().zip(b8.remainder()).map(|(x, y)| x * y).sum();
+    let tail_sum: f32 = a8.remainder().iter().zip(b8.remainder()).map(|(x, y)| x * y).sum();
     for (x, y) in a8.zip(b8) {
         for (sum, (x, y)) in sums.iter_mut().zip(x.iter().zip(y)) {
             *sum += x * y;
         }
     }
-    sums.iter().sum::<f32>() + rest
+    sums.iter().sum::<f32>() + tail_sum
 }
 
-/// The place of the largest value.
+/// Returns the index of the largest value, the first of equal ones; 0 for an empty slice.
 pub fn argmax(values: &[f32]) -> usize {
     let (mut best, mut largest) = (0, f32::NEG_INFINITY);
     for (i, value) in values.iter().enumerate() {
@@ -156,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_head_is_refused() {
+    fn rejects_invalid_parameters() {
         assert!(matches!(Head::new(3, vec![0.0; 5], vec![0.0; 2], 1.0), Err(HeadError::Shape { .. })));
         assert!(matches!(Head::new(0, vec![], vec![], 1.0), Err(HeadError::Shape { .. })));
         assert_eq!(Head::new(1, vec![f32::NAN], vec![0.0], 1.0), Err(HeadError::TooLarge));
@@ -165,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn dot_handles_every_length() {
+    fn dot_supports_every_length() {
         for n in 0..20 {
             let a: Vec<f32> = (0..n).map(|i| i as f32).collect();
             let expected: f32 = (0..n).map(|i| (i * i) as f32).sum();

@@ -1,32 +1,53 @@
-//! The names of the classes, in the order of the head's outputs.
+//! Class names, in the order of the head's outputs.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-/// What is said where no class holds; never a class's name.
+/// The published class where no class holds; reserved, so no class of a model has this name.
 pub const UNKNOWN: &str = "unknown";
 
-/// More classes than this, or longer names, are no flower model.
+/// The most classes of a model.
 pub const CLASSES_MAX: usize = 1000;
+/// The longest class name, in bytes of UTF-8.
 pub const NAME_BYTES_MAX: usize = 64;
 
-/// At least two different names.
+/// The class names of a model: 2 to [`CLASSES_MAX`], all different. A clone shares them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<String>", into = "Vec<String>")]
-pub struct Labels(Vec<String>);
+pub struct Labels(Arc<[String]>);
 
+/// A set of names that no model may have.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LabelsError {
+    /// Too few or too many classes.
     #[error("{0} classes, expected 2 to {CLASSES_MAX}")]
     Count(usize),
+    /// An empty or too long name, or one with control characters.
     #[error("class name {0:?}: expected 1 to {NAME_BYTES_MAX} bytes without control characters")]
     Name(String),
-    #[error("the class {0:?} stands twice")]
-    Double(String),
-    #[error("a class must not be called \"{UNKNOWN}\": that is said where no class holds")]
-    Unknown,
+    /// Two classes of one name.
+    #[error("duplicate class name {0:?}")]
+    Duplicate(String),
+    /// The reserved name.
+    #[error("class name \"{UNKNOWN}\" is reserved for frames that match no class")]
+    Reserved,
+}
+
+/// The name of one class of a model. It dereferences to `str`; a clone shares the model's names and allocates nothing.
+#[derive(Clone)]
+pub struct ClassName {
+    labels: Labels,
+    class: usize,
 }
 
 impl Labels {
+    /// Checks the names.
+    ///
+    /// # Errors
+    /// Fewer than two names, too many, a duplicate, an unusable or the reserved name.
     pub fn new(names: Vec<String>) -> Result<Self, LabelsError> {
         if !(2..=CLASSES_MAX).contains(&names.len()) {
             return Err(LabelsError::Count(names.len()));
@@ -36,26 +57,62 @@ impl Labels {
                 return Err(LabelsError::Name(name.chars().take(NAME_BYTES_MAX).collect()));
             }
             if name == UNKNOWN {
-                return Err(LabelsError::Unknown);
+                return Err(LabelsError::Reserved);
             }
             if names[..i].contains(name) {
-                return Err(LabelsError::Double(name.clone()));
+                return Err(LabelsError::Duplicate(name.clone()));
             }
         }
-        Ok(Labels(names))
+        Ok(Labels(names.into()))
     }
 
+    /// The names, in the order of the head's outputs.
     pub fn names(&self) -> &[String] {
         &self.0
     }
 
-    /// The name of a class, or `unknown`.
+    /// Returns the name of a class, or [`UNKNOWN`].
+    ///
+    /// # Panics
+    /// If `class` is not below the number of classes.
     pub fn name(&self, class: Option<usize>) -> &str {
         class.map_or(UNKNOWN, |class| &self.0[class])
     }
 
+    /// Returns the name of a class as a value of its own.
+    ///
+    /// # Panics
+    /// If `class` is not below the number of classes.
+    pub fn class_name(&self, class: usize) -> ClassName {
+        assert!(class < self.0.len(), "class {class} of {}", self.0.len());
+        ClassName { labels: self.clone(), class }
+    }
+
+    /// Returns the index of the class of this name.
     pub fn position(&self, name: &str) -> Option<usize> {
         self.0.iter().position(|known| known == name)
+    }
+}
+
+impl Deref for ClassName {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.labels.0[self.class]
+    }
+}
+
+impl PartialEq for ClassName {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
+impl Eq for ClassName {}
+
+impl fmt::Debug for ClassName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&**self, f)
     }
 }
 
@@ -69,7 +126,7 @@ impl TryFrom<Vec<String>> for Labels {
 
 impl From<Labels> for Vec<String> {
     fn from(labels: Labels) -> Self {
-        labels.0
+        labels.0.to_vec()
     }
 }
 
@@ -81,8 +138,8 @@ mod tests {
     fn names_are_checked() {
         let labels = |names: &[&str]| Labels::new(names.iter().map(|n| (*n).to_owned()).collect());
         assert_eq!(labels(&["daisy"]), Err(LabelsError::Count(1)));
-        assert_eq!(labels(&["daisy", "daisy"]), Err(LabelsError::Double("daisy".into())));
-        assert_eq!(labels(&["daisy", "unknown"]), Err(LabelsError::Unknown));
+        assert_eq!(labels(&["daisy", "daisy"]), Err(LabelsError::Duplicate("daisy".into())));
+        assert_eq!(labels(&["daisy", "unknown"]), Err(LabelsError::Reserved));
         assert_eq!(labels(&["daisy", ""]), Err(LabelsError::Name(String::new())));
         assert_eq!(labels(&["daisy", "a\nb"]), Err(LabelsError::Name("a\nb".into())));
         let good = labels(&["daisy", "Gänseblümchen"]).unwrap();

@@ -1,13 +1,12 @@
-//! From pixels to a named flower. The only place that turns pixels into numbers: the daemon and the
-//! trainer call the same functions, so that what is trained is what runs.
+//! The vision pipeline: decoding, preprocessing, the backbone network, the head and out-of-distribution detection.
+//!
+//! The daemon and the trainer call the same functions, so that a model runs on the same values as it was trained on.
 
 pub mod backbone;
 pub mod classifier;
-pub mod clock;
 pub mod decode;
 pub mod frame_diff;
 pub mod head;
-pub mod kernels;
 pub mod labels;
 pub mod last_conv;
 pub mod ood;
@@ -15,7 +14,7 @@ pub mod preprocess;
 pub mod test_pattern;
 
 pub use backbone::{Backbone, BackboneError, Network};
-pub use classifier::{Classifier, Prediction, Stages};
+pub use classifier::{Classifier, Prediction, StageTimes};
 pub use frame_diff::FrameDiff;
 pub use head::Head;
 pub use labels::{Labels, UNKNOWN};

@@ -1,4 +1,4 @@
-//! From RGB pixels to the backbone's input.
+//! Preprocessing: from RGB pixels to the input tensor of the backbone.
 
 use fast_image_resize::images::{TypedImage, TypedImageRef};
 use fast_image_resize::pixels::U8x3;
@@ -6,8 +6,8 @@ use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
-/// How pixels become numbers. A bundle carries it: a head that was trained with one preprocessing
-/// is of no use with another.
+/// The parameters of the preprocessing. A bundle contains them, since a head is valid only for the preprocessing that it
+/// was trained with.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Preprocess {
@@ -15,54 +15,56 @@ pub struct Preprocess {
     pub size: u32,
     pub fit: Fit,
     pub filter: Filter,
-    /// A channel's value x, 0–255, becomes `(x / scale − mean) / std`.
+    /// A channel value x, 0–255, becomes `(x / scale − mean) / std`.
     pub scale: f32,
     pub mean: [f32; 3],
     pub std: [f32; 3],
     pub layout: TensorLayout,
 }
 
-/// Raise it when the same settings give other numbers: features that were kept are computed anew then.
+/// Version of the implementation, a part of the feature cache's key: increment it whenever the same parameters give other
+/// values.
 pub const VERSION: u32 = 1;
-/// Wider inputs are no network's for a camera.
+/// Largest input size, in pixels; networks for camera images take 96 to 640.
 const SIZE_MAX: u32 = 1024;
 
+/// An error of the parameters in [`Preprocess`].
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PreprocessError {
     #[error("preprocess.size {0}, expected 1 to {SIZE_MAX}")]
     Size(u32),
-    #[error("preprocess: expected finite numbers, scale and std above 0")]
-    Numbers,
+    #[error("preprocess: expected finite scale, mean and std, with scale and std above 0")]
+    Normalisation,
 }
 
-/// How a picture that is not square becomes square.
+/// The mapping of a rectangular image to the square input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fit {
-    /// Stretched, as Keras's `target_size` does: nothing is cut off.
+    /// Stretches the image without cropping, as Keras's `target_size` does.
     Squash,
 }
 
-/// How a pixel of the input is weighed from the picture's.
+/// The resampling filter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Filter {
-    /// A triangle as wide as the scale asks, so that no pixel is left out.
+    /// Bilinear with antialiasing: a triangle whose support grows with the downscaling factor.
     Triangle,
 }
 
-/// Order of the input tensor's axes.
+/// Order of the axes of the input tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TensorLayout {
-    /// Channels first, as PyTorch has it.
+    /// Channels first, PyTorch's order.
     Nchw,
-    /// Channels last, as TensorFlow has it.
+    /// Channels last, TensorFlow's order.
     Nhwc,
 }
 
 impl TensorLayout {
-    /// The axes by name.
+    /// Returns the names of the axes.
     pub fn axes(self) -> &'static str {
         match self {
             TensorLayout::Nchw => "batch × channels × height × width",
@@ -72,7 +74,7 @@ impl TensorLayout {
 }
 
 impl Preprocess {
-    /// What Keras's MobileNetV2 was trained with: `x / 127.5 − 1`
+    /// Returns the preprocessing of Keras's MobileNetV2: 224 pixels, `x / 127.5 − 1`
     /// (`keras.applications.mobilenet_v2.preprocess_input`).
     pub fn mobilenet_v2() -> Self {
         Preprocess {
@@ -86,90 +88,101 @@ impl Preprocess {
         }
     }
 
-    /// What torchvision's networks were trained with (`torchvision.models`, the weights' transforms).
+    /// Returns the preprocessing of torchvision's networks, with ImageNet's mean and standard deviation
+    /// (`torchvision.models`, the transforms of the weights). `size`: width and height in pixels.
     pub fn torchvision(size: u32) -> Self {
         let (mean, std) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
         Preprocess { size, mean, std, ..Self::mobilenet_v2() }
     }
 
-    /// Refuses what no network was ever trained with, before anything is allocated by it.
+    /// Validates the parameters, before a buffer is allocated from them.
+    ///
+    /// # Errors
+    /// If the size is not 1–1024, or `scale`, `mean` or `std` is not finite, or `scale` or `std` is not positive.
     pub fn check(&self) -> Result<(), PreprocessError> {
         if !(1..=SIZE_MAX).contains(&self.size) {
             return Err(PreprocessError::Size(self.size));
         }
         let positive = |value: f32| value.is_finite() && value > 0.0;
         if !positive(self.scale) || !self.std.into_iter().all(positive) || !self.mean.into_iter().all(f32::is_finite) {
-            return Err(PreprocessError::Numbers);
+            return Err(PreprocessError::Normalisation);
         }
         Ok(())
     }
 
-    /// Numbers in one input.
+    /// Returns the length of one input tensor: `3 · size · size`.
     pub fn input_len(&self) -> usize {
         3 * self.size as usize * self.size as usize
     }
 }
 
-/// The work of a [`Preprocess`], with its buffers.
+/// Applies a [`Preprocess`]; owns the buffers.
 pub struct Preprocessor {
     spec: Preprocess,
     resizer: Resizer,
-    /// size×size×3.
+    /// size×size×3 u8 RGB.
     resized: Vec<u8>,
 }
 
 impl Preprocessor {
+    /// Creates a preprocessor and allocates its buffers; `spec` has to be valid, see [`Preprocess::check`].
     pub fn new(spec: Preprocess) -> Self {
         let resized = vec![0; spec.input_len()];
         Preprocessor { spec, resizer: Resizer::new(), resized }
     }
 
+    /// Returns the parameters.
     pub fn spec(&self) -> &Preprocess {
         &self.spec
     }
 
-    /// in: H×W×3 u8 RGB, any size; out: `[3, size, size]` f32, or `[size, size, 3]` where the layout is NHWC,
-    /// `(x / scale − mean) / std`.
+    /// Resizes and normalises an image. in: H×W×3 u8 RGB, any size; out: `[3, size, size]` f32, or `[size, size, 3]` if the
+    /// layout is NHWC, `(x / scale − mean) / std`.
     ///
     /// # Panics
-    /// Where `out` is not [`Preprocess::input_len`] long.
+    /// If `out` is not [`Preprocess::input_len`] long.
     pub fn run(&mut self, image: &RgbImage, out: &mut [f32]) {
         self.resize(image);
         self.normalise(out);
     }
 
-    /// The first half of [`Preprocessor::run`]. out: size×size×3 u8 RGB, which stay here.
+    /// Resizes an image into the internal buffer, the first half of [`Preprocessor::run`]. in: H×W×3 u8 RGB, any size;
+    /// out: size×size×3 u8 RGB.
     pub fn resize(&mut self, image: &RgbImage) -> &[u8] {
         let size = self.spec.size;
         if image.dimensions() == (size, size) {
             self.resized.copy_from_slice(image.as_raw());
             return &self.resized;
         }
-        // Typed: the resizer's code for every other kind of pixel stays out of the program, 3 MB.
+        // The typed API: the code for all other pixel types is not linked, which saves 3 MB.
         let source = TypedImageRef::<U8x3>::from_buffer(image.width(), image.height(), image.as_raw())
-            .expect("an RgbImage holds three bytes a pixel");
-        let mut resized = TypedImage::<U8x3>::from_buffer(size, size, &mut self.resized).expect("so does this one");
+            .expect("an RgbImage has three bytes per pixel");
+        let mut resized =
+            TypedImage::<U8x3>::from_buffer(size, size, &mut self.resized).expect("the buffer has size×size×3 bytes");
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
-        self.resizer.resize_typed(&source, &mut resized, &options).expect("a bilinear filter takes any sizes");
+        self.resizer.resize_typed(&source, &mut resized, &options).expect("a bilinear filter supports all sizes");
         &self.resized
     }
 
-    /// The second half, of what was resized last.
+    /// Normalises the last resized image, the second half of [`Preprocessor::run`]. out: as there.
+    ///
+    /// # Panics
+    /// If `out` is not [`Preprocess::input_len`] long.
     pub fn normalise(&self, out: &mut [f32]) {
-        assert_eq!(out.len(), self.spec.input_len(), "one input's length");
+        assert_eq!(out.len(), self.spec.input_len(), "length of the input tensor");
         normalise(&self.spec, &self.resized, out);
     }
 }
 
-/// in: size×size×3 u8; out: `[3, size, size]` or `[size, size, 3]` f32.
+/// Computes `(x / scale − mean) / std`. in: size×size×3 u8 RGB; out: `[3, size, size]` or `[size, size, 3]` f32.
 fn normalise(spec: &Preprocess, pixels: &[u8], out: &mut [f32]) {
     let factor = spec.std.map(|std| 1.0 / (spec.scale * std));
     let offset: [f32; 3] = std::array::from_fn(|channel| -spec.mean[channel] / spec.std[channel]);
     match spec.layout {
         TensorLayout::Nchw => {
-            let plane = out.len() / 3;
+            let plane_len = out.len() / 3;
             // HWC → CHW
-            for (channel, plane) in out.chunks_exact_mut(plane).enumerate() {
+            for (channel, plane) in out.chunks_exact_mut(plane_len).enumerate() {
                 for (value, pixel) in plane.iter_mut().zip(pixels.chunks_exact(3)) {
                     *value = f32::from(pixel[channel]) * factor[channel] + offset[channel];
                 }
@@ -191,7 +204,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_and_axes_are_as_stated() {
+    fn output_has_the_documented_values_and_axes() {
         let spec = Preprocess::mobilenet_v2();
         let mut out = vec![0.0; spec.input_len()];
         let image = RgbImage::from_fn(224, 224, |x, y| image::Rgb([x as u8, y as u8, 255]));
@@ -204,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn channels_last_are_the_same_numbers_in_another_order() {
+    fn channels_last_has_the_same_values_in_another_order() {
         let first = Preprocess::torchvision(8);
         let last = Preprocess { layout: TensorLayout::Nhwc, ..first.clone() };
         let image = gradient(8, 8);
@@ -215,8 +228,8 @@ mod tests {
         };
         let (first, last) = (run(first), run(last));
         for channel in 0..3 {
-            for place in 0..64 {
-                assert_eq!(first[channel * 64 + place], last[place * 3 + channel]);
+            for position in 0..64 {
+                assert_eq!(first[channel * 64 + position], last[position * 3 + channel]);
             }
         }
         let red = f32::from(image.get_pixel(3, 2).0[0]);
@@ -224,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn what_would_panic_or_blind_is_refused() {
+    fn rejects_invalid_parameters() {
         let good = Preprocess::mobilenet_v2();
         assert_eq!(good.check(), Ok(()));
         for size in [0, 1025, u32::MAX] {
@@ -235,18 +248,18 @@ mod tests {
             Preprocess { std: [1.0, 0.0, 1.0], ..good.clone() },
             Preprocess { mean: [0.0, f32::INFINITY, 0.0], ..good },
         ] {
-            assert_eq!(bad.check(), Err(PreprocessError::Numbers));
+            assert_eq!(bad.check(), Err(PreprocessError::Normalisation));
         }
     }
 
     #[test]
-    fn a_picture_that_is_not_square_is_squashed_whole() {
+    fn stretches_a_rectangular_image_without_cropping() {
         let spec = Preprocess::mobilenet_v2();
         let mut preprocessor = Preprocessor::new(spec.clone());
         let (mut wide, mut square) = (vec![0.0; spec.input_len()], vec![0.0; spec.input_len()]);
         preprocessor.run(&gradient(640, 480), &mut wide);
         preprocessor.run(&gradient(896, 896), &mut square);
         let worst = wide.iter().zip(&square).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(worst < 0.03, "the same gradient at another shape differs by {worst}");
+        assert!(worst < 0.03, "the same gradient at another aspect ratio differs by {worst}");
     }
 }

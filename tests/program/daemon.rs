@@ -114,7 +114,7 @@ fn no_event_is_lost_while_mosquitto_is_absent_killed_and_back() {
     let mut broker = Mosquitto::prepare(None);
     let (_dir, images) = turns(&folder);
     let mut daemon = Process::start(&mut daemon(broker.port, &images, &[]));
-    daemon.line("connecting again");
+    daemon.line("reconnecting in");
     daemon.lines_with(" event ", 2);
 
     // The subscriber's session is there before the daemon's next try, or its first events go to nobody.
@@ -127,7 +127,7 @@ fn no_event_is_lost_while_mosquitto_is_absent_killed_and_back() {
     wait_until("the first events", || subscriber.ids().len() >= 4);
 
     broker.kill();
-    daemon.lines_with("connecting again", 3);
+    daemon.lines_with("reconnecting in", 3);
     let before = logged_ids(&daemon).len();
     daemon.lines_with(" event ", before + 2);
     broker.start();
@@ -158,7 +158,7 @@ fn no_event_is_lost_while_rumqttd_is_absent_killed_and_back() {
     let mut broker = Rumqttd::prepare();
     let (_dir, images) = turns(&folder);
     let mut daemon = Process::start(&mut daemon(broker.port, &images, &[]));
-    daemon.line("connecting again");
+    daemon.line("reconnecting in");
     let mut heard: Vec<String> = Vec::new();
     let hear = |listener: &Listener, heard: &mut Vec<String>, wanted: usize| {
         while heard.len() < wanted {
@@ -189,7 +189,7 @@ fn no_event_is_lost_while_rumqttd_is_absent_killed_and_back() {
             hear(&listener, &mut heard, logged);
             broker.kill();
             daemon.signal("CONT");
-            daemon.lines_with("connecting again", 3);
+            daemon.lines_with("reconnecting in", 3);
             daemon.lines_with(" event ", logged_ids(&daemon).len() + 2);
         } else {
             daemon.signal("TERM");
@@ -206,7 +206,7 @@ fn a_full_outbox_gives_up_the_oldest_and_says_so() {
     let mut broker = Mosquitto::prepare(None);
     let (_dir, images) = turns(&folder);
     let daemon = Process::start(&mut daemon(broker.port, &images, &["mqtt.outbox_entries_max=2"]));
-    daemon.lines_with("the outbox is full: 1 events are lost, oldest first", 2);
+    daemon.lines_with("outbox full: 1 oldest events lost", 2);
     broker.start();
     let listener = Listener::insist(broker.port);
     let first = listener.wait("/event", |_| true);
@@ -245,7 +245,7 @@ fn settings_from_afar_are_obeyed_and_nonsense_is_named() {
     let events = logged_ids(&daemon).len();
     publish(broker.port, "bloomcast/pi/set/pause", "true");
     publish(broker.port, "bloomcast/pi/set/enter", "0.2");
-    daemon.line("the setting Enter(0.2) is left out: leave must not be above enter");
+    daemon.line("setting Enter(0.2) rejected: leave must not be above enter");
     publish(broker.port, "bloomcast/pi/set/enter", "lots");
     daemon.line("bloomcast/pi/set/enter: \"lots\": expected a number above 0, at most 1");
     publish(broker.port, "bloomcast/pi/set/colour", "red");
@@ -276,7 +276,7 @@ fn what_is_left_at_the_end_is_said_on_a_last_connection() {
     // It would not come back by itself before the replay is over.
     let settings = ["camera.replay.looped=false", "mqtt.reconnect_ms_min=20000", "mqtt.reconnect_ms_max=20000"];
     let mut daemon = Process::start(&mut daemon(broker.port, &images, &settings));
-    daemon.line("connecting again");
+    daemon.line("reconnecting in");
     broker.start();
     assert!(daemon.ended(super::tools::PATIENCE).success(), "{}", daemon.log());
     let (counts, logged) = (daemon.line(" captured="), logged_ids(&daemon).len());
@@ -296,7 +296,7 @@ fn a_broker_that_stands_still_does_not_hold_up_the_end() {
     daemon.lines_with(" event ", events);
     daemon.signal("TERM");
     assert_eq!(daemon.ended(Duration::from_secs(2)).code(), Some(0), "{}", daemon.log());
-    daemon.line("the broker did not take the farewell within 1000 ms");
+    daemon.line("the broker did not acknowledge everything within 1000 ms");
     daemon.line("events were not acknowledged by the broker and are lost");
 }
 
@@ -318,9 +318,9 @@ fn broken_and_giant_images_are_counted_and_skipped() {
     }
     let mut daemon = Process::start(&mut daemon(broker.port, dir.path(), &["camera.replay.looped=false"]));
     assert!(daemon.ended(super::tools::PATIENCE).success(), "{}", daemon.log());
-    daemon.line("1-cut.jpg: a frame is broken and skipped: the JPEG is cut short: no end marker");
-    daemon.line("2-empty.jpg: a frame is broken and skipped: empty file");
-    daemon.line("3-text.png: a frame is broken and skipped");
+    daemon.line("1-cut.jpg: broken frame skipped: the JPEG is cut short: no end marker");
+    daemon.line("2-empty.jpg: broken frame skipped: empty file");
+    daemon.line("3-text.png: broken frame skipped");
     daemon.line("4-giant.jpg: 4294967296 bytes, more than the 16777216 allowed; skipped");
     let counts = daemon.line(" captured=");
     assert!(counts.contains("broken=4 classified=3 still=0 camera_failures=0 "), "{counts}");
@@ -336,13 +336,13 @@ fn what_is_wrong_with_the_configuration_is_named_and_ends_with_78() {
         path.display().to_string()
     };
     let typo = file("typo.toml", "[camera]\nsource = \"replay\"\n\n[mqtt]\nhots = \"broker\"\n");
-    let rubbish = file("rubbish.bloom", "no bundle");
+    let rubbish = file("rubbish.bloom", "not a bundle");
     let other = dir.path().join("other.bloom");
     let built_in = Bundle::built_in().unwrap();
     let mut manifest = built_in.manifest().clone();
     manifest.backbone.sha256 = "0".repeat(64);
     manifest.backbone.name = "resnet50".into();
-    Bundle::new(manifest, built_in.parts().clone()).write(&other).unwrap();
+    Bundle::new(manifest, built_in.contents().clone()).write(&other).unwrap();
     let (other, empty) = (other.display().to_string(), dir.path().join("empty").display().to_string());
     std::fs::create_dir(&empty).unwrap();
     let none = dir.path().join("none").display().to_string();
@@ -352,7 +352,7 @@ fn what_is_wrong_with_the_configuration_is_named_and_ends_with_78() {
         (format!("--config {typo}"), format!("{typo}:5: unknown setting `mqtt.hots`, did you mean `mqtt.host`?")),
         (format!("--config {none}"), format!("{none}: No such file or directory")),
         (format!("model.bundle={none}"), format!("model.bundle: model {none}: No such file or directory")),
-        (format!("model.bundle={rubbish}"), format!("model.bundle: model {rubbish}: no bundle")),
+        (format!("model.bundle={rubbish}"), format!("model.bundle: model {rubbish}: not a bundle")),
         (format!("model.bundle={other}"), "was made for the backbone resnet50 (sha256 000000000000…)".into()),
         (format!("model.backbone={none}"), format!("model.backbone: backbone {none}: No such file")),
         (replay(&empty), format!("camera: {empty}: no images here")),
@@ -498,7 +498,7 @@ fn systemd_is_told_when_it_is_ready_that_it_lives_and_that_it_stops() {
         String::from_utf8_lossy(&message[..bytes]).into_owned()
     };
     let ready = told();
-    assert!(ready.starts_with("READY=1\nSTATUS=flowers ") && ready.contains(" decides"), "{ready}");
+    assert!(ready.starts_with("READY=1\nSTATUS=flowers ") && ready.contains(" is active"), "{ready}");
     for _ in 0..4 {
         assert_eq!(told().trim(), "WATCHDOG=1");
     }
@@ -540,7 +540,7 @@ fn a_reload_takes_a_good_configuration_without_losing_an_event_and_leaves_a_bad_
 
     write("pi", "hots = \"broker\"\n");
     daemon.signal("HUP");
-    let line = daemon.line("the changed configuration is left out");
+    let line = daemon.line("configuration reload rejected, keeping the current configuration");
     assert!(line.contains("bloomcast.toml:") && line.contains("did you mean `mqtt.host`?"), "{line}");
     assert!(told().starts_with("RELOADING=1") && told().starts_with("READY=1"));
 

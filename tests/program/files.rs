@@ -73,6 +73,6 @@ fn a_model_that_is_none_is_named() {
     fs::write(&model, "x").unwrap();
     let (code, text) = failure(bloomcast().arg("classify").arg(&image).arg("--model").arg(&model));
     assert_eq!(code, 1);
-    assert!(text.contains(&format!("model {}: no bundle", model.display())), "{text}");
+    assert!(text.contains(&format!("model {}: not a bundle", model.display())), "{text}");
     assert_eq!(failure(bloomcast().arg("classify")).0, 2, "no image is a mistake in usage");
 }

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bloomcast::bundle::signature::PrivateKey;
-use bloomcast::bundle::{Bundle, Identity, Manifest, Parts, archive, assemble, sign, tensors};
+use bloomcast::bundle::{Bundle, Contents, Identity, Manifest, archive, assemble, sign, tensors};
 use bloomcast::mqtt::access::{BrokerAccess, Credentials};
 use bloomcast::mqtt::client::Client;
 use bloomcast::mqtt::topics::{DeviceName, Topics};
@@ -16,7 +16,7 @@ use bloomcast::update::device::Store;
 use bloomcast::update::device::store::ModelSlot;
 use bloomcast::update::protocol::{Offer, identity};
 use bloomcast::update::workstation::delivery::{DeliveryStatus, PushPayload};
-use bloomcast::update::workstation::push::{self, PushOptions, Report};
+use bloomcast::update::workstation::push::{self, PushOptions, PushReport};
 use bloomcast::vision::{Head, Labels};
 use serde_json::{Value, json};
 
@@ -48,29 +48,29 @@ impl Trainer {
     }
 
     /// The built-in model, `newer` versions newer, with this change.
-    fn bytes(&self, newer: u64, change: impl FnOnce(&mut Manifest, &mut Parts)) -> Vec<u8> {
+    fn bytes(&self, newer: u64, change: impl FnOnce(&mut Manifest, &mut Contents)) -> Vec<u8> {
         sign("made", &made(newer, change), &self.key).unwrap()
     }
 
-    fn file(&self, newer: u64, change: impl FnOnce(&mut Manifest, &mut Parts)) -> PathBuf {
+    fn file(&self, newer: u64, change: impl FnOnce(&mut Manifest, &mut Contents)) -> PathBuf {
         let path = self.dir.path().join(format!("m{newer}.bloom"));
         fs::write(&path, self.bytes(newer, change)).unwrap();
         path
     }
 }
 
-fn made(newer: u64, change: impl FnOnce(&mut Manifest, &mut Parts)) -> Vec<u8> {
+fn made(newer: u64, change: impl FnOnce(&mut Manifest, &mut Contents)) -> Vec<u8> {
     let built_in = Bundle::built_in().unwrap();
-    let (mut manifest, mut parts) = (built_in.manifest().clone(), built_in.parts().clone());
+    let (mut manifest, mut parts) = (built_in.manifest().clone(), built_in.contents().clone());
     manifest.version += newer;
     change(&mut manifest, &mut parts);
     Bundle::new(manifest, parts).to_bytes()
 }
 
-fn same(_: &mut Manifest, _: &mut Parts) {}
+fn same(_: &mut Manifest, _: &mut Contents) {}
 
 /// Other weights, which the self-test knows nothing of.
-fn broken(manifest: &mut Manifest, parts: &mut Parts) {
+fn broken(manifest: &mut Manifest, parts: &mut Contents) {
     let head = &parts.head;
     let bias: Vec<f32> = head.bias().iter().rev().copied().collect();
     let weight: Vec<f32> = head.weight().iter().map(|w| w * 0.9).collect();
@@ -82,7 +82,7 @@ fn with_nan() -> Vec<u8> {
     let built_in = Bundle::built_in().unwrap();
     let mut manifest = built_in.manifest().clone();
     manifest.version += 1;
-    let (head, subspace) = (&built_in.parts().head, &built_in.parts().ood);
+    let (head, subspace) = (&built_in.contents().head, &built_in.contents().ood);
     let mut weight = head.weight().to_vec();
     weight[77] = f32::NAN;
     let head = tensors::to_bytes(&[
@@ -211,7 +211,7 @@ fn endings(command: &mut Command) -> (BTreeMap<String, (String, String)>, bool) 
 }
 
 /// Pushes bytes that the program's own `push` would not even send.
-fn push_bytes(port: u16, device: &str, bytes: &[u8], claim: impl FnOnce(&mut Manifest, &mut Identity)) -> Report {
+fn push_bytes(port: u16, device: &str, bytes: &[u8], claim: impl FnOnce(&mut Manifest, &mut Identity)) -> PushReport {
     let mut manifest = Bundle::built_in().unwrap().manifest().clone();
     manifest.version += 1;
     let mut model = identity(&manifest, &sha256_hex(bytes));
@@ -222,8 +222,8 @@ fn push_bytes(port: u16, device: &str, bytes: &[u8], claim: impl FnOnce(&mut Man
     push::push(&BrokerAccess::local(port), devices, &parcel, &PushOptions::default(), &|_| {}).unwrap()
 }
 
-fn refusal(report: &Report) -> String {
-    assert_eq!(report.devices[0].ending, DeliveryStatus::Refused, "{report}");
+fn refusal(report: &PushReport) -> String {
+    assert_eq!(report.devices[0].status, DeliveryStatus::Refused, "{report}");
     report.devices[0].reason.clone()
 }
 
@@ -302,20 +302,20 @@ fn what_is_not_as_it_should_be_is_refused_and_the_old_model_decides_on() {
     let mut flipped = good.clone();
     flipped[good.len() / 2] ^= 1;
     assert!(reason(&flipped).contains("was altered"));
-    assert!(reason(&good[..good.len() / 2]).starts_with("model offered: no bundle"));
-    let untested = |_: &mut Manifest, parts: &mut Parts| parts.self_test = None;
+    assert!(reason(&good[..good.len() / 2]).starts_with("model offered: not a bundle"));
+    let untested = |_: &mut Manifest, parts: &mut Contents| parts.self_test = None;
     assert!(reason(&trainer.bytes(1, untested)).contains("carries no self-test"));
-    assert!(reason(&with_nan()).contains("a number that is not finite"));
+    assert!(reason(&with_nan()).contains("not finite"));
     assert!(reason(&trainer.bytes(1, broken)).contains("the self-test's feature vector"));
-    let lost_class = |manifest: &mut Manifest, _: &mut Parts| {
+    let lost_class = |manifest: &mut Manifest, _: &mut Contents| {
         let names = manifest.classes.names().iter().map(|name| name.replace("roses", "iris")).collect();
         manifest.classes = Labels::new(names).unwrap();
     };
     let unknown_class = reason(&trainer.bytes(1, lost_class));
     assert_eq!(unknown_class, "decide.classes = roses: the model knows daisy, dandelion, iris, sunflowers, tulips");
-    let other_network = |manifest: &mut Manifest, _: &mut Parts| manifest.backbone.sha256 = "0".repeat(64);
+    let other_network = |manifest: &mut Manifest, _: &mut Contents| manifest.backbone.sha256 = "0".repeat(64);
     assert!(reason(&trainer.bytes(1, other_network)).contains("was made for the backbone"));
-    let other_preprocessing = |manifest: &mut Manifest, _: &mut Parts| manifest.preprocess.std = [0.4; 3];
+    let other_preprocessing = |manifest: &mut Manifest, _: &mut Contents| manifest.preprocess.std = [0.4; 3];
     assert!(reason(&trainer.bytes(1, other_preprocessing)).contains("the self-test's picture 0"));
     assert!(reason(&with_a_trick()).contains("../../etc/passwd: not the name of a plain file"));
     let giant_manifest = archive::pack([("manifest.json", vec![b' '; 1 << 20].as_slice())]);
@@ -334,7 +334,7 @@ fn what_is_not_as_it_should_be_is_refused_and_the_old_model_decides_on() {
     assert_eq!(device.note()["version"], Bundle::built_in().unwrap().manifest().version);
     assert!(device.files().is_empty() && !device.store().join("state.json").exists(), "{:?}", device.files());
     assert!(daemon.is_running() && !daemon.log().contains("panicked"), "{}", daemon.log());
-    assert_eq!(push_bytes(port, "pi", &good, |_, _| {}).devices[0].ending, DeliveryStatus::Confirmed);
+    assert_eq!(push_bytes(port, "pi", &good, |_, _| {}).devices[0].status, DeliveryStatus::Confirmed);
 }
 
 #[test]
@@ -356,13 +356,13 @@ fn only_a_signed_order_goes_back_or_to_an_older_model() {
     };
 
     let (code, text) = failure(&mut rollback(&trainer));
-    assert_eq!((code, text.contains("there is no model before this one")), (1, true), "{text}");
+    assert_eq!((code, text.contains("there is no previous model")), (1, true), "{text}");
     let (first, second) = (trainer.file(1, same), trainer.file(2, same));
     assert_eq!(push(&first, &[]).0, "confirmed");
     assert_eq!(push(&second, &["--dry-run"]).0, "fit");
     assert_eq!(device.note()["version"], version + 1, "a dry run sends nothing");
     assert_eq!(push(&second, &[]).0, "confirmed");
-    assert_eq!(push(&second, &[]), ("confirmed".into(), "it decides already".into()));
+    assert_eq!(push(&second, &[]), ("confirmed".into(), "it is already active".into()));
     assert_eq!(device.note()["previous"], format!("flowers {}", version + 1));
 
     let (_, text) = failure(&mut rollback(&stranger));
@@ -370,7 +370,7 @@ fn only_a_signed_order_goes_back_or_to_an_older_model() {
     let listener = Listener::connect(broker.port);
     let back = output(&mut rollback(&trainer));
     assert!(back.status.success(), "{}", String::from_utf8_lossy(&back.stderr));
-    assert_eq!(String::from_utf8(back.stdout).unwrap(), format!("pi: flowers {} is taken back\n", version + 2));
+    assert_eq!(String::from_utf8(back.stdout).unwrap(), format!("pi: flowers {} is rolled back\n", version + 2));
     assert_eq!(device.note()["version"], version + 1);
     assert_eq!(device.files().len(), 1);
     // The same order once more.
@@ -390,7 +390,7 @@ fn only_a_signed_order_goes_back_or_to_an_older_model() {
     // What was taken back does not come back by itself, and an older one neither.
     let (ending, reason) = push(&second, &[]);
     assert_eq!(
-        (ending.as_str(), reason.contains("was taken back here, or failed its trial; --force")),
+        (ending.as_str(), reason.contains("was rolled back here, or failed its trial; --force")),
         ("refused", true),
         "{reason}"
     );
@@ -400,7 +400,7 @@ fn only_a_signed_order_goes_back_or_to_an_older_model() {
     assert_eq!(push(&older, &["--force"]).0, "confirmed");
     assert_eq!(device.note()["version"], version - 1);
     let replay = push_bytes(broker.port, "pi", &fs::read(&older).unwrap(), |_, model| model.version = version - 1);
-    assert_eq!(replay.devices[0].reason, "it decides already");
+    assert_eq!(replay.devices[0].reason, "it is already active");
     assert_eq!(push(&second, &["--force"]).0, "confirmed");
     assert_eq!(device.note()["version"], version + 2);
 }
@@ -522,7 +522,7 @@ fn a_trial_that_does_not_end_in_order_is_rolled_back_and_one_that_is_stopped_goe
     daemon.signal("TERM");
     assert!(daemon.ended(PATIENCE).success(), "{}", daemon.log());
     let mut daemon = device.start();
-    daemon.line("decides, on trial");
+    daemon.line("is active on trial");
     assert_eq!(device.note()["trial"], true);
     let listener = Listener::connect(port);
     daemon.kill();
@@ -599,7 +599,7 @@ fn a_model_is_installed_by_hand_and_a_damaged_one_gives_way() {
     }
     assert!(device.files().is_empty(), "{:?}", device.files());
     let (_, text) = failure(&mut device.command("rollback"));
-    assert!(text.contains("there is no model before this one"), "{text}");
+    assert!(text.contains("there is no previous model"), "{text}");
 }
 
 #[test]
@@ -651,7 +651,7 @@ fn a_device_that_keeps_no_models_says_why() {
 fn keys_and_signatures_on_the_command_line() {
     let (trainer, stranger) = (Trainer::new(), Trainer::new());
     let (code, text) = failure(bloomcast().arg("keygen").arg("--out").arg(trainer.key_file()));
-    assert_eq!((code, text.contains("is there already; a key is never overwritten")), (1, true), "{text}");
+    assert_eq!((code, text.contains("already exists; a key is never overwritten")), (1, true), "{text}");
     for (key, form) in [("trainer.key", "-noout"), ("trainer.pub", "-pubin")] {
         let mut openssl = Command::new("openssl");
         openssl.args(["pkey", form, "-noout", "-in"]).arg(trainer.dir.path().join(key));
@@ -677,7 +677,7 @@ fn keys_and_signatures_on_the_command_line() {
     assert!(String::from_utf8_lossy(&good.stdout).contains("m.bloom: good, signed by trainer\nflowers "), "{good:?}");
     assert!(output(&mut verify(trainer.dir.path())).status.success(), "a folder of keys");
     assert!(failure(&mut verify(&stranger.dir.path().join("trainer.pub"))).1.contains("is not trusted here"));
-    assert!(failure(&mut sign(&public)).1.contains("no private Ed25519 key"));
+    assert!(failure(&mut sign(&public)).1.contains("not a private Ed25519 key"));
     let no_key = failure(bloomcast().env("XDG_CONFIG_HOME", stranger.dir.path()).arg("sign").arg(&path));
     assert!(no_key.1.contains("`bloomcast keygen` makes one"), "{}", no_key.1);
     let mut bytes = fs::read(&path).unwrap();
@@ -715,7 +715,12 @@ fn only_the_trainer_may_send_models_where_the_acl_is_ours() {
     let (ends, all) = endings(&mut push("trainer"));
     assert!(all, "{ends:?}");
     let log = daemon.log();
-    assert!(!log.contains("no offer") && !log.contains("no order") && !log.contains("set from afar"), "{log}");
+    assert!(
+        !log.contains("malformed offer")
+            && !log.contains("malformed rollback request")
+            && !log.contains("setting changed over MQTT"),
+        "{log}"
+    );
     let mut confirmed = false;
     while !confirmed {
         let message = home.next(PATIENCE).unwrap().expect("who looks on is told");

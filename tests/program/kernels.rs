@@ -1,22 +1,21 @@
-//! The kernels against tract on whole networks and real photographs, and how the program is told which to use.
+//! The kernels against tract on whole networks and real photographs, and their choice by flag and setting.
 
 use std::path::PathBuf;
 
 use bloomcast::bundle::Bundle;
-use bloomcast::vision::kernels::{Instructions, Team};
 use bloomcast::vision::preprocess::TensorLayout;
 use bloomcast::vision::{Classifier, Network, Preprocess, decode};
-use serde_json::Value;
+use bloomcast_kernels::{Isa, ThreadPool};
 
 use super::backbones::network;
-use super::tools::{bloomcast, json, photographs};
+use super::tools::{bloomcast, failure, json, photographs};
 
 /// How far a probability may lie from tract's.
 const TOLERANCE: f32 = 1e-4;
 
 #[test]
-fn on_every_photograph_the_kernels_say_what_tract_says() {
-    let Some(folder) = photographs("on_every_photograph_the_kernels_say_what_tract_says") else { return };
+fn kernels_classify_every_photograph_as_tract_does() {
+    let Some(folder) = photographs("kernels_classify_every_photograph_as_tract_does") else { return };
     let mut images: Vec<PathBuf> = Vec::new();
     for class in folder.read_dir().unwrap() {
         images.extend(class.unwrap().path().read_dir().unwrap().map(|entry| entry.unwrap().path()));
@@ -24,15 +23,17 @@ fn on_every_photograph_the_kernels_say_what_tract_says() {
     images.sort();
     let bundle = Bundle::built_in().unwrap();
     let network = bundle.network(None).unwrap();
-    let classifier = |kernels: Option<Instructions>, threads: usize| {
-        let backbone = bundle.backbone(&network.with_kernels(kernels).with_team(Team::of(threads).unwrap())).unwrap();
+    let classifier = |kernels: Option<Isa>, threads: usize| {
+        let backbone = bundle
+            .backbone(&network.with_kernels(kernels).with_thread_pool(ThreadPool::with_threads(threads).unwrap()))
+            .unwrap();
         assert_eq!(backbone.kernels(), kernels);
         Classifier::new(&backbone, bundle.classifier_params()).unwrap()
     };
     let mut tract = classifier(None, 1);
-    let there = Instructions::ALL.into_iter().filter(|instructions| instructions.are_there());
+    let there = Isa::ALL.into_iter().filter(|isa| isa.is_supported());
     let mut ours: Vec<(String, Classifier)> = there
-        .flat_map(|instructions| [1, 2].map(|threads| (instructions, threads)))
+        .flat_map(|isa| [1, 2].map(|threads| (isa, threads)))
         .map(|(kernels, threads)| (format!("{kernels:?}, {threads}"), classifier(Some(kernels), threads)))
         .collect();
     let mut worst = 0.0_f32;
@@ -53,8 +54,8 @@ fn on_every_photograph_the_kernels_say_what_tract_says() {
 }
 
 #[test]
-fn other_networks_profit_where_they_have_the_pattern_and_run_as_before_where_not() {
-    let test = "other_networks_profit_where_they_have_the_pattern_and_run_as_before_where_not";
+fn kernels_compute_other_networks_that_have_the_pattern() {
+    let test = "kernels_compute_other_networks_that_have_the_pattern";
     let cases = [
         ("efficientnet_lite0.onnx", TensorLayout::Nchw, true),
         ("efficientnet_lite0_channels_last.onnx", TensorLayout::Nhwc, true),
@@ -65,28 +66,51 @@ fn other_networks_profit_where_they_have_the_pattern_and_run_as_before_where_not
         let preprocess = Preprocess { layout, ..Preprocess::mobilenet_v2() };
         let network = Network::from_file(&path, &preprocess, None).unwrap();
         let input: Vec<f32> = (0..preprocess.input_len()).map(|at| (at as f32 * 0.37).sin()).collect();
-        let features = |kernels: Option<Instructions>| {
+        let features = |kernels: Option<Isa>| {
             let backbone = network.with_kernels(kernels).features(None).unwrap();
             let ours = backbone.kernels().is_some();
             (backbone.session().unwrap().features(&input).unwrap().to_vec(), ours)
         };
         let (expected, _) = features(None);
         let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, value| largest.max(value.abs()));
-        for instructions in Instructions::ALL.into_iter().filter(|instructions| instructions.are_there()) {
-            let (found, ours) = features(Some(instructions));
-            assert_eq!(ours, has_it, "{file}: {instructions:?}");
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
+            let (found, ours) = features(Some(isa));
+            assert_eq!(ours, has_it, "{file}: {isa:?}");
             let apart = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
-            assert!(apart <= TOLERANCE, "{file}: {instructions:?}: {apart}");
+            assert!(apart <= TOLERANCE, "{file}: {isa:?}: {apart}");
         }
     }
 }
 
 #[test]
-fn the_environment_says_which_kernels() {
-    let kernels = |asked: &str| -> Value {
-        json(bloomcast().args(["bench", "--json", "--runs", "1"]).env("BLOOMCAST_KERNELS", asked))["kernels"].clone()
+fn the_kernels_flag_chooses_the_kernels() {
+    let bench = |kernels: &str| {
+        let mut command = bloomcast();
+        command.args(["bench", "--json", "--runs", "1", "--kernels", kernels]);
+        command
     };
-    assert_eq!((kernels("tract"), kernels("plain")), ("tract".into(), "plain".into()));
-    assert_ne!(kernels(""), "tract");
-    assert_eq!(kernels("mmx"), kernels(""), "kernels that are not there are not used");
+    for name in ["tract", "portable", Isa::best().name()] {
+        assert_eq!(json(&mut bench(name))["kernels"], name);
+    }
+    assert_eq!(json(&mut bench("auto"))["kernels"], Isa::best().name());
+    let (code, text) = failure(&mut bench("sse9"));
+    assert_eq!((code, text.contains("auto, avx512, avx2, neon, portable, tract")), (2, true), "{text}");
+    let unsupported = Isa::ALL.into_iter().find(|isa| !isa.is_supported()).expect("x86 has no NEON, ARM no AVX");
+    let (code, text) = failure(&mut bench(unsupported.name()));
+    let expected = format!("lacks {}; \"auto\" would take {}", unsupported.name(), Isa::best().name());
+    assert_eq!((code, text.contains(&expected)), (2, true), "{text}");
+}
+
+#[test]
+fn classify_and_evaluate_take_the_kernels_flag_and_the_daemon_the_setting() {
+    let picture = tempfile::Builder::new().suffix(".jpg").tempfile().unwrap();
+    std::fs::write(picture.path(), bloomcast::vision::test_pattern::jpeg(64, 64)).unwrap();
+    let classify = |kernels: &str| {
+        json(bloomcast().args(["classify", "--json", "--kernels", kernels]).arg(picture.path()))[0]["class"].clone()
+    };
+    assert_eq!(classify("portable"), classify("tract"));
+    let (code, text) = failure(bloomcast().args(["check", "--no-camera", "--set", "model.kernels=sse9"]));
+    assert_eq!((code, text.contains("expected one of auto, avx512")), (78, true), "{text}");
+    let (code, text) = failure(bloomcast().args(["evaluate", "--kernels", "sse9", "."]));
+    assert_eq!((code, text.contains("expected one of auto, avx512")), (2, true), "{text}");
 }

@@ -277,7 +277,7 @@ mod tests {
         let images =
             [photograph("a.png", 1), photograph("cut.png", 2), photograph("tiny.png", 3), photograph("b.png", 4)];
         let (network, preprocess) = (Network::built_in().unwrap(), Preprocess::mobilenet_v2());
-        let backbone = network.trunk().unwrap();
+        let backbone = network.feature_maps().unwrap();
         let cache = dir.path().join("cache");
         let run = |count: usize, cache: Option<&Path>, precision: Precision| {
             let views = Views { count, seed: 7 };

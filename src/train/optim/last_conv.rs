@@ -18,7 +18,7 @@ use crate::train::optim::head::{SoftTargets, head_groups, measure};
 use crate::train::optim::sgd::{Learner, Measure, ParamGroup, Sgd, below};
 use crate::vision::LastConvWeights;
 use crate::vision::head::{dot, linear};
-use crate::vision::last_conv::{CEILING, convolve};
+use crate::vision::last_conv::{RELU6_MAX, convolve};
 
 /// Photographs that one thread takes at once: their activations stay near the second-level cache. The sums
 /// over them are added in order, so that the number of threads does not matter.
@@ -139,8 +139,8 @@ impl<'a> LastConvLearner<'a> {
         for place in activations.chunks_exact_mut(shift.len()) {
             for ((value, shift), feature) in place.iter_mut().zip(shift).zip(&mut features) {
                 let sum = *value + shift;
-                *feature += sum.clamp(0.0, CEILING) * share;
-                *value = if sum > 0.0 && sum < CEILING { 1.0 } else { 0.0 };
+                *feature += sum.clamp(0.0, RELU6_MAX) * share;
+                *value = if sum > 0.0 && sum < RELU6_MAX { 1.0 } else { 0.0 };
             }
         }
         features

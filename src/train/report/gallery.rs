@@ -131,7 +131,7 @@ impl<'a> CamPainter<'a> {
         places: &[usize],
         threads: usize,
     ) -> Result<Vec<GalleryImage>, BackboneError> {
-        let trunk = self.network.trunk()?;
+        let trunk = self.network.feature_maps()?;
         let init = || {
             Ok((trunk.session()?, Preprocessor::new(self.preprocess.clone()), vec![0.0; self.preprocess.input_len()]))
         };

@@ -167,7 +167,7 @@ impl<'a> Session<'a> {
         }
         let make = |network: &Network| match settings.fine_tune {
             FineTune::None => network.features(None),
-            FineTune::LastConv => network.trunk(),
+            FineTune::LastConv => network.feature_maps(),
         };
         let (network, backbone, cpu_because) = device::choose(network, surroundings.device, &make)?;
         if let Some(why) = cpu_because {

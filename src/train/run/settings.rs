@@ -222,7 +222,7 @@ impl Settings {
     pub fn check(&self) -> Result<(), SettingsError> {
         let wrong = |key, given: &str, expected| Err(SettingsError::Value { key, given: given.into(), expected });
         if let Err(expected) = check_name(&self.name) {
-            return wrong("name", &self.name, expected);
+            return wrong("name", &self.name, expected.to_string());
         }
         let paths =
             [Some(&self.dataset), self.val.as_ref(), self.test.as_ref(), self.backbone.as_ref().map(|b| &b.file)];

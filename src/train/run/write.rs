@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle::selftest::SelfTestError;
 use crate::bundle::tensors;
-use crate::bundle::{Bundle, BundleError, Manifest, Parts, SelfTest};
+use crate::bundle::{Bundle, BundleError, Contents, Manifest, SelfTest};
 use crate::train::evaluate::Evaluation;
 use crate::train::optim::sgd::{Epoch, ParamGroup};
 use crate::train::report::tensorboard::{self, Events};
@@ -144,7 +144,7 @@ impl RunWriter {
         self.write(REPORT, report::html(&self.settings, network, trained, &gallery).as_bytes())?;
         let drawn = self.draw(trained, &gallery);
         at(self.events.path(), drawn)?;
-        let parts = Parts {
+        let parts = Contents {
             head: trained.head.clone(),
             ood: trained.ood.clone(),
             last_conv: trained.last_conv.clone(),
@@ -155,7 +155,7 @@ impl RunWriter {
         // As the devices will answer, whatever computed the features.
         let mut classifier = Classifier::new(&bundle.backbone(&network.on(Device::Cpu))?, bundle.classifier_params())?;
         let images = SELF_TEST_SIZES.map(|(width, height)| test_pattern::jpeg(width, height)).to_vec();
-        bundle.set_self_test(SelfTest::ask(&mut classifier, trained.examples.clone(), images)?);
+        bundle.set_self_test(SelfTest::record(&mut classifier, trained.examples.clone(), images)?);
         Ok(bundle.write(&self.folder.join(MODEL))?)
     }
 

@@ -1,140 +1,235 @@
-//! What a new model must show before it may decide: who vouches for it, that it fits this device, that it answers as it
-//! did where it was trained, and that it is not too slow.
+//! Admission of models: the one function through which a model is loaded, whether it was pushed, installed by hand or is read
+//! at the start.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
+use super::UpdateOptions;
+use super::model_loader::{LoadedModel, Model, ModelLoader};
+use super::store::State;
 use crate::bundle::selftest::SelfTestError;
 use crate::bundle::signature::{KeyError, Keyring, UntrustedSigner};
-use crate::bundle::{Bundle, BundleError, Manifest};
-use crate::config::{Config, ConfigError};
-use crate::decide::Rules;
+use crate::bundle::{Bundle, BundleError, Identity, Manifest};
+use crate::decide::UnknownClass;
 use crate::system::memory;
-use crate::update::device::model_loader::{Loaded, Model, ModelError, ModelLoader};
-use crate::update::protocol::Source;
+use crate::update::protocol::{ModelSource, identity};
 use crate::vision::backbone::MOBILENET_V2;
 use crate::vision::{Backbone, BackboneError};
 
-/// How often either network runs while they are timed.
-const RUNS: usize = 5;
-/// A difference below this is the clock's.
-const NOISE: Duration = Duration::from_millis(10);
-/// Memory that a network needs for a byte of its file while it is loaded: 74 MiB were measured for one of 9.
+/// Runs of each network when it is timed.
+const TIMED_RUNS: usize = 5;
+/// A difference in processor time that timing cannot resolve.
+const TIMING_NOISE: Duration = Duration::from_millis(10);
+/// Bytes of memory that a network needs while it is loaded, for each byte of its file: 74 MiB were measured for one of 9.
 const MEMORY_PER_BYTE: u64 = 8;
 
+/// A model that was not admitted.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
+    /// The file is not a bundle, was altered, or fits neither this program nor this backbone.
     #[error(transparent)]
     Bundle(#[from] BundleError),
-    #[error(transparent)]
-    Model(#[from] ModelError),
+    /// The backbone cannot be loaded.
     #[error(transparent)]
     Backbone(#[from] BackboneError),
+    /// The trusted keys cannot be read.
     #[error("model.trusted_keys: {0}")]
     Keys(#[from] KeyError),
+    /// No trusted key signed it.
     #[error(transparent)]
     UntrustedSigner(#[from] UntrustedSigner),
-    #[error(transparent)]
-    Config(#[from] ConfigError),
+    /// Thresholds are configured for a class that it does not have.
+    #[error("decide.classes: {0}")]
+    Classes(#[from] UnknownClass),
+    /// It does not fit the free memory.
     #[error("it needs about {needed} MiB of memory, {free} are free")]
     Memory { needed: u64, free: u64 },
+    /// It has no self-test.
     #[error("it carries no self-test; a model that is trained anew does")]
     NoSelfTest,
+    /// It fails its self-test.
     #[error(transparent)]
     SelfTest(#[from] SelfTestError),
+    /// A frame takes too much processor time.
     #[error(
-        "it works {took_ms} ms for a frame, the present model {present_ms} ms: more than model.slowdown_max = {slowdown_max} allows"
+        "it takes {cpu_ms} ms of processor time a frame, the active model {active_ms} ms: more than model.slowdown_max = {slowdown_max} allows"
     )]
-    Slow { took_ms: u128, present_ms: u128, slowdown_max: f64 },
-    #[error("it made the program panic; its message stands in the log")]
-    Panicked,
+    Slow { cpu_ms: u128, active_ms: u128, slowdown_max: f64 },
+    /// A library panicked.
+    #[error("{0} made the program panic; see the message above in the log")]
+    Panicked(String),
 }
 
-/// A model that may decide.
-pub struct Proven {
-    pub loaded: Loaded,
-    pub rules: Rules,
-    /// How long the network may work for a frame.
-    pub limit: Duration,
+/// A model that may not follow the active one unless that is forced.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UpgradeRefused {
+    /// It was rolled back on this device.
+    #[error("{0} was rolled back here, or failed its trial")]
+    RolledBack(Identity),
+    /// Its version is not above the active model's.
+    #[error("{model} is not newer than {active}")]
+    NotNewer { model: Identity, active: Identity },
+    /// Its version is not above the highest that was confirmed.
+    #[error("{model} is not newer than version {newest}, which was confirmed here before")]
+    BelowNewest { model: Identity, newest: u64 },
 }
 
-/// Whom a model needs to be signed by.
-pub enum Trust {
-    /// One of the keys that the configuration names.
-    Keys,
-    /// Nobody: whoever asks vouches for it.
-    Caller,
+/// A bundle that asks for admission.
+pub struct Candidate<'a> {
+    /// Name of the file, for messages.
+    pub file: &'a str,
+    /// The whole bundle.
+    pub bytes: &'a [u8],
+    /// Where it comes from.
+    pub source: ModelSource,
 }
 
-/// A model that was read and that somebody vouches for.
-pub fn vouched(file: &str, bytes: &[u8], trust: &Trust, config: &Config) -> Result<Bundle, Refusal> {
-    let read = || {
-        let bundle = Bundle::from_bytes(file, bytes)?;
-        if let Trust::Keys = trust {
-            Keyring::read(&config.model.trusted_keys)?.trust(bundle.signer())?;
-        }
-        Ok(bundle)
+/// The checks of an admission.
+pub enum Checks<'a> {
+    /// Of a model that was admitted before it was stored, of the configured and the built-in one: it is complete and fits the
+    /// backbone. The backbone of `reuse` is used again if it is the same.
+    Integrity { reuse: Option<&'a Model> },
+    /// Of a new model: signature, classes, memory, self-test, and processor time beside the active model.
+    Full { options: &'a UpdateOptions, active: &'a Model, signature_required: bool },
+}
+
+/// A model that was admitted.
+pub struct Admitted {
+    /// The model.
+    pub loaded: LoadedModel,
+    /// The most processor time that a frame may take during the trial; `None` after [`Checks::Integrity`].
+    pub cpu_time_max: Option<Duration>,
+}
+
+/// Admits a model: verifies it, asks `accept` about its identity, loads it and validates it. A panic of a library, which a
+/// malformed file may cause, is a refusal.
+///
+/// # Errors
+/// A check fails, or `accept` does.
+pub fn admit<E: From<Refusal>>(
+    candidate: &Candidate<'_>,
+    loader: &ModelLoader,
+    checks: &Checks<'_>,
+    accept: impl FnOnce(&Identity) -> Result<(), E>,
+) -> Result<Admitted, E> {
+    let caught = |work: &mut dyn FnMut() -> Result<Admitted, E>| {
+        let panicked = |_| Err(Refusal::Panicked(candidate.file.to_owned()).into());
+        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(panicked)
     };
-    caught(read)
-}
-
-/// Lets a model show what it can do, beside the `present` one.
-pub fn prove(bundle: Bundle, config: &Config, shelf: &ModelLoader, present: &Model) -> Result<Proven, Refusal> {
-    caught(|| {
-        let rules = config.rules(&bundle.manifest().classes)?;
-        expect_room(&bundle, shelf, present)?;
-        let mut loaded = Loaded::new(bundle, Source::Store, shelf, Some(present))?;
-        loaded.self_test.take().ok_or(Refusal::NoSelfTest)?.check(&mut loaded.classifier)?;
-        let limit = expect_pace(&loaded.model, present, config.model.slowdown_max)?;
-        Ok(Proven { loaded, rules, limit })
+    let mut accept = Some(accept);
+    caught(&mut || {
+        let bundle = verify(candidate, checks)?;
+        if let Some(accept) = accept.take() {
+            accept(&identity(bundle.manifest(), bundle.sha256()))?;
+        }
+        Ok(match checks {
+            Checks::Integrity { reuse } => {
+                Admitted { loaded: LoadedModel::new(bundle, candidate.source, loader, *reuse)?, cpu_time_max: None }
+            }
+            Checks::Full { options, active, .. } => validate(bundle, candidate.source, options, loader, active)?,
+        })
     })
 }
 
-/// A file that lies may make a library panic: that is a refusal here.
-fn caught<T>(work: impl FnOnce() -> Result<T, Refusal>) -> Result<T, Refusal> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or(Err(Refusal::Panicked))
+/// Returns the bundle if it is complete and, where required, signed by a trusted key.
+fn verify(candidate: &Candidate<'_>, checks: &Checks<'_>) -> Result<Bundle, Refusal> {
+    let bundle = Bundle::from_bytes(candidate.file, candidate.bytes)?;
+    if let Checks::Full { options, signature_required: true, .. } = checks {
+        Keyring::read(&options.trusted_keys)?.verify_signer(bundle.signer())?;
+    }
+    Ok(bundle)
 }
 
-/// Another head takes nothing worth to be asked for.
-fn expect_room(bundle: &Bundle, shelf: &ModelLoader, present: &Model) -> Result<(), Refusal> {
-    if present.gives_the_features_of(bundle.manifest()) {
+/// Loads a verified model and checks that it fits this device, answers its self-test and is not too slow.
+fn validate(
+    bundle: Bundle,
+    source: ModelSource,
+    options: &UpdateOptions,
+    loader: &ModelLoader,
+    active: &Model,
+) -> Result<Admitted, Refusal> {
+    options.policy.rules(&bundle.manifest().classes)?;
+    check_memory(&bundle, loader, active)?;
+    let mut loaded = LoadedModel::new(bundle, source, loader, Some(active))?;
+    loaded.self_test.take().ok_or(Refusal::NoSelfTest)?.verify(&mut loaded.classifier)?;
+    let cpu_time_max = check_cpu_time(&loaded.model, active, options.slowdown_max)?;
+    Ok(Admitted { loaded, cpu_time_max: Some(cpu_time_max) })
+}
+
+/// Refuses a network that does not fit the free memory; another head alone needs next to nothing.
+fn check_memory(bundle: &Bundle, loader: &ModelLoader, active: &Model) -> Result<(), Refusal> {
+    if active.has_same_features(bundle.manifest()) {
         return Ok(());
     }
-    let network = match (&bundle.parts().backbone, &shelf.backbone) {
-        (Some(carried), _) => carried.len() as u64,
+    let network_bytes = match (&bundle.contents().backbone, &loader.backbone) {
+        (Some(embedded), _) => embedded.len() as u64,
         (None, Some(file)) => std::fs::metadata(file).map_or(0, |file| file.len()),
         (None, None) => MOBILENET_V2.len() as u64,
     };
-    let needed = network * MEMORY_PER_BYTE;
+    let needed = network_bytes * MEMORY_PER_BYTE;
     match memory::available() {
         Some(free) if needed > free => Err(Refusal::Memory { needed: needed >> 20, free: free >> 20 }),
         _ => Ok(()),
     }
 }
 
-/// The longest that a frame may take from now on; refuses a network that takes longer already.
-fn expect_pace(model: &Model, present: &Model, slowdown_max: f64) -> Result<Duration, Refusal> {
-    let ours = timed(&present.backbone, &present.manifest)?;
-    let limit = ours.mul_f64(slowdown_max).max(ours + NOISE);
-    if present.gives_the_features_of(&model.manifest) {
+/// Returns the most processor time that a frame may take; refuses a network that takes more.
+fn check_cpu_time(model: &Model, active: &Model, slowdown_max: f64) -> Result<Duration, Refusal> {
+    let active_time = cpu_time(&active.backbone, &active.manifest)?;
+    let limit = active_time.mul_f64(slowdown_max).max(active_time + TIMING_NOISE);
+    if active.has_same_features(&model.manifest) {
         return Ok(limit);
     }
-    let took = timed(&model.backbone, &model.manifest)?;
-    if took > limit {
-        let (took_ms, present_ms) = (took.as_millis(), ours.as_millis());
-        return Err(Refusal::Slow { took_ms, present_ms, slowdown_max });
+    let time = cpu_time(&model.backbone, &model.manifest)?;
+    if time > limit {
+        let (cpu_ms, active_ms) = (time.as_millis(), active_time.as_millis());
+        return Err(Refusal::Slow { cpu_ms, active_ms, slowdown_max });
     }
     Ok(limit)
 }
 
-/// How long a network works for the quickest of some runs on nothing.
-fn timed(backbone: &Backbone, manifest: &Manifest) -> Result<Duration, BackboneError> {
+/// Returns the least processor time of some runs of a network on zeros.
+fn cpu_time(backbone: &Backbone, manifest: &Manifest) -> Result<Duration, BackboneError> {
     let input = vec![0.0; manifest.preprocess.input_len()];
     let mut session = backbone.session()?;
-    let mut quickest = Duration::MAX;
-    for _ in 0..RUNS {
+    let mut least = Duration::MAX;
+    for _ in 0..TIMED_RUNS {
         session.features(&input)?;
-        quickest = quickest.min(session.worked());
+        least = least.min(session.cpu_time());
     }
-    Ok(quickest)
+    Ok(least)
+}
+
+/// Checks that a model is newer than the active one and was not rolled back.
+///
+/// # Errors
+/// It is a step back.
+pub fn check_upgrade(model: &Identity, active: &Identity, state: &State) -> Result<(), UpgradeRefused> {
+    let model = model.clone();
+    if state.taken_back.contains(&model.sha256) {
+        Err(UpgradeRefused::RolledBack(model))
+    } else if model.version <= active.version {
+        Err(UpgradeRefused::NotNewer { model, active: active.clone() })
+    } else if model.version <= state.newest {
+        Err(UpgradeRefused::BelowNewest { model, newest: state.newest })
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_models_that_are_not_newer_or_were_rolled_back() {
+        let model = |version, sha256: &str| Identity { name: "m".into(), version, sha256: sha256.into() };
+        let state = State { taken_back: vec!["bad".into()], newest: 5, ..State::default() };
+        let refused = |new| check_upgrade(&new, &model(3, "active"), &state).unwrap_err().to_string();
+        assert_eq!(check_upgrade(&model(6, "new"), &model(3, "active"), &state), Ok(()));
+        assert_eq!(refused(model(6, "bad")), "m 6 was rolled back here, or failed its trial");
+        assert_eq!(refused(model(3, "same")), "m 3 is not newer than m 3");
+        let before = "m 5 is not newer than version 5, which was confirmed here before";
+        assert_eq!(refused(model(5, "older")), before);
+    }
 }

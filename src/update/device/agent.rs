@@ -1,5 +1,5 @@
-//! The device's side: takes what is offered, lets it prove itself, swaps it in, watches its trial, answers. A thread of
-//! its own, so that neither the frames nor the broker wait for it.
+//! The update agent: receives offered models, admits them, activates them on trial, answers. It runs in a thread of its own, so
+//! that neither frames nor the broker's connection wait for it.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender, TrySendError};
@@ -9,435 +9,460 @@ use tokio::sync::watch;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use super::admission::{self, Proven, Trust};
+use super::UpdateOptions;
+use super::admission::{Admitted, Candidate, Checks, Refusal, UpgradeRefused, admit, check_upgrade};
+use super::model_loader::{ActiveModel, LoadedModel, Model, ModelLoader, NoStore, persist_or_keep};
+use super::store::{Phase, State, StoreError};
+use super::trial::{Trial, TrialOutcome};
+use crate::bundle::signature::KeyError;
 use crate::bundle::{Identity, Keyring};
-use crate::config::Config;
-use crate::decide::Rules;
 use crate::mqtt::message::{SCHEMA, json, time};
-use crate::mqtt::topics::Topics;
-use crate::mqtt::{About, Mail, Outbox, discovery};
+use crate::mqtt::{Command, ModelAnnouncement, Outbox, Topics};
 use crate::system::systemd;
-use crate::update::device::model_loader::{ActiveModel, Loaded, Model, ModelLoader, persist_or_keep};
-use crate::update::device::store::{Phase, State, Store};
-use crate::update::device::trial::{Outcome, Trial};
-use crate::update::protocol::{Action, Answer, Offer, Rollback, TrialLimits, UpdateStatus, identity, objection};
-use crate::update::transfer::{ChunkResult, Transfer};
+use crate::update::protocol::{Action, Answer, CommandError, ModelSource, Offer, RollbackRequest, UpdateStatus};
+use crate::update::transfer::{ChunkResult, OfferError, Transfer};
 use crate::vision::Classifier;
-use crate::vision_stage::{Report, Swap, Witness};
+use crate::vision_stage::{FrameObserver, FrameReport, Swap};
 
-/// How often a stop and the end of a trial are looked for while nothing comes.
+/// Interval at which the stop flag and the trial are checked while no command arrives.
 const IDLE: Duration = Duration::from_millis(100);
-/// Messages that wait; a piece that finds no room is asked for again.
-const INBOX_MAX: usize = 32;
-/// Reports that wait.
+/// Commands that wait; a chunk that finds no room is requested again.
+const COMMANDS_MAX: usize = 32;
+/// Frame reports that wait.
 const REPORTS_MAX: usize = 64;
-/// Answers that are remembered.
-const TOLD_MAX: usize = 8;
+/// Answers that are kept, to be repeated when a workstation asks again.
+const ANSWERS_MAX: usize = 8;
+/// The longest reason in an answer, in characters.
 const REASON_CHARS_MAX: usize = 500;
-/// What a note may grow by: a reason why something is not as it should be.
-const NOTE_ROOM: usize = 1024;
+/// Bytes by which a status message may grow: a reason in `trouble`.
+const STATUS_MARGIN: usize = 1024;
 
-/// What the device's side works with.
-pub struct Setup {
-    pub config: Config,
-    pub topics: Topics,
-    pub shelf: ModelLoader,
-    pub answers: Outbox,
-    pub swaps: SyncSender<Swap>,
-}
-
-/// The other ends.
-pub struct Ends {
-    pub inbox: SyncSender<Mail>,
-    pub about: watch::Sender<About>,
-    /// Of the model at the start, where it is on trial.
-    pub witness: Option<Witness>,
-}
-
-pub struct Receiver {
-    setup: Setup,
-    /// What decides, and what the store says of it.
+/// The state of a device's updates.
+pub struct UpdateAgent {
+    options: UpdateOptions,
+    topics: Topics,
+    loader: ModelLoader,
+    answers: Outbox,
+    swaps: SyncSender<Swap>,
+    /// The active model, and the state of its store.
     model: Model,
     state: State,
-    inbox: mpsc::Receiver<Mail>,
-    about: watch::Sender<About>,
+    commands: mpsc::Receiver<Command>,
+    announcement: watch::Sender<ModelAnnouncement>,
     transfer: Option<Transfer>,
-    trial: Option<OnTrial>,
-    /// What was answered lately, for whoever asks again.
-    told: VecDeque<Answer>,
-    /// The program is about to end.
+    trial: Option<ActiveTrial>,
+    /// The newest answers.
+    answered: VecDeque<Answer>,
+    /// Set when the program is about to stop.
     stop: watch::Receiver<bool>,
 }
 
-struct OnTrial {
-    trial: Trial,
-    /// Who asked for it.
-    transfer: Option<Uuid>,
-    /// How it fares; as long as this end is there, the vision thread tells.
-    reports: mpsc::Receiver<Report>,
+/// The ends of the agent's channels that other stages use.
+pub struct AgentHandles {
+    /// Takes the agent's commands.
+    pub commands: SyncSender<Command>,
+    /// The retained messages about the active model.
+    pub announcement: watch::Receiver<ModelAnnouncement>,
+    /// Observes the frames of the first model, if it is on trial.
+    pub observer: Option<FrameObserver>,
 }
 
-/// A request that is turned down, and why.
-type Refused = String;
+struct ActiveTrial {
+    trial: Trial,
+    /// The transfer that began it.
+    transfer: Option<Uuid>,
+    /// Reports of the vision thread, which sends them while this receiver exists.
+    reports: mpsc::Receiver<FrameReport>,
+}
 
-impl Receiver {
-    /// Begins with what decides at the start; its classifier is the vision thread's.
-    pub fn new(setup: Setup, deciding: ActiveModel, stop: watch::Receiver<bool>) -> (Self, Classifier, Ends) {
-        let ActiveModel { loaded: Loaded { model, classifier, .. }, state, trial, news } = deciding;
-        let (sender, inbox) = mpsc::sync_channel(INBOX_MAX);
-        let (about, _) = watch::channel(About::new());
-        let mut this = Receiver {
-            setup,
+/// A request that the agent refuses.
+#[derive(Debug, thiserror::Error)]
+enum RequestError {
+    #[error("busy: {0} is being received")]
+    Receiving(Identity),
+    #[error("busy: {0} is on trial")]
+    OnTrial(Identity),
+    #[error(transparent)]
+    NoStore(#[from] NoStore),
+    #[error("the store was changed by hand, or could not be written: reload or restart the daemon first")]
+    StoreChanged,
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("model.trusted_keys: {0}")]
+    Keys(#[from] KeyError),
+    #[error("no key is trusted here: put one into model.trusted_keys, or `bloomcast install --trust`")]
+    NoTrustedKeys,
+    #[error("{0}; --force takes it nevertheless")]
+    UpgradeRefused(#[from] UpgradeRefused),
+    #[error("{0}, and {1}")]
+    ForceRefused(UpgradeRefused, CommandError),
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    #[error(transparent)]
+    Offer(#[from] OfferError),
+    #[error("the received bundle is not what was offered: its sha256 differs")]
+    Altered,
+    #[error("it is {model}, and was offered as {offered}")]
+    OtherModel { model: Identity, offered: Identity },
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error("the messages about it take {bytes} bytes, mqtt.packet_bytes_max is {bytes_max}")]
+    StatusTooLarge { bytes: usize, bytes_max: usize },
+    #[error("the program is about to stop")]
+    Stopping,
+}
+
+impl UpdateAgent {
+    /// Creates the agent of a device whose active model is `active`; returns the model's classifier for the vision thread.
+    pub fn new(
+        options: UpdateOptions,
+        topics: Topics,
+        loader: ModelLoader,
+        active: ActiveModel,
+        answers: Outbox,
+        swaps: SyncSender<Swap>,
+        stop: watch::Receiver<bool>,
+    ) -> (Self, Classifier, AgentHandles) {
+        let ActiveModel { loaded: LoadedModel { model, classifier, .. }, state, on_trial, rolled_back } = active;
+        let (command_sender, commands) = mpsc::sync_channel(COMMANDS_MAX);
+        let (announcement, newest) = watch::channel(announce(&loader, &model, &state));
+        let (transfer, trial, answered) = (None, None, VecDeque::new());
+        let mut agent = UpdateAgent {
+            options,
+            topics,
+            loader,
+            answers,
+            swaps,
             model,
             state,
-            inbox,
-            about: about.clone(),
-            transfer: None,
-            trial: None,
-            told: VecDeque::new(),
+            commands,
+            announcement,
+            transfer,
+            trial,
+            answered,
             stop,
         };
-        for (model, reason) in news {
-            this.answer(UpdateStatus::RolledBack, Some(reason), model, None);
+        for (model, reason) in rolled_back {
+            agent.answer(UpdateStatus::RolledBack, Some(reason), model, None);
         }
-        let witness = trial.then(|| {
-            info!("{} decides, on trial", this.model.identity());
-            this.begin_trial(None, None)
+        let observer = on_trial.then(|| {
+            info!("{} is active on trial", agent.model.identity());
+            agent.start_trial(None, None)
         });
-        about.send_replace(this.describe(&this.model));
-        (this, classifier, Ends { inbox: sender, about, witness })
+        (agent, classifier, AgentHandles { commands: command_sender, announcement: newest, observer })
     }
 
-    /// Works until the program is about to end.
+    /// Runs until the program is about to stop.
     pub fn run(mut self) {
         while !*self.stop.borrow() {
-            match self.inbox.recv_timeout(IDLE) {
-                Ok(mail) => self.read(mail),
+            match self.commands.recv_timeout(IDLE) {
+                Ok(command) => self.handle(command),
                 Err(RecvTimeoutError::Timeout) => {}
-                // The link is gone, and with it whoever could ask for anything.
+                // The connection is gone, and every sender of commands with it.
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            self.watch_trial();
+            self.check_trial();
             let now = Instant::now();
             self.transfer.take_if(|transfer| transfer.is_abandoned(now));
         }
-        self.pause_trial();
+        self.suspend_trial();
     }
 
-    fn watch_trial(&mut self) {
-        let Some(OnTrial { trial, reports, .. }) = &mut self.trial else { return };
+    fn check_trial(&mut self) {
+        let Some(ActiveTrial { trial, reports, .. }) = &mut self.trial else { return };
         let now = Instant::now();
-        let outcome = reports.try_iter().find_map(|report| trial.hear(report, now)).or_else(|| trial.at(now));
-        self.end_trial(outcome);
+        let outcome = reports.try_iter().find_map(|report| trial.report(report, now)).or_else(|| trial.check_time(now));
+        if let Some(outcome) = outcome {
+            self.end_trial(outcome);
+        }
     }
 
-    fn read(&mut self, mail: Mail) {
-        match mail {
-            Mail::Connected => self.tell_progress(true),
-            Mail::Chunk(number, payload) => self.take(number, &payload),
-            Mail::Offer(payload) => match Offer::read(&payload) {
+    fn handle(&mut self, command: Command) {
+        match command {
+            Command::Connected => self.send_progress(true),
+            Command::Chunk(number, payload) => self.receive_chunk(number, &payload),
+            Command::Offer(payload) => match Offer::read(&payload) {
                 Ok(offer) => {
                     let (model, transfer) = (offer.model.clone(), offer.transfer);
-                    if let Err(reason) = self.consider(offer) {
-                        self.answer(UpdateStatus::Refused, Some(reason), model, Some(transfer));
+                    if let Err(error) = self.consider(offer) {
+                        self.answer(UpdateStatus::Refused, Some(error.to_string()), model, Some(transfer));
                     }
                 }
-                Err(error) => warn!("{}: no offer: {error}", self.setup.topics.offer()),
+                Err(error) => warn!("{}: malformed offer: {error}", self.topics.offer()),
             },
-            Mail::Rollback(payload) => match Rollback::read(&payload) {
-                Ok(order) => {
-                    if let Err(reason) = self.take_back(&order) {
-                        self.answer(UpdateStatus::Refused, Some(reason), self.model.identity(), Some(order.transfer));
+            Command::Rollback(payload) => match RollbackRequest::read(&payload) {
+                Ok(request) => {
+                    if let Err(error) = self.roll_back(&request) {
+                        let (model, transfer) = (self.model.identity(), Some(request.transfer));
+                        self.answer(UpdateStatus::Refused, Some(error.to_string()), model, transfer);
                     }
                 }
-                Err(error) => warn!("{}: no order: {error}", self.setup.topics.rollback()),
+                Err(error) => warn!("{}: malformed rollback request: {error}", self.topics.rollback()),
             },
         }
     }
 
-    /// An offer: begins a transfer, or says how it stands.
-    fn consider(&mut self, offer: Offer) -> Result<(), Refused> {
+    /// Starts a transfer for an offer, or answers with its progress.
+    fn consider(&mut self, offer: Offer) -> Result<(), RequestError> {
         let now = Instant::now();
-        self.store()?;
-        if self.said_again(offer.transfer) {
+        self.loader.store()?;
+        if self.answer_again(offer.transfer) {
             return Ok(());
         }
-        if let Some(open) = &mut self.transfer {
-            if open.offer == offer {
-                open.heard(now);
-                self.tell_progress(true);
+        if let Some(current) = &mut self.transfer {
+            if current.offer == offer {
+                current.touch(now);
+                self.send_progress(true);
                 return Ok(());
             }
-            // The same sender may go on in smaller pieces.
-            if open.offer.transfer != offer.transfer && !open.is_abandoned(now) {
-                return Err(format!("busy: {} is being received", open.offer.model));
+            // The same sender may continue with smaller chunks.
+            if current.offer.transfer != offer.transfer && !current.is_abandoned(now) {
+                return Err(RequestError::Receiving(current.offer.model.clone()));
             }
         }
         if offer.model.sha256 == self.model.sha256 {
-            let verdict = if self.trial.is_some() { UpdateStatus::Accepted } else { UpdateStatus::Confirmed };
-            let reason = Some("it decides already".into());
-            self.answer(verdict, reason, self.model.identity(), Some(offer.transfer));
+            let status = if self.trial.is_some() { UpdateStatus::Accepted } else { UpdateStatus::Confirmed };
+            let reason = Some("it is already active".into());
+            self.answer(status, reason, self.model.identity(), Some(offer.transfer));
             return Ok(());
         }
         if self.trial.is_some() {
-            return Err(format!("busy: {} is on trial", self.model.identity()));
+            return Err(RequestError::OnTrial(self.model.identity()));
         }
-        self.expect_untouched()?;
-        self.expect_wanted(&offer, &offer.model)?;
-        let transfer = Transfer::new(offer, self.setup.config.model.offer_bytes_max, now)?;
+        self.expect_unchanged_store()?;
+        self.expect_upgrade(&offer, &offer.model)?;
+        let transfer = Transfer::new(offer, self.options.offer_bytes_max, now)?;
         info!("receiving {}: {} bytes", transfer.offer.model, transfer.offer.bytes);
         self.transfer = Some(transfer);
-        self.tell_progress(true);
+        self.send_progress(true);
         Ok(())
     }
 
-    /// Says again what was said to whoever asks again.
-    fn said_again(&self, transfer: Uuid) -> bool {
-        let told = self.told.iter().rev().find(|told| told.transfer == Some(transfer));
-        told.map(|told| self.say(told)).is_some()
+    /// Repeats the answer to a transfer that was answered before; returns whether there is one.
+    fn answer_again(&self, transfer: Uuid) -> bool {
+        let answer = self.answered.iter().rev().find(|answer| answer.transfer == Some(transfer));
+        answer.map(|answer| self.send_answer(answer)).is_some()
     }
 
-    /// Refuses to work on a store that does not say what this program does.
-    fn expect_untouched(&self) -> Result<(), Refused> {
-        let known = |state: &State| State { trouble: None, ..state.clone() };
-        match known(&self.store()?.state().map_err(|e| e.to_string())?) == known(&self.state) {
+    /// Refuses to work on a store whose state is not the one that this agent wrote last.
+    fn expect_unchanged_store(&self) -> Result<(), RequestError> {
+        let compared = |state: &State| State { trouble: None, ..state.clone() };
+        match compared(&self.loader.store()?.state()?) == compared(&self.state) {
             true => Ok(()),
-            false => {
-                Err("the store was changed by hand, or could not be written: reload or restart the daemon first".into())
-            }
+            false => Err(RequestError::StoreChanged),
         }
     }
 
-    fn store(&self) -> Result<&Store, Refused> {
-        self.setup.shelf.store.as_ref().ok_or_else(|| match self.setup.shelf.bundle {
-            Some(_) => "model.bundle names the model of this device, and no other is taken".to_owned(),
-            None => "model.store is empty: this device keeps no models".to_owned(),
-        })
+    fn trusted_keys(&self) -> Result<Keyring, RequestError> {
+        let keys = Keyring::read(&self.options.trusted_keys)?;
+        if keys.is_empty() { Err(RequestError::NoTrustedKeys) } else { Ok(keys) }
     }
 
-    fn trusted(&self) -> Result<Keyring, Refused> {
-        let keys =
-            Keyring::read(&self.setup.config.model.trusted_keys).map_err(|e| format!("model.trusted_keys: {e}"))?;
-        match keys.is_empty() {
-            true => {
-                Err("no key is trusted here: put one into model.trusted_keys, or `bloomcast install --trust`".into())
-            }
-            false => Ok(keys),
-        }
+    /// Refuses a model that is not newer, or was rolled back, unless the offer has a signed command to force it. `model` is
+    /// the offer's claim before the transfer, the manifest's afterwards.
+    fn expect_upgrade(&self, offer: &Offer, model: &Identity) -> Result<(), RequestError> {
+        let trusted = self.trusted_keys()?;
+        let Err(downgrade) = check_upgrade(model, &self.model.identity(), &self.state) else { return Ok(()) };
+        let Some(command) = &offer.force else { return Err(downgrade.into()) };
+        let checked = command.check(&trusted, Action::Force, self.topics.root(), self.state.generation, &model.sha256);
+        checked.map_err(|error| RequestError::ForceRefused(downgrade, error))
     }
 
-    /// Refuses a model that is not newer, or was taken back, unless a signed order is there. `model`: as the offer claims it
-    /// first, as its manifest says it later.
-    fn expect_wanted(&self, offer: &Offer, model: &Identity) -> Result<(), Refused> {
-        let trusted = self.trusted()?;
-        let Some(reason) = objection(model, &self.model.identity(), &self.state) else { return Ok(()) };
-        match &offer.force {
-            None => Err(format!("{reason}; --force takes it nevertheless")),
-            Some(order) => order
-                .check(&trusted, Action::Force, self.setup.topics.root(), self.state.generation, &model.sha256)
-                .map_err(|e| format!("{reason}, and {e}")),
-        }
-    }
-
-    fn take(&mut self, number: u32, payload: &[u8]) {
+    fn receive_chunk(&mut self, number: u32, payload: &[u8]) {
         let Some(transfer) = &mut self.transfer else { return };
-        let whole = match transfer.take(number, payload, Instant::now()) {
-            ChunkResult::Quiet => return,
-            ChunkResult::Progress => return self.tell_progress(false),
-            ChunkResult::Gap => return self.tell_progress(true),
-            ChunkResult::Whole(bytes) => Ok(bytes),
-            ChunkResult::Altered => Err("what came is not what was offered: its sha256 is another".to_owned()),
+        let bundle = match transfer.take(number, payload, Instant::now()) {
+            ChunkResult::Accepted => return,
+            ChunkResult::Progress => return self.send_progress(false),
+            ChunkResult::Gap => return self.send_progress(true),
+            ChunkResult::Complete(bytes) => Ok(bytes),
+            ChunkResult::Altered => Err(RequestError::Altered),
         };
-        // All is there; what follows takes its time.
-        self.tell_progress(false);
+        // Before the validation, which takes its time.
+        self.send_progress(false);
         let Some(Transfer { offer, .. }) = self.transfer.take() else { return };
-        if let Err(reason) = whole.and_then(|bytes| self.install(&offer, &bytes)) {
-            self.answer(UpdateStatus::Refused, Some(reason), offer.model, Some(offer.transfer));
+        if let Err(error) = bundle.and_then(|bytes| self.install(&offer, &bytes)) {
+            self.answer(UpdateStatus::Refused, Some(error.to_string()), offer.model, Some(offer.transfer));
         }
     }
 
-    /// Lets a model that has come prove itself, and puts it on trial.
-    fn install(&mut self, offer: &Offer, bytes: &[u8]) -> Result<(), Refused> {
-        let (config, shelf) = (&self.setup.config, &self.setup.shelf);
-        let bundle = admission::vouched("offered", bytes, &Trust::Keys, config).map_err(|e| e.to_string())?;
-        let model = identity(bundle.manifest(), bundle.sha256());
-        if model != offer.model {
-            return Err(format!("it is {model}, and was offered as {}", offer.model));
-        }
-        self.expect_wanted(offer, &model)?;
-        info!("{model} has come whole and is signed; it has to prove itself");
-        let Proven { loaded, rules, limit } =
-            admission::prove(bundle, config, shelf, &self.model).map_err(|e| e.to_string())?;
-        self.expect_said(&loaded.model)?;
-        info!("{model} has proved itself");
+    /// Admits a received model and activates it on trial.
+    fn install(&mut self, offer: &Offer, bytes: &[u8]) -> Result<(), RequestError> {
+        let candidate = Candidate { file: "offered", bytes, source: ModelSource::Store };
+        let checks = Checks::Full { options: &self.options, active: &self.model, signature_required: true };
+        let Admitted { loaded, cpu_time_max } = admit(&candidate, &self.loader, &checks, |model| {
+            if *model != offer.model {
+                return Err(RequestError::OtherModel { model: model.clone(), offered: offer.model.clone() });
+            }
+            self.expect_upgrade(offer, model)?;
+            info!("{model} is received and its signature verified; validating it");
+            Ok(())
+        })?;
+        let model = loaded.model.identity();
+        self.expect_status_fits(&loaded.model)?;
+        info!("{model} is valid");
         if *self.stop.borrow() {
-            return Err("the program is about to end".into());
+            return Err(RequestError::Stopping);
         }
-        self.expect_untouched()?;
-        self.state = self.store()?.try_out(model.clone(), bytes, Phase::Running).map_err(|e| e.to_string())?;
-        let witness = self.begin_trial(Some(offer.transfer), Some(limit));
-        self.swap(loaded, rules, Some(witness));
+        self.expect_unchanged_store()?;
+        self.state = self.loader.store()?.start_trial(model.clone(), bytes, Phase::Running)?;
+        let observer = self.start_trial(Some(offer.transfer), cpu_time_max);
+        self.swap(loaded, Some(observer));
         self.answer(UpdateStatus::Accepted, None, model, Some(offer.transfer));
         Ok(())
     }
 
-    /// Refuses a model that could not be told of: what is retained would be about another.
-    fn expect_said(&self, model: &Model) -> Result<(), Refused> {
-        let max = self.setup.config.mqtt.packet_bytes_max;
-        let bytes = |(topic, payload): &(String, Vec<u8>)| topic.len() + payload.len() + NOTE_ROOM;
-        match self.describe(model).iter().map(bytes).max() {
-            Some(bytes) if bytes > max => {
-                Err(format!("what there is to say of it takes {bytes} bytes, mqtt.packet_bytes_max is {max}"))
-            }
+    /// Refuses a model whose retained messages would be too large to publish: those of another model would stay.
+    fn expect_status_fits(&self, model: &Model) -> Result<(), RequestError> {
+        let bytes_max = self.options.packet_bytes_max;
+        let messages = announce(&self.loader, model, &self.state).messages(&self.topics, self.options.discovery);
+        let bytes = messages.iter().map(|(topic, payload)| topic.len() + payload.len() + STATUS_MARGIN).max();
+        match bytes {
+            Some(bytes) if bytes > bytes_max => Err(RequestError::StatusTooLarge { bytes, bytes_max }),
             _ => Ok(()),
         }
     }
 
-    /// Gives who looks on.
-    fn begin_trial(&mut self, transfer: Option<Uuid>, limit: Option<Duration>) -> Witness {
+    /// Starts a trial; returns the observer of its frames.
+    fn start_trial(&mut self, transfer: Option<Uuid>, cpu_time_max: Option<Duration>) -> FrameObserver {
         let (sender, reports) = mpsc::sync_channel(REPORTS_MAX);
-        let trial = Trial::begin(TrialLimits::of(&self.setup.config), limit, Instant::now());
-        self.trial = Some(OnTrial { trial, transfer, reports });
-        // Where there is no room, the next frame tells.
+        let trial = Trial::start(self.options.trial, cpu_time_max, Instant::now());
+        self.trial = Some(ActiveTrial { trial, transfer, reports });
+        // A report that finds no room is dropped: the next frame has another.
         Box::new(move |report| !matches!(sender.try_send(report), Err(TrySendError::Disconnected(_))))
     }
 
-    fn end_trial(&mut self, outcome: Option<Outcome>) {
-        let Some(outcome) = outcome else { return };
-        // Until the end of this, the model is watched.
-        let Some(OnTrial { transfer, reports: _watched, .. }) = self.trial.take() else { return };
+    fn end_trial(&mut self, outcome: TrialOutcome) {
+        // The receiver lives to the end of this function: until then the vision thread keeps the observer.
+        let Some(ActiveTrial { transfer, reports: _reports, .. }) = self.trial.take() else { return };
         let model = self.model.identity();
         let confirmed = match outcome {
-            Outcome::Confirmed => {
-                self.store().and_then(|store| store.confirm(&model.sha256).map_err(|e| e.to_string()))
-            }
-            Outcome::Failed(reason) => Err(reason),
+            TrialOutcome::Confirmed => self.confirm(&model).map_err(|error| error.to_string()),
+            TrialOutcome::Failed(reason) => Err(reason),
         };
         match confirmed {
             Ok(state) => {
                 self.state = state;
-                self.about.send_replace(self.describe(&self.model));
+                self.announcement.send_replace(announce(&self.loader, &self.model, &self.state));
                 self.answer(UpdateStatus::Confirmed, None, model, transfer);
             }
             Err(reason) => {
-                warn!("{model} has failed: {reason}");
+                warn!("{model} failed its trial: {reason}");
                 let before = self.state.clone();
-                let abandoned = self.store().map(|store| store.abandon(&model.sha256, &reason));
-                if let Ok(abandoned) = abandoned {
-                    self.go_back(persist_or_keep(abandoned, before, |state| state.trial = None));
+                if let Ok(store) = self.loader.store() {
+                    let failed = store.fail_trial(&model.sha256, &reason);
+                    self.activate_current(persist_or_keep(failed, before, |state| state.trial = None));
                 }
                 self.answer(UpdateStatus::RolledBack, Some(reason), model, transfer);
             }
         }
     }
 
-    /// The program ends in order: the trial goes on with the next start.
-    fn pause_trial(&self) {
+    fn confirm(&self, model: &Identity) -> Result<State, RequestError> {
+        Ok(self.loader.store()?.confirm(&model.sha256)?)
+    }
+
+    /// Records that the program stops in order: the trial continues at the next start.
+    fn suspend_trial(&self) {
         if self.trial.is_some()
-            && let Ok(store) = self.store()
+            && let Ok(store) = self.loader.store()
             && let Err(error) = store.set_phase(&self.model.sha256, Phase::Waiting)
         {
             warn!("{} will be rolled back at the next start: {error}", self.model.identity());
         }
     }
 
-    /// An order to take the model back.
-    fn take_back(&mut self, rollback: &Rollback) -> Result<(), Refused> {
-        if self.said_again(rollback.transfer) {
+    /// Handles a signed request to roll back.
+    fn roll_back(&mut self, request: &RollbackRequest) -> Result<(), RequestError> {
+        if self.answer_again(request.transfer) {
             return Ok(());
         }
-        self.expect_untouched()?;
-        let (store, trusted) = (self.store()?, self.trusted()?);
+        self.expect_unchanged_store()?;
+        let (store, trusted) = (self.loader.store()?, self.trusted_keys()?);
         let model = self.model.identity();
-        let (device, generation) = (self.setup.topics.root(), self.state.generation);
-        rollback.order.check(&trusted, Action::Rollback, device, generation, &model.sha256)?;
-        let state = store.take_back().map_err(|e| e.to_string())?;
-        let _watched = self.trial.take();
-        self.go_back(state);
-        self.answer(UpdateStatus::RolledBack, Some("it was asked for".into()), model, Some(rollback.transfer));
+        let (device, generation) = (self.topics.root(), self.state.generation);
+        request.order.check(&trusted, Action::Rollback, device, generation, &model.sha256)?;
+        let state = store.roll_back()?;
+        let _trial = self.trial.take();
+        self.activate_current(state);
+        let reason = Some("a rollback was requested".into());
+        self.answer(UpdateStatus::RolledBack, reason, model, Some(request.transfer));
         Ok(())
     }
 
-    /// Lets decide what decides by `state`, or what is left where that is damaged.
-    fn go_back(&mut self, state: State) {
-        let Ok(store) = self.store() else { return };
-        match self.setup.shelf.settle(store, state, Some(&self.model)) {
+    /// Activates the current model of `state`, or the one that it falls back to.
+    fn activate_current(&mut self, state: State) {
+        let Ok(store) = self.loader.store() else { return };
+        match self.loader.load_current(store, state, Some(&self.model)) {
             Ok(ActiveModel { loaded, state, .. }) => {
                 self.state = state;
-                let rules = self.setup.config.rules_of_known(loaded.classifier.labels());
-                self.swap(loaded, rules, None);
+                self.swap(loaded, None);
             }
-            // Not even the model inside the program can be loaded: there is no memory left, or the like.
-            Err(error) => error!("{} decides on until the next start: {error}", self.model.identity()),
+            // Not even the built-in model can be loaded: memory is exhausted, or the like.
+            Err(error) => error!("{} stays active until the next start: {error}", self.model.identity()),
         }
     }
 
-    /// Returns once the model decides, or the program is about to end.
-    fn swap(&mut self, Loaded { model, classifier, .. }: Loaded, rules: Rules, witness: Option<Witness>) {
+    /// Hands a model to the vision thread; returns once it is active or the program is about to stop.
+    fn swap(&mut self, LoadedModel { model, classifier, .. }: LoadedModel, observer: Option<FrameObserver>) {
+        let rules = self.options.policy.rules_for_known(classifier.labels());
         let (sender, replaced) = mpsc::sync_channel(1);
-        let swap = Swap {
-            classifier,
-            version: model.manifest.version,
-            thresholds: rules.thresholds,
-            about: self.describe(&model),
-            witness,
-            replaced: sender,
-        };
-        if self.setup.swaps.send(swap).is_ok() && replaced.recv().is_ok() {
-            info!("{} decides in the place of {}", model.identity(), self.model.identity());
-            systemd::notify_status(&format!("{} decides", model.identity()));
+        let (version, thresholds) = (model.manifest.version, rules.thresholds);
+        let swap = Swap { classifier, version, thresholds, observer, replaced: sender };
+        // Before the swap: it is published before the first observation of the model.
+        self.announcement.send_replace(announce(&self.loader, &model, &self.state));
+        if self.swaps.send(swap).is_ok() && replaced.recv().is_ok() {
+            info!("{} is active in place of {}", model.identity(), self.model.identity());
+            systemd::notify_status(&format!("{} is active", model.identity()));
         }
         self.model = model;
     }
 
-    /// The retained messages about a model.
-    fn describe(&self, model: &Model) -> About {
-        let Setup { config, topics, shelf, .. } = &self.setup;
-        let mut about = About::new();
-        if config.mqtt.discovery.enabled {
-            about.push((topics.discovery(), discovery::device(topics, &model.manifest.classes)));
-        }
-        about.push((topics.model(), json(&shelf.note(model, &self.state))));
-        about
-    }
-
-    fn tell_progress(&self, again: bool) {
+    fn send_progress(&self, again: bool) {
         if let Some(transfer) = &self.transfer {
-            self.setup.answers.push(self.setup.topics.progress(), json(&transfer.progress(again)));
+            self.answers.push(self.topics.progress(), json(&transfer.progress(again)));
         }
     }
 
-    fn answer(&mut self, answer: UpdateStatus, reason: Option<String>, model: Identity, transfer: Option<Uuid>) {
+    fn answer(&mut self, status: UpdateStatus, reason: Option<String>, model: Identity, transfer: Option<Uuid>) {
         let reason = reason.map(shortened);
         let because = reason.as_deref().map_or(String::new(), |reason| format!(": {reason}"));
-        match answer {
-            UpdateStatus::Accepted | UpdateStatus::Confirmed => info!("{model} is {answer}{because}"),
-            UpdateStatus::Refused | UpdateStatus::RolledBack => warn!("{model} is {answer}{because}"),
+        match status {
+            UpdateStatus::Accepted | UpdateStatus::Confirmed => info!("{model} is {status}{because}"),
+            UpdateStatus::Refused | UpdateStatus::RolledBack => warn!("{model} is {status}{because}"),
         }
         let answer = Answer {
             schema: SCHEMA,
-            device: self.setup.topics.device().to_string(),
+            device: self.topics.device().to_string(),
             transfer,
-            answer,
+            answer: status,
             reason,
             model,
-            trial: (answer == UpdateStatus::Accepted).then(|| TrialLimits::of(&self.setup.config)),
+            trial: (status == UpdateStatus::Accepted).then_some(self.options.trial),
             at: time(SystemTime::now()),
         };
-        self.say(&answer);
-        self.told.push_back(answer);
-        if self.told.len() > TOLD_MAX {
-            self.told.pop_front();
+        self.send_answer(&answer);
+        self.answered.push_back(answer);
+        if self.answered.len() > ANSWERS_MAX {
+            self.answered.pop_front();
         }
     }
 
-    fn say(&self, answer: &Answer) {
-        // The oldest make place: whoever they were for has long asked again.
-        self.setup.answers.push(self.setup.topics.answer(), json(answer));
+    fn send_answer(&self, answer: &Answer) {
+        // A full outbox drops the oldest answers; a workstation that waits for one asks again.
+        self.answers.push(self.topics.answer(), json(answer));
     }
 }
 
-/// A reason is for people; what came over the network must not make it longer than they read.
+/// Returns the retained messages about a model.
+fn announce(loader: &ModelLoader, model: &Model, state: &State) -> ModelAnnouncement {
+    ModelAnnouncement {
+        version: model.manifest.version,
+        classes: model.manifest.classes.clone(),
+        status: json(&loader.status(model, state)),
+    }
+}
+
+/// Cuts a reason, which may contain text from the network, to [`REASON_CHARS_MAX`] characters.
 fn shortened(reason: String) -> String {
     match reason.char_indices().nth(REASON_CHARS_MAX) {
         Some((end, _)) => format!("{}…", &reason[..end]),
@@ -450,22 +475,25 @@ mod tests {
     use std::sync::mpsc::Receiver as Channel;
     use std::thread;
 
+    use super::super::model_loader::ModelFiles;
+    use super::super::store::{ModelSlot, Store};
     use super::*;
     use crate::bundle::{Bundle, PrivateKey, sign};
-    use crate::mqtt::outbox::Limits;
-    use crate::mqtt::topics::DeviceName;
-    use crate::update::device::store::ModelSlot;
-    use crate::update::transfer::piece;
+    use crate::decide::{Policy, Thresholds};
+    use crate::mqtt::DeviceName;
+    use crate::mqtt::outbox::OutboxLimits;
+    use crate::update::protocol::{TrialLimits, identity};
+    use crate::update::transfer::chunk;
 
-    /// A device's side, whose vision thread and broker the test is.
+    /// An update agent; the test plays the vision thread and the broker.
     struct Device {
-        inbox: SyncSender<Mail>,
+        commands: SyncSender<Command>,
         swapped: Channel<Swap>,
         answers: Outbox,
         stop: watch::Sender<bool>,
         thread: thread::JoinHandle<()>,
-        /// What decides until another is swapped in.
-        decides: Option<Classifier>,
+        /// The active model.
+        active: Option<Classifier>,
         store: Store,
         key: PrivateKey,
         _dir: tempfile::TempDir,
@@ -476,29 +504,39 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let key = dir.path().join("trainer.key");
             PrivateKey::generate(&key).unwrap();
-            let (keys, folder) = (dir.path().display(), dir.path().join("store"));
-            let settings = [
-                format!("model.trusted_keys={keys}"),
-                format!("model.store={}", folder.display()),
-                "model.trial_frames=3".into(),
-                "model.slowdown_max=1000".into(),
-            ];
-            let config = Config::of_settings(&settings).unwrap();
-            let topics = config.topics_of(DeviceName::new("pi").unwrap());
-            let shelf = ModelLoader::of(&config, Store::new);
-            let answers = Outbox::new(Limits { entries_max: 100, bytes_max: 1 << 20 });
+            let folder = dir.path().join("store");
+            let options = UpdateOptions {
+                trusted_keys: dir.path().into(),
+                offer_bytes_max: 16 << 20,
+                slowdown_max: 1000.0,
+                trial: TrialLimits { frames: 3, seconds: 3600 },
+                policy: Policy {
+                    smoothing: Duration::ZERO,
+                    enter_dwell: Duration::ZERO,
+                    leave_dwell: Duration::ZERO,
+                    state_interval: Duration::ZERO,
+                    thresholds: Thresholds { enter: 0.7, leave: 0.5 },
+                    class_thresholds: Default::default(),
+                },
+                discovery: true,
+                packet_bytes_max: 256 << 10,
+            };
+            let topics = Topics::new("bloomcast", "homeassistant", DeviceName::new("pi").unwrap());
+            let files = ModelFiles { store: Some(folder.clone()), ..ModelFiles::default() };
+            let loader = ModelLoader::new(&files, None, Store::new);
+            let answers = Outbox::new(OutboxLimits { entries_max: 100, bytes_max: 1 << 20 });
             let (swaps, swapped) = mpsc::sync_channel(1);
-            let deciding = shelf.deciding().unwrap();
-            let setup = Setup { config, topics, shelf, answers: answers.clone(), swaps };
+            let active = loader.active_model().unwrap();
             let (stop, stopped) = watch::channel(false);
-            let (receiver, classifier, Ends { inbox, .. }) = Receiver::new(setup, deciding, stopped);
+            let (agent, classifier, AgentHandles { commands, .. }) =
+                UpdateAgent::new(options, topics, loader, active, answers.clone(), swaps, stopped);
             Device {
-                inbox,
+                commands,
                 swapped,
                 answers,
                 stop,
-                thread: thread::spawn(move || receiver.run()),
-                decides: Some(classifier),
+                thread: thread::spawn(move || agent.run()),
+                active: Some(classifier),
                 store: Store::new(&folder),
                 key: PrivateKey::read(&key).unwrap(),
                 _dir: dir,
@@ -510,27 +548,27 @@ mod tests {
             let built_in = Bundle::built_in().unwrap();
             let mut manifest = built_in.manifest().clone();
             manifest.version += 1;
-            let bytes = Bundle::new(manifest.clone(), built_in.parts().clone()).to_bytes();
+            let bytes = Bundle::new(manifest.clone(), built_in.contents().clone()).to_bytes();
             let bytes = sign("m", &bytes, &self.key).unwrap();
             let model = identity(&manifest, Bundle::from_bytes("m", &bytes).unwrap().sha256());
             let (transfer, chunk_bytes) = (Uuid::from_u128(7), 1 << 17);
             let offer = Offer { schema: SCHEMA, transfer, model, bytes: bytes.len() as u64, chunk_bytes, force: None };
-            self.inbox.send(Mail::Offer(json(&offer))).unwrap();
+            self.commands.send(Command::Offer(json(&offer))).unwrap();
             for number in 0..offer.chunks() {
-                let piece = piece(transfer, &bytes, chunk_bytes, number).unwrap();
-                self.inbox.send(Mail::Chunk(number, piece)).unwrap();
+                let chunk = chunk(transfer, &bytes, chunk_bytes, number).unwrap();
+                self.commands.send(Command::Chunk(number, chunk)).unwrap();
             }
         }
 
-        /// Does as the vision thread does; gives the version that decides now and who looks on.
-        fn swap(&mut self) -> (u64, Option<Witness>) {
+        /// Swaps as the vision thread does; returns the version of the active model and the observer of its frames.
+        fn swap(&mut self) -> (u64, Option<FrameObserver>) {
             let swap = self.swapped.recv_timeout(Duration::from_secs(60)).unwrap();
-            let replaced = self.decides.replace(swap.classifier).unwrap();
+            let replaced = self.active.replace(swap.classifier).unwrap();
             swap.replaced.send(replaced).unwrap();
-            (swap.version, swap.witness)
+            (swap.version, swap.observer)
         }
 
-        /// Waits for an answer that is no progress.
+        /// Waits for the next answer; progress messages are skipped.
         fn answer(&self) -> Answer {
             let deadline = Instant::now() + Duration::from_secs(60);
             while Instant::now() < deadline {
@@ -552,53 +590,53 @@ mod tests {
         }
     }
 
-    /// A model on trial that is told of these frames; gives the answer to it.
-    fn tried(reports: &[Report]) -> (Answer, State) {
+    /// Returns the answer to a model on trial with these frames, and the state of the store.
+    fn try_model(reports: &[FrameReport]) -> (Answer, State) {
         let version = Bundle::built_in().unwrap().manifest().version;
         let mut device = Device::new();
         device.push();
-        let (decides, witness) = device.swap();
-        let mut witness = witness.expect("it is on trial");
-        assert_eq!((decides, device.answer().answer), (version + 1, UpdateStatus::Accepted));
+        let (active, observer) = device.swap();
+        let mut observe = observer.expect("it is on trial");
+        assert_eq!((active, device.answer().answer), (version + 1, UpdateStatus::Accepted));
         for report in reports {
-            assert!(witness(report.clone()));
+            assert!(observe(report.clone()));
         }
-        let answer = match reports.iter().any(|report| matches!(report, Report::Failed(_))) || slow(reports) {
+        let answer = match reports.iter().any(|report| matches!(report, FrameReport::Failed(_))) || slow(reports) {
             true => {
-                assert_eq!(device.swap().0, version, "the one before decides again");
+                assert_eq!(device.swap().0, version, "the previous model is active again");
                 device.answer()
             }
             false => device.answer(),
         };
         let state = device.end();
-        assert!(!witness(Report::Failed("late".into())), "nobody wants to know any more");
+        assert!(!observe(FrameReport::Failed("late".into())), "the trial is over");
         (answer, state)
     }
 
-    fn slow(reports: &[Report]) -> bool {
-        reports.contains(&seen(3_600_000))
+    fn slow(reports: &[FrameReport]) -> bool {
+        reports.contains(&classified(3_600_000))
     }
 
-    fn seen(ms: u64) -> Report {
-        Report::Seen(Duration::from_millis(ms))
+    fn classified(ms: u64) -> FrameReport {
+        FrameReport::Classified(Duration::from_millis(ms))
     }
 
     #[test]
-    fn a_model_that_sees_enough_is_confirmed() {
-        let (answer, state) = tried(&[seen(1), seen(2), seen(3)]);
+    fn confirms_a_model_after_enough_frames() {
+        let (answer, state) = try_model(&[classified(1), classified(2), classified(3)]);
         assert_eq!((answer.answer, answer.transfer), (UpdateStatus::Confirmed, Some(Uuid::from_u128(7))));
-        assert_eq!((state.deciding(), state.newest), (state.current.clone(), answer.model.version));
+        assert_eq!((state.active(), state.newest), (state.current.clone(), answer.model.version));
         assert_ne!(state.current, ModelSlot::BuiltIn);
     }
 
     #[test]
-    fn a_model_that_fails_or_is_slow_on_trial_goes_by_itself() {
+    fn rolls_back_a_model_that_fails_or_is_slow_on_trial() {
         let cases = [
-            (vec![seen(1), Report::Failed("the model panicked".into())], "the model panicked"),
-            (vec![seen(3_600_000); 3], "it works 3600000 ms and more for a frame, the limit is "),
+            (vec![classified(1), FrameReport::Failed("the model panicked".into())], "the model panicked"),
+            (vec![classified(3_600_000); 3], "the backbone takes at least 3600000 ms per frame, the limit is "),
         ];
         for (reports, expected) in cases {
-            let (answer, state) = tried(&reports);
+            let (answer, state) = try_model(&reports);
             assert_eq!(answer.answer, UpdateStatus::RolledBack);
             assert!(answer.reason.unwrap().starts_with(expected));
             assert_eq!((&state.current, &state.trial), (&ModelSlot::BuiltIn, &None));
@@ -608,7 +646,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_in_the_middle_of_a_trial_lets_it_go_on_later() {
+    fn a_stop_during_a_trial_suspends_it() {
         let mut device = Device::new();
         device.push();
         device.swap();

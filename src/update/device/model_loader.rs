@@ -1,60 +1,80 @@
-//! The model that decides: loaded from wherever the device has it, or from what is left where that is damaged.
+//! Loads the active model: from the configured bundle, from the store, or the built-in one; and falls back where a model is
+//! damaged.
 
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bloomcast_kernels::{Isa, ThreadPool};
 use tracing::warn;
 
+use super::admission::{Candidate, Checks, Refusal, admit};
+use super::store::{ModelSlot, Phase, State, Store, StoreError, StoredTrial};
 use crate::bundle::manifest::FORMAT;
-use crate::bundle::{ArchiveError, BACKBONE, Bundle, BundleError, Identity, Manifest, SelfTest, TAIL};
-use crate::config::Config;
+use crate::bundle::{
+    ArchiveError, BACKBONE, BUILT_IN, Bundle, BundleError, Identity, LAST_CONV, Manifest, SelfTest, archive,
+};
 use crate::mqtt::message::SCHEMA;
 use crate::system::hash::sha256_hex;
-use crate::update::device::store::{ModelSlot, Phase, State, Store, StoreError, Trial};
-use crate::update::protocol::{ModelStatus, NetworkRef, Source, identity};
+use crate::update::protocol::{ModelSource, ModelStatus, NetworkRef, identity};
 use crate::vision::backbone::{self, MOBILENET_V2, MOBILENET_V2_NAME};
-use crate::vision::kernels::Team;
 use crate::vision::{Backbone, BackboneError, Classifier};
 
-/// A model that was loaded, and what there is to know of it.
+/// A loaded model without its classifier.
 #[derive(Clone)]
 pub struct Model {
+    /// Its manifest.
     pub manifest: Manifest,
+    /// SHA-256 of the bundle, hexadecimal.
     pub sha256: String,
-    /// The id of the key that signed it.
+    /// Id of the key that signed it.
     pub signed_by: Option<String>,
-    pub source: Source,
+    /// Where it was loaded from.
+    pub source: ModelSource,
+    /// Its backbone.
     pub backbone: Backbone,
 }
 
-/// A model ready to decide. Of its file nothing is kept.
-pub struct Loaded {
+/// A model that is ready to be activated.
+pub struct LoadedModel {
+    /// The model.
     pub model: Model,
+    /// Its classifier.
     pub classifier: Classifier,
+    /// Its self-test, if the bundle has one.
     pub self_test: Option<SelfTest>,
 }
 
-/// Why a model of the device is of no use.
+/// A model of the device that cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
+    /// The bundle that the configuration names.
     #[error("model.bundle: {0}")]
-    Named(BundleError),
+    ConfiguredBundle(BundleError),
+    /// The backbone that the configuration names.
     #[error("model.backbone: {0}")]
-    Network(BackboneError),
+    ConfiguredBackbone(BackboneError),
+    /// The model was not admitted.
     #[error(transparent)]
-    Bundle(#[from] BundleError),
-    #[error(transparent)]
-    Backbone(#[from] BackboneError),
+    Refused(#[from] Refusal),
+    /// The store cannot be read.
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("{0} made the program panic; its message stands in the log")]
-    Panicked(String),
+}
+
+/// A device that keeps no models.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoStore {
+    /// The configuration names the model.
+    #[error("model.bundle names the model of this device; clear it to install others")]
+    ConfiguredBundle,
+    /// No store is configured.
+    #[error("model.store is empty: this device keeps no models")]
+    NotConfigured,
 }
 
 impl ModelError {
-    /// Whether the model is gone for good, rather than of no use as things are.
+    /// Whether the model's file is damaged or missing, rather than unusable under the present configuration.
     fn is_damage(&self) -> bool {
         match self {
             ModelError::Store(StoreError::Damaged { .. }) => true,
@@ -62,38 +82,46 @@ impl ModelError {
                 error.kind() == io::ErrorKind::NotFound
             }
             ModelError::Store(StoreError::Archive { .. }) => true,
-            ModelError::Bundle(error) => matches!(error, BundleError::Archive { .. } | BundleError::Content { .. }),
+            ModelError::Refused(Refusal::Bundle(error)) => {
+                matches!(error, BundleError::Archive { .. } | BundleError::Content { .. })
+            }
             _ => false,
         }
     }
 }
 
 impl Model {
+    /// Name, version and SHA-256.
     pub fn identity(&self) -> Identity {
         identity(&self.manifest, &self.sha256)
     }
 
-    /// Whether another model looks at the same numbers, and has them from the same place: only its head differs.
-    pub fn gives_the_features_of(&self, other: &Manifest) -> bool {
+    /// Whether another model has the same backbone and preprocessing, so that only the head differs.
+    pub fn has_same_features(&self, other: &Manifest) -> bool {
         let same_member = |name| self.manifest.members.get(name) == other.members.get(name);
         self.manifest.backbone == other.backbone
             && self.manifest.preprocess == other.preprocess
-            && [TAIL, BACKBONE].into_iter().all(same_member)
+            && [LAST_CONV, BACKBONE].into_iter().all(same_member)
     }
 }
 
-impl Loaded {
-    /// `shelf` has the network; `like`: a model whose network is used again where it is the same.
+impl LoadedModel {
+    /// Loads a bundle on the device's backbone; on that of `reuse` if it is the same.
+    ///
+    /// # Errors
+    /// The bundle and the backbone do not fit together, or the backbone cannot be loaded.
     pub fn new(
         mut bundle: Bundle,
-        source: Source,
-        shelf: &ModelLoader,
-        like: Option<&Model>,
-    ) -> Result<Self, ModelError> {
-        let same = like.filter(|like| like.gives_the_features_of(bundle.manifest()));
-        let backbone = match same {
-            Some(like) => like.backbone.clone(),
-            None => bundle.backbone(&bundle.network(shelf.backbone.as_deref())?.with_team(shelf.team.clone()))?,
+        source: ModelSource,
+        loader: &ModelLoader,
+        reuse: Option<&Model>,
+    ) -> Result<Self, Refusal> {
+        let backbone = match reuse.filter(|reuse| reuse.has_same_features(bundle.manifest())) {
+            Some(reuse) => reuse.backbone.clone(),
+            None => {
+                let network = bundle.network(loader.backbone.as_deref())?.with_kernels(loader.kernels);
+                bundle.backbone(&network.with_thread_pool(loader.thread_pool.clone()))?
+            }
         };
         let classifier = Classifier::new(&backbone, bundle.classifier_params())?;
         let self_test = bundle.take_self_test();
@@ -104,145 +132,206 @@ impl Loaded {
             source,
             backbone,
         };
-        Ok(Loaded { model, classifier, self_test })
+        Ok(LoadedModel { model, classifier, self_test })
     }
 }
 
-/// Where a device has its models.
-#[derive(Debug, Clone)]
-pub struct ModelLoader {
-    /// A bundle that the configuration names; it alone decides then.
+/// The paths of a device's models, from the configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ModelFiles {
+    /// A bundle that is always active; the store is not used then.
     pub bundle: Option<PathBuf>,
-    /// The ONNX file of the network; the one inside the program where none is named.
+    /// The backbone's ONNX file; the built-in one if there is none.
     pub backbone: Option<PathBuf>,
-    /// None where the configuration names a bundle, or no store.
-    pub store: Option<Store>,
-    /// The threads that compute its networks; none: the caller's alone.
-    pub team: Option<Arc<Team>>,
+    /// The store's folder.
+    pub store: Option<PathBuf>,
 }
 
-/// What decides, and what had to be told on the way there.
+/// Loads a device's models.
+#[derive(Debug, Clone)]
+pub struct ModelLoader {
+    bundle: Option<PathBuf>,
+    pub(super) backbone: Option<PathBuf>,
+    store: Option<Store>,
+    /// The kernels that compute a backbone; `None` uses tract's operators.
+    kernels: Option<Isa>,
+    thread_pool: Option<Arc<ThreadPool>>,
+}
+
+/// The model that is active at the start.
 pub struct ActiveModel {
-    pub loaded: Loaded,
+    /// The model.
+    pub loaded: LoadedModel,
+    /// The store's state.
     pub state: State,
-    /// It decides on trial.
-    pub trial: bool,
-    /// Models that were on trial when the program ended and are rolled back, and why.
-    pub news: Vec<(Identity, String)>,
+    /// Whether it is on trial.
+    pub on_trial: bool,
+    /// Models whose trial a crash interrupted, with the reason of their rollback.
+    pub rolled_back: Vec<(Identity, String)>,
+}
+
+/// A trial that cannot be continued at the start.
+#[derive(Debug, thiserror::Error)]
+enum TrialError {
+    #[error("the program did not end in order while it was on trial")]
+    Crashed,
+    #[error(transparent)]
+    Model(#[from] ModelError),
+}
+
+impl From<StoreError> for TrialError {
+    fn from(error: StoreError) -> Self {
+        TrialError::Model(error.into())
+    }
 }
 
 impl ModelLoader {
-    /// As the configuration has it. `open`: how the store is opened, where there is one.
-    pub fn of(config: &Config, open: fn(&Path) -> Store) -> Self {
-        fn named(path: &Path) -> Option<&Path> {
-            (!path.as_os_str().is_empty()).then_some(path)
-        }
-        let model = &config.model;
-        let bundle = named(&model.bundle).map(Path::to_owned);
-        let store = named(&model.store).filter(|_| bundle.is_none()).map(open);
-        ModelLoader { bundle, backbone: named(&model.backbone).map(Path::to_owned), store, team: None }
+    /// Creates a loader with one thread. `open` opens the store: [`Store::new`] or [`Store::read_only`].
+    pub fn new(files: &ModelFiles, kernels: Option<Isa>, open: fn(&Path) -> Store) -> Self {
+        let ModelFiles { bundle, backbone, store } = files.clone();
+        let store = store.filter(|_| bundle.is_none()).map(|folder| open(&folder));
+        ModelLoader { bundle, backbone, store, kernels, thread_pool: None }
     }
 
-    /// Finds what decides: a model that waits for its trial, else the current one, else the one before, else that inside the
-    /// program. An error where not even that can be loaded.
-    pub fn deciding(&self) -> Result<ActiveModel, ModelError> {
+    /// Computes backbones on the threads of a pool; `None` uses the caller's thread alone.
+    pub fn with_thread_pool(self, thread_pool: Option<Arc<ThreadPool>>) -> Self {
+        ModelLoader { thread_pool, ..self }
+    }
+
+    /// The store.
+    ///
+    /// # Errors
+    /// The device has none.
+    pub fn store(&self) -> Result<&Store, NoStore> {
+        self.store.as_ref().ok_or(match self.bundle {
+            Some(_) => NoStore::ConfiguredBundle,
+            None => NoStore::NotConfigured,
+        })
+    }
+
+    /// Loads the active model: one that waits for its trial, else the current one, else the previous one, else the built-in
+    /// one. A trial that a crash interrupted is rolled back.
+    ///
+    /// # Errors
+    /// The configured or the built-in model cannot be loaded.
+    pub fn active_model(&self) -> Result<ActiveModel, ModelError> {
         let Some(store) = &self.store else {
-            return Ok(ActiveModel { loaded: self.own()?, state: State::default(), trial: false, news: Vec::new() });
+            return Ok(ActiveModel::new(self.default_model()?, State::default()));
         };
         let mut state = match store.state() {
             Ok(state) => state,
             Err(error @ StoreError::Damaged { .. }) => {
                 let trouble = error.to_string();
                 warn!("{trouble}");
-                let settled = store.settle(ModelSlot::BuiltIn, trouble.clone());
-                persist_or_keep(settled, State::default(), |state| state.trouble = Some(trouble))
+                let written = store.fall_back(ModelSlot::BuiltIn, trouble.clone());
+                persist_or_keep(written, State::default(), |state| state.trouble = Some(trouble))
             }
-            // What cannot be read today may be read tomorrow.
+            // The error may be gone at the next start: the state stays.
             Err(error) => {
-                warn!("{error}; the model inside the program decides");
+                warn!("{error}; the built-in model is active");
                 let state = State { trouble: Some(error.to_string()), ..State::default() };
-                return Ok(ActiveModel { loaded: self.own()?, state, trial: false, news: Vec::new() });
+                return Ok(ActiveModel::new(self.default_model()?, state));
             }
         };
-        if let Err(error) = store.tidy() {
-            warn!("what an interrupted change left behind stays there: {error}");
+        if let Err(error) = store.clean_up() {
+            warn!("files of an interrupted change cannot be removed: {error}");
         }
-        let mut news = Vec::new();
+        let mut rolled_back = Vec::new();
         if let Some(trial) = state.trial.clone() {
-            match self.begin_trial(store, &trial) {
-                Ok((loaded, state)) => return Ok(ActiveModel { loaded, state, trial: true, news }),
-                Err(reason) => {
-                    let abandoned = store.abandon(&trial.slot.sha256, &reason);
-                    news.push((trial.slot, reason));
-                    state = persist_or_keep(abandoned, state, |state| state.trial = None);
+            match self.continue_trial(store, &trial) {
+                Ok((loaded, state)) => return Ok(ActiveModel { on_trial: true, ..ActiveModel::new(loaded, state) }),
+                Err(error) => {
+                    let reason = error.to_string();
+                    let failed = store.fail_trial(&trial.slot.sha256, &reason);
+                    rolled_back.push((trial.slot, reason));
+                    state = persist_or_keep(failed, state, |state| state.trial = None);
                 }
             }
         }
-        Ok(ActiveModel { news, ..self.settle(store, state, None)? })
+        Ok(ActiveModel { rolled_back, ..self.load_current(store, state, None)? })
     }
 
-    /// What decides by `state`, in which nothing is on trial. `like`: what decided until now.
-    pub fn settle(&self, store: &Store, state: State, like: Option<&Model>) -> Result<ActiveModel, ModelError> {
-        let decides = |loaded, state| ActiveModel { loaded, state, trial: false, news: Vec::new() };
-        let (trouble, damaged) = match self.load(store, &state.current, like) {
-            Ok(loaded) => return Ok(decides(loaded, state)),
+    /// Loads the current model of `state`, in which no model is on trial; falls back to the previous or the built-in one. The
+    /// backbone of `reuse` is used again if it is the same.
+    ///
+    /// # Errors
+    /// The built-in model cannot be loaded.
+    pub fn load_current(&self, store: &Store, state: State, reuse: Option<&Model>) -> Result<ActiveModel, ModelError> {
+        let (trouble, damaged) = match self.load(store, &state.current, reuse) {
+            Ok(loaded) => return Ok(ActiveModel::new(loaded, state)),
             Err(error) if state.current == ModelSlot::BuiltIn => return Err(error),
             Err(error) => (error.to_string(), error.is_damage()),
         };
-        warn!("the model that was installed last is of no use: {trouble}");
-        let before = state.previous.as_ref().filter(|place| **place != ModelSlot::BuiltIn).and_then(|place| {
-            let loaded = self.load(store, place, like).map_err(|error| warn!("nor is the one before: {error}"));
-            Some((loaded.ok()?, place.clone()))
+        warn!("the current model cannot be loaded: {trouble}");
+        let previous = state.previous.as_ref().filter(|slot| **slot != ModelSlot::BuiltIn).and_then(|slot| {
+            let loaded = self.load(store, slot, reuse);
+            let loaded = loaded.map_err(|error| warn!("the previous model cannot be loaded: {error}"));
+            Some((loaded.ok()?, slot.clone()))
         });
-        let (loaded, place) = match before {
-            Some(before) => before,
-            None => (self.own()?, ModelSlot::BuiltIn),
+        let (loaded, slot) = match previous {
+            Some(previous) => previous,
+            None => (self.default_model()?, ModelSlot::BuiltIn),
         };
         let state = match damaged {
-            true => persist_or_keep(store.settle(place.clone(), trouble.clone()), state, |state| {
-                state.settle(place, trouble)
+            true => persist_or_keep(store.fall_back(slot.clone(), trouble.clone()), state, |state| {
+                state.fall_back(slot, trouble);
             }),
-            // Another time, or another configuration, may find it good.
+            // The model may be usable at another time or under another configuration: the state stays.
             false => State { trouble: Some(trouble), ..state },
         };
-        Ok(decides(loaded, state))
+        Ok(ActiveModel::new(loaded, state))
     }
 
-    fn begin_trial(&self, store: &Store, trial: &Trial) -> Result<(Loaded, State), String> {
+    fn continue_trial(&self, store: &Store, trial: &StoredTrial) -> Result<(LoadedModel, State), TrialError> {
         if trial.phase == Phase::Running {
-            return Err("the program did not end in order while it was on trial".into());
+            return Err(TrialError::Crashed);
         }
-        // Noted before it is loaded: should that end the program, the next start knows.
-        let state = store.set_phase(&trial.slot.sha256, Phase::Running).map_err(|e| e.to_string())?;
-        let loaded = self.load(store, &ModelSlot::Slot(trial.slot.clone()), None).map_err(|e| e.to_string())?;
-        Ok((loaded, state))
+        // Recorded before the model is loaded: if loading ends the process, the next start finds the phase.
+        let state = store.set_phase(&trial.slot.sha256, Phase::Running)?;
+        Ok((self.load(store, &ModelSlot::Slot(trial.slot.clone()), None)?, state))
     }
 
-    fn load(&self, store: &Store, place: &ModelSlot, like: Option<&Model>) -> Result<Loaded, ModelError> {
-        let ModelSlot::Slot(slot) = place else { return self.own() };
+    fn load(&self, store: &Store, slot: &ModelSlot, reuse: Option<&Model>) -> Result<LoadedModel, ModelError> {
+        let ModelSlot::Slot(slot) = slot else { return self.default_model() };
         let file = store.slot_file(slot).display().to_string();
-        let load = || Loaded::new(Bundle::from_bytes(&file, &store.read(slot)?)?, Source::Store, self, like);
-        catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(|_| Err(ModelError::Panicked(file.clone())))
+        self.read(&file, &store.read(slot)?, ModelSource::Store, reuse).map_err(ModelError::from)
     }
 
-    /// The model that needs no store.
-    fn own(&self) -> Result<Loaded, ModelError> {
+    /// Loads the configured bundle, else the built-in model.
+    fn default_model(&self) -> Result<LoadedModel, ModelError> {
         let loaded = match &self.bundle {
-            Some(file) => {
-                Bundle::read(file).map_err(ModelError::from).and_then(|b| Loaded::new(b, Source::File, self, None))
+            Some(path) => {
+                let file = path.display().to_string();
+                archive::read_file(path)
+                    .map_err(|source| BundleError::Archive { file: file.clone(), source }.into())
+                    .and_then(|bytes| self.read(&file, &bytes, ModelSource::File, None))
             }
-            None => Loaded::new(Bundle::built_in()?, Source::BuiltIn, self, None),
+            None => self.read("built-in", BUILT_IN, ModelSource::BuiltIn, None),
         };
-        // What the configuration names is at fault.
-        loaded.map_err(|error| match error {
-            ModelError::Bundle(BundleError::Backbone(error)) if self.backbone.is_some() => ModelError::Network(error),
-            ModelError::Bundle(error) if self.bundle.is_some() => ModelError::Named(error),
-            error => error,
+        // Names the configured file that is at fault.
+        loaded.map_err(|refusal| match refusal {
+            Refusal::Bundle(BundleError::Backbone(error)) | Refusal::Backbone(error) if self.backbone.is_some() => {
+                ModelError::ConfiguredBackbone(error)
+            }
+            Refusal::Bundle(error) if self.bundle.is_some() => ModelError::ConfiguredBundle(error),
+            refusal => refusal.into(),
         })
     }
 
-    /// What is said of the model that decides.
-    pub fn note(&self, model: &Model, state: &State) -> ModelStatus {
+    fn read(
+        &self,
+        file: &str,
+        bytes: &[u8],
+        source: ModelSource,
+        reuse: Option<&Model>,
+    ) -> Result<LoadedModel, Refusal> {
+        let candidate = Candidate { file, bytes, source };
+        let admitted = admit(&candidate, self, &Checks::Integrity { reuse }, |_| Ok::<_, Refusal>(()));
+        admitted.map(|admitted| admitted.loaded)
+    }
+
+    /// Returns the message about the active model.
+    pub fn status(&self, model: &Model, state: &State) -> ModelStatus {
         ModelStatus {
             schema: SCHEMA,
             model: model.identity(),
@@ -255,14 +344,14 @@ impl ModelLoader {
             signed_by: model.signed_by.clone(),
             source: model.source,
             trial: state.trial.is_some(),
-            previous: before(state),
+            previous: rollback_target(state),
             generation: state.generation,
             trouble: state.trouble.clone(),
         }
     }
 
-    /// The network that a model must be made for which does not carry its own. `manifest`: of the model that decides, whose
-    /// network was checked when it was loaded.
+    /// Returns the backbone that a model must be trained on unless it carries its own. `manifest` is the active model's, whose
+    /// backbone was checked when it was loaded.
     fn network(&self, manifest: &Manifest) -> NetworkRef {
         if !manifest.members.contains_key(BACKBONE) {
             return NetworkRef { name: manifest.backbone.name.clone(), sha256: manifest.backbone.sha256.clone() };
@@ -271,26 +360,33 @@ impl ModelLoader {
             None => NetworkRef { name: MOBILENET_V2_NAME.into(), sha256: sha256_hex(MOBILENET_V2) },
             Some(file) => NetworkRef {
                 name: file.display().to_string(),
-                // One that cannot be read is none.
+                // Empty if the file cannot be read: no model fits then.
                 sha256: backbone::read_file(file).map_or(String::new(), |onnx| sha256_hex(&onnx)),
             },
         }
     }
 }
 
-/// What a rollback goes back to, by name.
-fn before(state: &State) -> Option<String> {
-    let place = if state.trial.is_some() { Some(&state.current) } else { state.previous.as_ref() };
-    place.map(|place| match place {
+impl ActiveModel {
+    fn new(loaded: LoadedModel, state: State) -> Self {
+        ActiveModel { loaded, state, on_trial: false, rolled_back: Vec::new() }
+    }
+}
+
+/// Returns the name of the model that a rollback activates.
+fn rollback_target(state: &State) -> Option<String> {
+    let slot = if state.trial.is_some() { Some(&state.current) } else { state.previous.as_ref() };
+    slot.map(|slot| match slot {
         ModelSlot::BuiltIn => "built-in".into(),
         ModelSlot::Slot(slot) => slot.to_string(),
     })
 }
 
-/// The state as it was written; or, where it could not be, as it is to be until the program ends.
+/// Returns the state that was written. If it could not be, returns `before` with the change, which lasts until the program
+/// ends.
 pub fn persist_or_keep(written: Result<State, StoreError>, before: State, change: impl FnOnce(&mut State)) -> State {
     written.unwrap_or_else(|error| {
-        warn!("cannot be noted, and is forgotten with the end of the program: {error}");
+        warn!("the store's state cannot be written and is lost when the program ends: {error}");
         let mut state = before;
         change(&mut state);
         state

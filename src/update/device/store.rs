@@ -1,13 +1,13 @@
-//! The models on a device's disk: which decides, which decided before, which is on trial.
+//! The models on a device's disk: the current one, the previous one, the one on trial.
 //!
 //! ```text
-//! state.json                who decides
+//! state.json                which model is active
 //! slots/<sha256>.bloom      the models it names, and no others
 //! ```
 //!
-//! A model is written before it is named, and what is not named any more is removed last; `state.json` is
-//! replaced by a rename. Power may go at any moment: there is the old state or the new one, and every model
-//! that it names is whole.
+//! A model is written and flushed before the state names it, and removed after the state names it no more; `state.json` is
+//! replaced by a rename. After a power cut at any moment the old state or the new one is there, and every model that it names
+//! is complete.
 
 use std::fs::{self, File};
 use std::io;
@@ -23,68 +23,81 @@ use crate::system::hash::sha256_hex;
 const STATE: &str = "state.json";
 const SLOTS: &str = "slots";
 const SCHEMA: u32 = 1;
-/// The longest state is far smaller.
+/// The largest state file that is read, in bytes.
 const STATE_BYTES_MAX: u64 = 64 << 10;
-/// Models that were taken back and are remembered as such.
+/// Models that are remembered as rolled back.
 const TAKEN_BACK_MAX: usize = 16;
 
+/// An error of the store.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
+    /// A file operation failed.
     #[error("the store {path}: {source}")]
     Io { path: PathBuf, source: io::Error },
+    /// The state or a model has other content than it should.
     #[error("the store's {path} is damaged: {reason}")]
     Damaged { path: PathBuf, reason: String },
+    /// A model's file cannot be read or written.
     #[error("the store's {path}: {source}")]
     Archive { path: PathBuf, source: ArchiveError },
+    /// A newer program wrote the state.
     #[error("the store's {path} is of schema {schema}, this program reads {SCHEMA}")]
     Schema { path: PathBuf, schema: u32 },
-    #[error("there is no model before this one")]
+    /// Nothing to roll back to.
+    #[error("there is no previous model")]
     NoPrevious,
+    /// Another model, or none, is on trial.
     #[error("this model is not on trial: the store was changed by hand")]
     NoTrial,
 }
 
-/// Where a model is.
+/// The place of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ModelSlot {
+    /// The program itself.
     BuiltIn,
+    /// A file in `slots/`.
     Slot(Identity),
 }
 
-/// How far a trial is, which tells a crash from a stop.
+/// The phase of a trial; it tells a crash from an orderly stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// It has not decided yet, or was stopped in order.
+    /// Not started, or interrupted by an orderly stop.
     Waiting,
-    /// It decides. Who finds it so at the start knows that it did not end in order.
+    /// The model is active. A start that finds this phase follows a crash.
     Running,
 }
 
+/// The model on trial.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Trial {
+pub struct StoredTrial {
+    /// The model.
     pub slot: Identity,
+    /// How far it is.
     pub phase: Phase,
 }
 
-/// What the store says.
+/// The content of `state.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
+    /// Schema number of the file.
     pub schema: u32,
-    /// Grows with each change; an order that names it cannot be given twice.
+    /// Incremented with each change; a signed command is valid for one generation.
     pub generation: u64,
-    /// The model that was confirmed last.
+    /// The model that was confirmed last, active unless another is on trial.
     pub current: ModelSlot,
-    /// What a rollback goes back to.
+    /// The model that a rollback activates.
     pub previous: Option<ModelSlot>,
-    /// Decides in the place of `current` until it is confirmed or fails.
-    pub trial: Option<Trial>,
-    /// SHA-256 of models that somebody took back, or that failed their trial.
+    /// Active in place of `current` until it is confirmed or fails.
+    pub trial: Option<StoredTrial>,
+    /// SHA-256 of models that were rolled back or failed their trial, oldest first.
     pub taken_back: Vec<String>,
-    /// The highest version that was ever confirmed here.
+    /// The highest version that was confirmed on this device.
     pub newest: u64,
-    /// Why the model that decides is not the one that was installed last.
+    /// The reason why the active model is not the one that was installed last.
     pub trouble: Option<String>,
 }
 
@@ -104,30 +117,30 @@ impl Default for State {
 }
 
 impl State {
-    /// What decides while all is well.
-    pub fn deciding(&self) -> ModelSlot {
+    /// The model that should be active.
+    pub fn active(&self) -> ModelSlot {
         self.trial.as_ref().map_or_else(|| self.current.clone(), |trial| ModelSlot::Slot(trial.slot.clone()))
     }
 
-    /// `place` decides from now on, and `trouble` says why the model that was current does not.
-    pub fn settle(&mut self, place: ModelSlot, trouble: String) {
-        (self.current, self.previous, self.trouble) = (place, None, Some(trouble));
+    /// Makes `slot` the current model; `trouble` is the reason why the current one cannot be used.
+    pub fn fall_back(&mut self, slot: ModelSlot, trouble: String) {
+        (self.current, self.previous, self.trouble) = (slot, None, Some(trouble));
     }
 
-    fn remember(&mut self, taken_back: String) {
+    fn remember_rolled_back(&mut self, taken_back: String) {
         self.taken_back.retain(|sha256| *sha256 != taken_back);
         self.taken_back.push(taken_back);
-        let forgotten = self.taken_back.len().saturating_sub(TAKEN_BACK_MAX);
-        self.taken_back.drain(..forgotten);
+        let excess = self.taken_back.len().saturating_sub(TAKEN_BACK_MAX);
+        self.taken_back.drain(..excess);
     }
 
-    fn trial_of(&mut self, sha256: &str) -> Result<&mut Trial, StoreError> {
+    fn trial_mut(&mut self, sha256: &str) -> Result<&mut StoredTrial, StoreError> {
         self.trial.as_mut().filter(|trial| trial.slot.sha256 == sha256).ok_or(StoreError::NoTrial)
     }
 
     fn slots(&self) -> impl Iterator<Item = &Identity> {
-        let places = std::iter::once(&self.current).chain(&self.previous);
-        let stored = places.filter_map(|place| match place {
+        let slots = std::iter::once(&self.current).chain(&self.previous);
+        let stored = slots.filter_map(|slot| match slot {
             ModelSlot::BuiltIn => None,
             ModelSlot::Slot(slot) => Some(slot),
         });
@@ -135,26 +148,29 @@ impl State {
     }
 }
 
-/// A folder with models. Each change reads, changes and writes the state under a lock, so that a command and the daemon
-/// may both work on it.
+/// A folder with models. Each change reads and writes the state under a file lock, so that a command and the daemon can use it
+/// at the same time.
 #[derive(Debug, Clone)]
 pub struct Store {
     folder: PathBuf,
-    changes: bool,
+    read_only: bool,
 }
 
 impl Store {
-    /// `folder` is made when something is put into it.
+    /// Opens a store; the folder is created with the first model.
     pub fn new(folder: &Path) -> Self {
-        Store { folder: folder.into(), changes: true }
+        Store { folder: folder.into(), read_only: false }
     }
 
-    /// The same, for looking only: a change is computed, and not made.
-    pub fn for_looking(folder: &Path) -> Self {
-        Store { folder: folder.into(), changes: false }
+    /// Opens a store for reading: a change returns the state that would result and writes nothing.
+    pub fn read_only(folder: &Path) -> Self {
+        Store { folder: folder.into(), read_only: true }
     }
 
-    /// Nothing is installed where there is no state.
+    /// Reads the state; [`State::default`] if there is none.
+    ///
+    /// # Errors
+    /// It cannot be read, is damaged, or a newer program wrote it.
     pub fn state(&self) -> Result<State, StoreError> {
         let path = self.folder.join(STATE);
         let size = match fs::metadata(&path) {
@@ -172,12 +188,15 @@ impl Store {
         }
         let named = |slot: &Identity| slot.sha256.len() == 64 && slot.sha256.bytes().all(|b| b.is_ascii_hexdigit());
         if !state.slots().all(named) {
-            return Err(damaged("a slot's name is no SHA-256".into()));
+            return Err(damaged("a slot's name is not a SHA-256".into()));
         }
         Ok(state)
     }
 
-    /// The whole file of a model, as it was installed.
+    /// Reads a model's file.
+    ///
+    /// # Errors
+    /// It cannot be read, or its SHA-256 is another.
     pub fn read(&self, slot: &Identity) -> Result<Vec<u8>, StoreError> {
         let path = self.slot_file(slot);
         let bytes = archive::read_file(&path).map_err(|source| StoreError::Archive { path: path.clone(), source })?;
@@ -187,43 +206,52 @@ impl Store {
         }
     }
 
-    /// Where a model's file is.
+    /// Path of a model's file.
     pub fn slot_file(&self, slot: &Identity) -> PathBuf {
         self.folder.join(SLOTS).join(format!("{}.bloom", slot.sha256))
     }
 
-    /// Puts a model on trial in the place of one that was before it.
-    pub fn try_out(&self, slot: Identity, bytes: &[u8], phase: Phase) -> Result<State, StoreError> {
-        self.make_folders()?;
+    /// Writes a model and puts it on trial, in place of one that is on trial.
+    ///
+    /// # Errors
+    /// The model or the state cannot be written; the store is as before then.
+    pub fn start_trial(&self, slot: Identity, bytes: &[u8], phase: Phase) -> Result<State, StoreError> {
+        self.create_folders()?;
         let _lock = self.lock()?;
         let mut state = self.state()?;
         let path = self.slot_file(&slot);
-        let written = match self.changes {
-            true => archive::write_file(&path, bytes).map_err(|source| StoreError::Archive { path, source }),
-            false => Ok(()),
+        let written = match self.read_only {
+            true => Ok(()),
+            false => archive::write_atomically(&path, bytes).map_err(|source| StoreError::Archive { path, source }),
         };
         let before = state.clone();
-        state.trial = Some(Trial { slot, phase });
+        state.trial = Some(StoredTrial { slot, phase });
         let put = written.and_then(|()| self.write(state));
         if put.is_err() {
-            // The reason stands in the error that is returned.
-            let _ = self.sweep(&before);
+            // The error that is returned has the reason.
+            let _ = self.remove_unnamed(&before);
         }
         put
     }
 
-    /// Notes how far the trial of a model is.
+    /// Records the phase of a trial.
+    ///
+    /// # Errors
+    /// The model is not on trial, or the state cannot be written.
     pub fn set_phase(&self, sha256: &str, phase: Phase) -> Result<State, StoreError> {
         self.change(|state| {
-            state.trial_of(sha256)?.phase = phase;
+            state.trial_mut(sha256)?.phase = phase;
             Ok(())
         })
     }
 
-    /// The model on trial has proved itself.
+    /// Makes the model on trial the current one.
+    ///
+    /// # Errors
+    /// The model is not on trial, or the state cannot be written.
     pub fn confirm(&self, sha256: &str) -> Result<State, StoreError> {
         self.change(|state| {
-            let slot = state.trial_of(sha256)?.slot.clone();
+            let slot = state.trial_mut(sha256)?.slot.clone();
             state.taken_back.retain(|taken_back| taken_back != sha256);
             state.newest = state.newest.max(slot.version);
             let before = std::mem::replace(&mut state.current, ModelSlot::Slot(slot));
@@ -232,51 +260,63 @@ impl Store {
         })
     }
 
-    /// The model on trial has failed, for this reason.
-    pub fn abandon(&self, sha256: &str, reason: &str) -> Result<State, StoreError> {
+    /// Ends the trial of a model that failed, and remembers it as rolled back.
+    ///
+    /// # Errors
+    /// The model is not on trial, or the state cannot be written.
+    pub fn fail_trial(&self, sha256: &str, reason: &str) -> Result<State, StoreError> {
         self.change(|state| {
-            let trouble = format!("{} is rolled back: {reason}", state.trial_of(sha256)?.slot);
+            let trouble = format!("{} is rolled back: {reason}", state.trial_mut(sha256)?.slot);
             state.trouble = Some(trouble);
             state.trial = None;
-            state.remember(sha256.to_owned());
+            state.remember_rolled_back(sha256.to_owned());
             Ok(())
         })
     }
 
-    /// Goes back: from a trial to the current model, else to the one before, and remembers what was taken back.
-    pub fn take_back(&self) -> Result<State, StoreError> {
+    /// Rolls back: from a trial to the current model, else to the previous one; remembers the model that was rolled back.
+    ///
+    /// # Errors
+    /// There is no previous model, or the state cannot be written.
+    pub fn roll_back(&self) -> Result<State, StoreError> {
         self.change(|state| {
-            let bad = match state.trial.take() {
+            let rolled_back = match state.trial.take() {
                 Some(trial) => ModelSlot::Slot(trial.slot),
                 None => {
                     let previous = state.previous.take().ok_or(StoreError::NoPrevious)?;
                     std::mem::replace(&mut state.current, previous)
                 }
             };
-            if let ModelSlot::Slot(slot) = bad {
-                state.remember(slot.sha256);
+            if let ModelSlot::Slot(slot) = rolled_back {
+                state.remember_rolled_back(slot.sha256);
             }
             state.trouble = None;
             Ok(())
         })
     }
 
-    /// The current model is of no use: `place` decides, and `trouble` says why.
-    pub fn settle(&self, place: ModelSlot, trouble: String) -> Result<State, StoreError> {
-        self.make_folders()?;
+    /// Makes `slot` the current model because the current one cannot be used, for the reason `trouble`.
+    ///
+    /// # Errors
+    /// The state cannot be written.
+    pub fn fall_back(&self, slot: ModelSlot, trouble: String) -> Result<State, StoreError> {
+        self.create_folders()?;
         self.change_from(
             |store| Ok(store.state().unwrap_or_default()),
             |state| {
-                state.settle(place, trouble);
+                state.fall_back(slot, trouble);
                 Ok(())
             },
         )
     }
 
-    /// Removes what an interrupted change left behind. Where the state cannot be read, nothing: who knows what it named.
-    pub fn tidy(&self) -> Result<(), StoreError> {
+    /// Removes files that an interrupted change left behind.
+    ///
+    /// # Errors
+    /// A file cannot be removed; or the state cannot be read, and nothing is removed.
+    pub fn clean_up(&self) -> Result<(), StoreError> {
         match self.lock()? {
-            Some(_lock) => self.sweep(&self.state()?),
+            Some(_lock) => self.remove_unnamed(&self.state()?),
             None => Ok(()),
         }
     }
@@ -296,27 +336,27 @@ impl Store {
         self.write(state)
     }
 
-    /// Under the lock.
+    /// Writes the state with the next generation; the caller holds the lock.
     fn write(&self, mut state: State) -> Result<State, StoreError> {
-        // A store that begins anew does not count what an earlier one has counted.
+        // A new store starts at a random generation: a command signed for an earlier store of this device stays invalid.
         state.generation = match state.generation {
             0 => fastrand::u64(1..1 << 40),
             generation => generation + 1,
         };
-        if self.changes {
+        if !self.read_only {
             let path = self.folder.join(STATE);
             let mut json = serde_json::to_vec_pretty(&state).expect("a state can be written as JSON");
             json.push(b'\n');
-            archive::write_file(&path, &json).map_err(|source| StoreError::Archive { path, source })?;
-            // What is left lying is removed the next time.
-            let _ = self.sweep(&state);
+            archive::write_atomically(&path, &json).map_err(|source| StoreError::Archive { path, source })?;
+            // A file that cannot be removed is removed the next time.
+            let _ = self.remove_unnamed(&state);
         }
         Ok(state)
     }
 
-    /// Until it is dropped, or the process ends.
+    /// Locks the folder until the returned file is dropped.
     fn lock(&self) -> Result<Option<File>, StoreError> {
-        if !self.changes || !self.folder.is_dir() {
+        if self.read_only || !self.folder.is_dir() {
             return Ok(None);
         }
         let failed = |source| StoreError::Io { path: self.folder.clone(), source };
@@ -325,33 +365,33 @@ impl Store {
         Ok(Some(folder))
     }
 
-    fn make_folders(&self) -> Result<(), StoreError> {
+    fn create_folders(&self) -> Result<(), StoreError> {
         let slots = self.folder.join(SLOTS);
-        if !self.changes || slots.is_dir() {
+        if self.read_only || slots.is_dir() {
             return Ok(());
         }
         let failed = |source| StoreError::Io { path: slots.clone(), source };
         fs::create_dir_all(&slots).map_err(failed)?;
-        // Whoever installs by hand may be root: the daemon must be able to write there, too. Where we may not give it away, it
-        // is ours and we are the daemon.
+        // `install` may run as root: the daemon, who owns the folder, must be able to write here. A process that may not change
+        // the owner is the daemon itself.
         let owner = fs::metadata(&self.folder).map_err(failed)?;
         let _ = chown(&slots, Some(owner.uid()), Some(owner.gid()));
         File::open(&self.folder).and_then(|folder| folder.sync_all()).map_err(failed)
     }
 
-    /// Removes what the state does not name. What cannot be removed keeps nothing else from it.
-    fn sweep(&self, state: &State) -> Result<(), StoreError> {
+    /// Removes files that the state does not name; a file that cannot be removed does not keep the others.
+    fn remove_unnamed(&self, state: &State) -> Result<(), StoreError> {
         let named: Vec<PathBuf> = state.slots().map(|slot| self.slot_file(slot)).collect();
-        let half = self.folder.join(STATE).with_added_extension(archive::PART);
+        let partial = self.folder.join(STATE).with_added_extension(archive::PART);
         let entries = fs::read_dir(self.folder.join(SLOTS)).into_iter().flatten();
         let unnamed = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| !named.contains(path));
-        let mut swept = Ok(());
-        for path in unnamed.chain(half.exists().then_some(half)) {
+        let mut removed = Ok(());
+        for path in unnamed.chain(partial.exists().then_some(partial)) {
             if let Err(source) = fs::remove_file(&path) {
-                swept = Err(StoreError::Io { path, source });
+                removed = Err(StoreError::Io { path, source });
             }
         }
-        swept
+        removed
     }
 }
 
@@ -363,7 +403,7 @@ mod tests {
         Identity { sha256: sha256_hex(bytes), name: "m".into(), version }
     }
 
-    /// A store with `versions` installed and confirmed, one after the other; a version's bytes are its number.
+    /// Returns a store with `versions` installed and confirmed in turn; a model's bytes are its version.
     fn store(versions: &[u8]) -> (tempfile::TempDir, Store) {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(&dir.path().join("store"));
@@ -375,15 +415,15 @@ mod tests {
     }
 
     fn install(store: &Store, version: u8) -> State {
-        store.try_out(slot(&[version], version.into()), &[version], Phase::Waiting).unwrap()
+        store.start_trial(slot(&[version], version.into()), &[version], Phase::Waiting).unwrap()
     }
 
     fn name(version: u8) -> String {
         sha256_hex(&[version])
     }
 
-    fn version(place: &ModelSlot) -> u64 {
-        match place {
+    fn version(slot: &ModelSlot) -> u64 {
+        match slot {
             ModelSlot::BuiltIn => 0,
             ModelSlot::Slot(slot) => slot.version,
         }
@@ -394,103 +434,103 @@ mod tests {
     }
 
     #[test]
-    fn a_model_decides_on_trial_and_is_current_once_confirmed() {
+    fn a_model_on_trial_is_active_and_becomes_current_once_confirmed() {
         let (_dir, store) = store(&[]);
         assert_eq!(store.state().unwrap(), State::default());
         let on_trial = install(&store, 1);
-        assert_eq!((version(&on_trial.deciding()), version(&on_trial.current)), (1, 0));
+        assert_eq!((version(&on_trial.active()), version(&on_trial.current)), (1, 0));
         assert!(matches!(store.confirm(&name(2)), Err(StoreError::NoTrial)), "another one is on trial");
         let confirmed = store.confirm(&name(1)).unwrap();
-        assert_eq!((version(&confirmed.deciding()), confirmed.previous.as_ref().map(version)), (1, Some(0)));
+        assert_eq!((version(&confirmed.active()), confirmed.previous.as_ref().map(version)), (1, Some(0)));
         assert!(confirmed.generation > on_trial.generation);
         assert!(matches!(store.confirm(&name(1)), Err(StoreError::NoTrial)));
         install(&store, 2);
-        assert_eq!(version(&store.abandon(&name(2), "slow").unwrap().deciding()), 1);
-        assert_eq!(files(&store), 1, "what failed is gone");
+        assert_eq!(version(&store.fail_trial(&name(2), "slow").unwrap().active()), 1);
+        assert_eq!(files(&store), 1, "the failed model is removed");
         let state = store.state().unwrap();
         assert_eq!(state.trouble.as_deref(), Some("m 2 is rolled back: slow"));
         assert_eq!((state.taken_back, state.newest), (vec![name(2)], 1));
     }
 
     #[test]
-    fn a_rollback_goes_one_model_back_and_is_remembered() {
+    fn a_rollback_activates_the_previous_model_and_is_remembered() {
         let (_dir, store) = store(&[1, 2, 3]);
-        assert_eq!(files(&store), 2, "the current model and the one before");
-        let back = store.take_back().unwrap();
+        assert_eq!(files(&store), 2, "the current and the previous model");
+        let back = store.roll_back().unwrap();
         assert_eq!((version(&back.current), back.previous.clone()), (2, None));
         assert_eq!(back.taken_back, [name(3)]);
         assert_eq!(files(&store), 1);
-        assert!(matches!(store.take_back(), Err(StoreError::NoPrevious)));
+        assert!(matches!(store.roll_back(), Err(StoreError::NoPrevious)));
         install(&store, 4);
-        assert_eq!(version(&store.take_back().unwrap().deciding()), 2, "from a trial to the current model");
+        assert_eq!(version(&store.roll_back().unwrap().active()), 2, "from a trial to the current model");
         install(&store, 3);
         assert!(!store.confirm(&name(3)).unwrap().taken_back.contains(&name(3)));
     }
 
     #[test]
-    fn a_damaged_model_or_state_is_named_and_what_still_works_is_settled_on() {
+    fn names_a_damaged_model_or_state_and_falls_back() {
         let (_dir, store) = store(&[1, 2]);
         let state = store.state().unwrap();
         let ModelSlot::Slot(current) = &state.current else { panic!("installed") };
         assert_eq!(store.read(current).unwrap(), [2]);
         fs::write(store.slot_file(current), "x").unwrap();
         assert!(store.read(current).unwrap_err().to_string().contains("is damaged: its sha256 is"));
-        let settled = store.settle(state.previous.unwrap(), "the disk".into()).unwrap();
+        let settled = store.fall_back(state.previous.unwrap(), "the disk".into()).unwrap();
         assert_eq!((version(&settled.current), settled.previous, settled.trouble), (1, None, Some("the disk".into())));
         assert_eq!(files(&store), 1);
 
         fs::write(store.folder.join(STATE), "{").unwrap();
         assert!(matches!(store.state(), Err(StoreError::Damaged { .. })));
-        assert!(store.confirm(&name(2)).is_err() && store.tidy().is_err());
-        assert_eq!(files(&store), 1, "who knows what it named");
-        let settled = store.settle(ModelSlot::BuiltIn, "the state".into()).unwrap();
-        assert!(settled.generation != 1, "an order that was signed for an earlier life is not good again");
-        assert_eq!((version(&settled.deciding()), files(&store)), (0, 0));
+        assert!(store.confirm(&name(2)).is_err() && store.clean_up().is_err());
+        assert_eq!(files(&store), 1, "nothing is removed while the state cannot be read");
+        let settled = store.fall_back(ModelSlot::BuiltIn, "the state".into()).unwrap();
+        assert!(settled.generation != 1, "a command signed for an earlier store stays invalid");
+        assert_eq!((version(&settled.active()), files(&store)), (0, 0));
     }
 
     #[test]
-    fn what_an_interrupted_change_left_behind_is_removed() {
+    fn removes_files_of_an_interrupted_change() {
         let (_dir, store) = store(&[1]);
         fs::write(store.folder.join(SLOTS).join("orphan.bloom"), "x").unwrap();
         fs::write(store.folder.join(SLOTS).join("half.bloom.part"), "x").unwrap();
         fs::write(store.folder.join("state.json.part"), "{").unwrap();
         fs::create_dir(store.folder.join(SLOTS).join("folder.bloom")).unwrap();
-        fs::write(store.folder.join("mine.bloom"), "not ours to remove").unwrap();
-        assert!(store.tidy().is_err(), "a folder is no file");
+        fs::write(store.folder.join("mine.bloom"), "another file").unwrap();
+        assert!(store.clean_up().is_err(), "a folder is not a file");
         fs::remove_dir(store.folder.join(SLOTS).join("folder.bloom")).unwrap();
-        store.tidy().unwrap();
+        store.clean_up().unwrap();
         assert_eq!(files(&store), 1);
         assert_eq!(fs::read_dir(&store.folder).unwrap().count(), 3);
     }
 
     #[test]
-    fn who_only_looks_changes_nothing() {
+    fn a_read_only_store_changes_nothing() {
         let (_dir, store) = store(&[1, 2]);
         let before = store.state().unwrap();
-        let looking = Store::for_looking(&store.folder);
-        assert_eq!(version(&looking.take_back().unwrap().current), 1);
-        looking.settle(ModelSlot::BuiltIn, "trouble".into()).unwrap();
-        looking.tidy().unwrap();
+        let reader = Store::read_only(&store.folder);
+        assert_eq!(version(&reader.roll_back().unwrap().current), 1);
+        reader.fall_back(ModelSlot::BuiltIn, "trouble".into()).unwrap();
+        reader.clean_up().unwrap();
         assert_eq!(store.state().unwrap(), before);
         assert_eq!(files(&store), 2);
     }
 
     #[test]
-    fn a_name_that_leads_elsewhere_is_damage() {
+    fn a_slot_name_with_a_path_is_damage() {
         let (_dir, store) = store(&[1]);
         let state = fs::read_to_string(store.folder.join(STATE)).unwrap();
         fs::write(store.folder.join(STATE), state.replace(&slot(&[1], 1).sha256, "../../etc/passwd")).unwrap();
-        assert!(store.state().unwrap_err().to_string().contains("no SHA-256"));
+        assert!(store.state().unwrap_err().to_string().contains("not a SHA-256"));
     }
 
     #[test]
-    fn the_state_of_a_newer_program_is_left_alone() {
+    fn keeps_the_state_of_a_newer_program() {
         let (_dir, store) = store(&[1]);
         let path = store.folder.join(STATE);
         let newer = fs::read_to_string(&path).unwrap().replace("\"schema\": 1", "\"schema\": 2");
         fs::write(&path, &newer).unwrap();
         assert!(matches!(store.state(), Err(StoreError::Schema { schema: 2, .. })));
-        assert!(store.confirm(&name(1)).is_err() && store.tidy().is_err());
+        assert!(store.confirm(&name(1)).is_err() && store.clean_up().is_err());
         assert_eq!((fs::read_to_string(&path).unwrap(), files(&store)), (newer, 1));
     }
 }

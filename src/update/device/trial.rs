@@ -1,56 +1,62 @@
-//! The first frames of a new model, during which it may fail. Pure: time comes with what is told.
+//! The trial of a new model on its first frames. It performs no I/O and reads no clock; the caller passes the time.
 
 use std::time::{Duration, Instant};
 
 use crate::update::protocol::TrialLimits;
-use crate::vision_stage::Report;
+use crate::vision_stage::FrameReport;
 
+/// Result of a trial.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum TrialOutcome {
+    /// The model stays active.
     Confirmed,
-    /// Why the model must go.
+    /// The model has to be rolled back, for this reason.
     Failed(String),
 }
 
+/// A running trial.
 pub struct Trial {
-    ends: Instant,
+    deadline: Instant,
     frames_left: u32,
-    /// How long the network worked for the frame that it was quickest with.
-    quickest: Option<Duration>,
-    /// That must not be above; none where there is nothing to compare with.
+    /// The shortest processor time of the backbone for a frame so far.
+    fastest: Option<Duration>,
+    /// Upper limit of `fastest`; `None` disables the check.
     limit: Option<Duration>,
 }
 
 impl Trial {
-    pub fn begin(terms: TrialLimits, limit: Option<Duration>, now: Instant) -> Self {
-        let ends = now + Duration::from_secs(terms.seconds);
-        Trial { ends, frames_left: terms.frames, quickest: None, limit }
+    /// Starts a trial. It fails if even the fastest frame takes longer than `limit`; `None` disables this check.
+    pub fn start(limits: TrialLimits, limit: Option<Duration>, now: Instant) -> Self {
+        let deadline = now + Duration::from_secs(limits.seconds);
+        Trial { deadline, frames_left: limits.frames, fastest: None, limit }
     }
 
-    /// What a frame decides, if it does.
-    pub fn hear(&mut self, report: Report, now: Instant) -> Option<Outcome> {
+    /// Records a frame; returns the outcome once a frame fails or a limit of the trial is reached.
+    pub fn report(&mut self, report: FrameReport, now: Instant) -> Option<TrialOutcome> {
         match report {
-            Report::Failed(reason) => Some(Outcome::Failed(reason)),
-            Report::Seen(time) => {
-                self.quickest = Some(self.quickest.map_or(time, |quickest| quickest.min(time)));
+            FrameReport::Failed(reason) => Some(TrialOutcome::Failed(reason)),
+            FrameReport::Classified(time) => {
+                self.fastest = Some(self.fastest.map_or(time, |fastest| fastest.min(time)));
                 self.frames_left = self.frames_left.saturating_sub(1);
-                (self.frames_left == 0).then(|| self.judge()).or_else(|| self.at(now))
+                (self.frames_left == 0).then(|| self.outcome()).or_else(|| self.check_time(now))
             }
         }
     }
 
-    /// What the time decides, if it does. A model that has not seen a single frame has shown nothing.
-    pub fn at(&mut self, now: Instant) -> Option<Outcome> {
-        (now >= self.ends && self.quickest.is_some()).then(|| self.judge())
+    /// Returns the outcome once the time is up and at least one frame was classified.
+    pub fn check_time(&self, now: Instant) -> Option<TrialOutcome> {
+        (now >= self.deadline && self.fastest.is_some()).then(|| self.outcome())
     }
 
-    fn judge(&self) -> Outcome {
-        match (self.quickest, self.limit) {
-            (Some(quickest), Some(limit)) if quickest > limit => {
-                let (took, limit) = (quickest.as_millis(), limit.as_millis());
-                Outcome::Failed(format!("it works {took} ms and more for a frame, the limit is {limit} ms"))
+    fn outcome(&self) -> TrialOutcome {
+        match (self.fastest, self.limit) {
+            (Some(fastest), Some(limit)) if fastest > limit => {
+                let (fastest, limit) = (fastest.as_millis(), limit.as_millis());
+                TrialOutcome::Failed(format!(
+                    "the backbone takes at least {fastest} ms per frame, the limit is {limit} ms"
+                ))
             }
-            _ => Outcome::Confirmed,
+            _ => TrialOutcome::Confirmed,
         }
     }
 }
@@ -59,39 +65,40 @@ impl Trial {
 mod tests {
     use super::*;
 
-    const TERMS: TrialLimits = TrialLimits { frames: 3, seconds: 60 };
+    const LIMITS: TrialLimits = TrialLimits { frames: 3, seconds: 60 };
     const LIMIT: Option<Duration> = Some(Duration::from_millis(50));
 
-    fn seen(ms: u64) -> Report {
-        Report::Seen(Duration::from_millis(ms))
+    fn classified(ms: u64) -> FrameReport {
+        FrameReport::Classified(Duration::from_millis(ms))
     }
 
     #[test]
-    fn enough_good_frames_confirm_and_slow_ones_do_not() {
+    fn confirms_after_enough_frames_unless_all_are_too_slow() {
         let now = Instant::now();
-        let mut good = Trial::begin(TERMS, LIMIT, now);
-        assert_eq!((good.hear(seen(90), now), good.hear(seen(500), now)), (None, None));
-        assert_eq!(good.hear(seen(50), now), Some(Outcome::Confirmed), "a busy machine is not the model's fault");
-        let mut slow = Trial::begin(TERMS, LIMIT, now);
-        slow.hear(seen(51), now);
-        slow.hear(seen(70), now);
-        let failed = Outcome::Failed("it works 51 ms and more for a frame, the limit is 50 ms".into());
-        assert_eq!(slow.hear(seen(90), now), Some(failed));
-        let mut unknown = Trial::begin(TrialLimits { frames: 1, seconds: 1 }, None, now);
-        assert_eq!(unknown.hear(seen(9000), now), Some(Outcome::Confirmed));
+        let mut good = Trial::start(LIMITS, LIMIT, now);
+        assert_eq!((good.report(classified(90), now), good.report(classified(500), now)), (None, None));
+        let confirmed = good.report(classified(50), now);
+        assert_eq!(confirmed, Some(TrialOutcome::Confirmed), "slow frames may be due to other load");
+        let mut slow = Trial::start(LIMITS, LIMIT, now);
+        slow.report(classified(51), now);
+        slow.report(classified(70), now);
+        let failed = TrialOutcome::Failed("the backbone takes at least 51 ms per frame, the limit is 50 ms".into());
+        assert_eq!(slow.report(classified(90), now), Some(failed));
+        let mut unlimited = Trial::start(TrialLimits { frames: 1, seconds: 1 }, None, now);
+        assert_eq!(unlimited.report(classified(9000), now), Some(TrialOutcome::Confirmed));
     }
 
     #[test]
-    fn one_failure_ends_it_and_time_confirms_what_was_seen_not_to_fail() {
+    fn ends_on_the_first_failure_or_when_the_time_is_up_after_at_least_one_frame() {
         let now = Instant::now();
-        let late = now + Duration::from_secs(TERMS.seconds);
-        let mut trial = Trial::begin(TERMS, LIMIT, now);
-        assert_eq!(trial.at(late), None, "no frame was seen");
-        assert_eq!(trial.hear(seen(20), late), Some(Outcome::Confirmed), "one is enough after so long");
-        let mut trial = Trial::begin(TERMS, LIMIT, now);
-        trial.hear(seen(20), now);
-        assert_eq!((trial.at(now), trial.at(late)), (None, Some(Outcome::Confirmed)));
-        let panicked = Report::Failed("panic".into());
-        assert_eq!(trial.hear(panicked, now), Some(Outcome::Failed("panic".into())));
+        let late = now + Duration::from_secs(LIMITS.seconds);
+        let mut trial = Trial::start(LIMITS, LIMIT, now);
+        assert_eq!(trial.check_time(late), None, "no frame was classified");
+        assert_eq!(trial.report(classified(20), late), Some(TrialOutcome::Confirmed), "one frame is enough by then");
+        let mut trial = Trial::start(LIMITS, LIMIT, now);
+        trial.report(classified(20), now);
+        assert_eq!((trial.check_time(now), trial.check_time(late)), (None, Some(TrialOutcome::Confirmed)));
+        let panicked = FrameReport::Failed("panic".into());
+        assert_eq!(trial.report(panicked, now), Some(TrialOutcome::Failed("panic".into())));
     }
 }

@@ -1,5 +1,5 @@
-//! One device's part of a push, from the first look at it to its last word. Pure: messages and time come in, messages go
-//! out.
+//! The delivery of a model to one device, from the probe to the final answer. It performs no I/O and reads no clock; the
+//! caller passes messages and the time.
 
 use std::time::{Duration, Instant};
 
@@ -9,421 +9,477 @@ use uuid::Uuid;
 
 use super::preflight::{self, Incompatible};
 use crate::bundle::{BACKBONE, Identity, Manifest, PrivateKey};
+use crate::mqtt::Topics;
 use crate::mqtt::message::{ONLINE, SCHEMA, json};
-use crate::mqtt::topics::Topics;
-use crate::update::protocol::{Action, Answer, ModelStatus, Offer, Progress, SignedOrder, UpdateStatus};
+use crate::update::protocol::{Action, Answer, ModelStatus, Offer, Progress, SignedCommand, UpdateStatus};
 use crate::update::transfer;
 
-/// How long the retained messages of a device that is there may take.
-const LOOK: Duration = Duration::from_secs(3);
-/// An offer that nothing came of for so long is repeated, and then after twice the time, up to the longest.
-const REPEAT: Duration = Duration::from_secs(3);
-const REPEAT_MAX: Duration = Duration::from_secs(24);
-/// How long nothing may arrive, and a model may take to prove itself: a large network on a small device.
-const PATIENCE: Duration = Duration::from_secs(60);
-const PROOF: Duration = Duration::from_secs(300);
-/// What a trial may take, and beyond that.
+/// The longest wait for a device's retained messages.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// First interval after which an unanswered offer is published again; it doubles each time.
+const OFFER_INTERVAL_MIN: Duration = Duration::from_secs(3);
+/// The longest interval between two offers.
+const OFFER_INTERVAL_MAX: Duration = Duration::from_secs(24);
+/// The longest time without progress while chunks are sent.
+const PROGRESS_TIMEOUT: Duration = Duration::from_secs(60);
+/// The longest time that the validation of a complete model takes: a large network on a small device.
+const VALIDATION_TIMEOUT: Duration = Duration::from_secs(300);
+/// The longest trial.
 const TRIAL_MAX: Duration = Duration::from_secs(86_400);
+/// Wait for the answer after the end of a trial.
 const TRIAL_MARGIN: Duration = Duration::from_secs(30);
-/// Pieces under way that the device has not told of.
-const WINDOW: u32 = 3 * transfer::PROGRESS_EVERY;
-/// Times that pieces were sent in vain before smaller ones are tried, and that a device began anew before it is left in peace.
-const VAIN_MAX: u32 = 3;
-/// Messages smaller than these are no broker's limit.
-const HALVED_MIN: u32 = 1024;
+/// The most chunks in flight: sent, and not yet covered by a progress message.
+const WINDOW_CHUNKS: u32 = 3 * transfer::PROGRESS_EVERY;
+/// Stalls before the chunk size is halved.
+const STALLS_MAX: u32 = 3;
+/// Restarts of the transfer by the device before the delivery is given up.
+const RESTARTS_MAX: u32 = 3;
+/// The smallest chunk size, in bytes, that halving leads to; no broker limits messages to less.
+const HALVED_CHUNK_BYTES_MIN: u32 = 1024;
 
-/// What is sent.
+/// The model that a push sends, and how.
 pub struct PushPayload {
+    /// The signed bundle.
     pub bytes: Vec<u8>,
+    /// Manifest of the bundle.
     pub manifest: Manifest,
+    /// Identity of the bundle; its `sha256` is that of `bytes`.
     pub model: Identity,
-    /// The largest message that the broker takes.
+    /// The largest MQTT packet that the broker accepts, in bytes.
     pub packet_bytes_max: usize,
-    /// Sends a model that is a step back.
+    /// Sends the model even if it is a downgrade.
     pub force: bool,
-    /// What signs the order to take a model that is not newer.
+    /// Signs the command to accept a model that is not newer; `None` sends offers without such a command.
     pub key: Option<PrivateKey>,
 }
 
-/// How it ended for a device.
+/// Final status of a delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeliveryStatus {
+    /// The model is active and has passed its trial.
     Confirmed,
-    /// It would be sent (`--dry-run`).
-    Fit,
-    /// By the gate, before anything was sent, or by the device.
+    /// The model would be sent (`--dry-run`).
+    #[serde(rename = "fit")]
+    Fits,
+    /// Rejected by the preflight check, before anything was sent, or by the device.
     Refused,
+    /// The model was active and is no longer.
     RolledBack,
+    /// The device is not connected to the broker.
     Offline,
-    /// It was sent, and no answer came.
-    Silent,
-    /// Not begun, since another device failed.
-    Stopped,
+    /// The device or the broker did not respond in time.
+    #[serde(rename = "silent")]
+    NoAnswer,
+    /// Not started because another device failed.
+    #[serde(rename = "stopped")]
+    NotStarted,
 }
 
 impl DeliveryStatus {
-    /// As it stands in tables.
-    pub fn word(self) -> &'static str {
+    /// Returns the text for tables.
+    pub fn text(self) -> &'static str {
         match self {
             DeliveryStatus::Confirmed => "confirmed",
-            DeliveryStatus::Fit => "fit",
+            DeliveryStatus::Fits => "fit",
             DeliveryStatus::Refused => "refused",
             DeliveryStatus::RolledBack => "rolled back",
             DeliveryStatus::Offline => "offline",
-            DeliveryStatus::Silent => "no answer",
-            DeliveryStatus::Stopped => "not begun",
+            DeliveryStatus::NoAnswer => "no answer",
+            DeliveryStatus::NotStarted => "not begun",
         }
     }
 
+    /// Returns whether this is [`DeliveryStatus::Confirmed`] or [`DeliveryStatus::Fits`].
     pub fn is_good(self) -> bool {
-        matches!(self, DeliveryStatus::Confirmed | DeliveryStatus::Fit)
+        matches!(self, DeliveryStatus::Confirmed | DeliveryStatus::Fits)
     }
 }
 
+/// DeliveryOutcome of a delivery.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outcome {
-    pub ending: DeliveryStatus,
+pub struct DeliveryOutcome {
+    /// Final status.
+    pub status: DeliveryStatus,
+    /// Explanation of the status; may be empty.
     pub reason: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Stage {
-    /// For the device's retained messages.
-    Looking {
-        until: Instant,
+enum DeliveryState {
+    /// Waits for the device's retained messages.
+    Probing {
+        deadline: Instant,
     },
-    /// It is there, and waits for its turn.
+    /// The device is online and can use the model; the delivery has not started.
     Ready,
-    /// Pieces go, or will go once the offer is answered.
+    /// Sends chunks, or waits for the answer to an offer.
     Sending {
-        until: Instant,
+        deadline: Instant,
     },
-    /// All has arrived; the model proves itself.
-    Proving {
-        until: Instant,
+    /// The device has all chunks and validates the model.
+    Validating {
+        deadline: Instant,
     },
+    /// The model is active on trial.
     OnTrial {
-        until: Instant,
+        deadline: Instant,
     },
-    Done(Outcome),
+    Done(DeliveryOutcome),
 }
 
+/// The delivery of a model to one device.
 pub struct Delivery {
+    /// Topics of the device.
     pub topics: Topics,
-    stage: Stage,
-    /// Something was sent to it.
-    begun: bool,
+    state: DeliveryState,
+    /// Whether [`Delivery::start`] has started to send.
+    started: bool,
+    /// Whether `…/status` is `online`; `None` before it arrives.
     online: Option<bool>,
-    note: Option<Option<ModelStatus>>,
+    /// The retained `…/model`: `None` before it arrives, `Some(None)` if it is not valid.
+    model_status: Option<Option<ModelStatus>>,
     transfer: Uuid,
     chunk_bytes: u32,
+    /// Number of chunks of the model.
     chunks: u32,
-    /// Pieces that the device has, and the most it ever had.
-    there: u32,
-    most: u32,
-    /// The piece that goes next.
+    /// Number of chunks that the device has.
+    received: u32,
+    /// The largest value of `received` so far.
+    received_max: u32,
+    /// Index of the next chunk to send.
     next: u32,
-    /// An offer is under way. Whatever was sent before it has arrived once it is answered, or never will; until then nothing else
-    /// is sent.
-    asking: bool,
-    /// When the offer is made again, and after how long once more.
-    repeat: Instant,
-    pause: Duration,
-    /// Times that pieces were sent and none arrived; that the device had fewer than before.
-    in_vain: u32,
-    lost: u32,
+    /// Whether an offer is due or unanswered. No chunk is sent until the answer; by then, each chunk sent before the offer
+    /// has arrived or is lost.
+    awaiting_answer: bool,
+    next_offer_at: Instant,
+    /// Interval after the next offer.
+    offer_interval: Duration,
+    /// Number of successive stalls: chunks were sent, and none arrived.
+    stalls: u32,
+    /// How many times the device has lost the chunks that it had.
+    restarts: u32,
 }
 
-/// Puts a message on its way; false where there is no room at the moment.
-pub type Send<'a> = &'a mut dyn FnMut(&str, Vec<u8>) -> bool;
+/// Publishes a payload on a topic; returns `false` if the queue is full.
+pub type PublishFn<'a> = &'a mut dyn FnMut(&str, Vec<u8>) -> bool;
 
 impl Delivery {
-    pub fn new(topics: Topics, parcel: &PushPayload, now: Instant) -> Self {
-        let longest = topics.chunk(u32::MAX).len();
+    /// Creates a delivery that probes the device for up to 3 s.
+    pub fn new(topics: Topics, payload: &PushPayload, now: Instant) -> Self {
+        let topic_bytes_max = topics.chunk(u32::MAX).len();
         Delivery {
             topics,
-            stage: Stage::Looking { until: now + LOOK },
-            begun: false,
+            state: DeliveryState::Probing { deadline: now + PROBE_TIMEOUT },
+            started: false,
             online: None,
-            note: None,
+            model_status: None,
             transfer: Uuid::now_v7(),
-            chunk_bytes: transfer::chunk_bytes(parcel.packet_bytes_max, longest),
+            chunk_bytes: transfer::chunk_bytes_for(payload.packet_bytes_max, topic_bytes_max),
             chunks: 0,
-            there: 0,
-            most: 0,
+            received: 0,
+            received_max: 0,
             next: 0,
-            asking: true,
-            repeat: now,
-            pause: REPEAT,
-            in_vain: 0,
-            lost: 0,
+            awaiting_answer: true,
+            next_offer_at: now,
+            offer_interval: OFFER_INTERVAL_MIN,
+            stalls: 0,
+            restarts: 0,
         }
     }
 
-    /// The topics that a device is listened to on.
+    /// Returns the topics of a device whose messages [`Delivery::handle`] needs.
     pub fn filters(topics: &Topics) -> [String; 4] {
         [topics.status(), topics.model(), topics.answer(), topics.progress()]
     }
 
-    pub fn is_looking(&self) -> bool {
-        matches!(self.stage, Stage::Looking { .. })
+    /// Returns whether the delivery waits for the device's retained messages.
+    pub fn is_probing(&self) -> bool {
+        matches!(self.state, DeliveryState::Probing { .. })
     }
 
+    /// Returns whether the device is online and can use the model, and the delivery has not started.
     pub fn is_ready(&self) -> bool {
-        self.stage == Stage::Ready
+        self.state == DeliveryState::Ready
     }
 
-    pub fn outcome(&self) -> Option<&Outcome> {
-        match &self.stage {
-            Stage::Done(outcome) => Some(outcome),
+    /// Returns the outcome; `None` before the delivery is finished.
+    pub fn outcome(&self) -> Option<&DeliveryOutcome> {
+        match &self.state {
+            DeliveryState::Done(outcome) => Some(outcome),
             _ => None,
         }
     }
 
-    /// Whether the model was sent and did not stay. A device that is not there says nothing about the model.
+    /// Returns whether the delivery started and the model was not confirmed. An offline device is not a failure of the model.
     pub fn has_failed(&self) -> bool {
-        let bad = |outcome: &Outcome| !outcome.ending.is_good() && outcome.ending != DeliveryStatus::Offline;
-        self.begun && self.outcome().is_some_and(bad)
+        let is_failure =
+            |outcome: &DeliveryOutcome| !outcome.status.is_good() && outcome.status != DeliveryStatus::Offline;
+        self.started && self.outcome().is_some_and(is_failure)
     }
 
-    /// What it is at, in a word or two, and how much has arrived of how much.
-    pub fn shown(&self) -> (String, u32, u32) {
-        let word = match &self.stage {
-            Stage::Looking { .. } => "looking".into(),
-            Stage::Ready => "waiting".into(),
-            Stage::Sending { .. } => "sending".into(),
-            Stage::Proving { .. } => "proving itself".into(),
-            Stage::OnTrial { .. } => "on trial".into(),
-            Stage::Done(Outcome { ending, reason }) if reason.is_empty() => ending.word().into(),
-            Stage::Done(Outcome { ending, reason }) => format!("{}: {reason}", ending.word()),
+    /// Returns a text for the state, the number of chunks that the device has, and the number of chunks of the model.
+    pub fn progress(&self) -> (String, u32, u32) {
+        let text = match &self.state {
+            DeliveryState::Probing { .. } => "probing".into(),
+            DeliveryState::Ready => "waiting".into(),
+            DeliveryState::Sending { .. } => "sending".into(),
+            DeliveryState::Validating { .. } => "validating".into(),
+            DeliveryState::OnTrial { .. } => "on trial".into(),
+            DeliveryState::Done(DeliveryOutcome { status, reason }) if reason.is_empty() => status.text().into(),
+            DeliveryState::Done(DeliveryOutcome { status, reason }) => format!("{}: {reason}", status.text()),
         };
-        (word, self.there, self.chunks)
+        (text, self.received, self.chunks)
     }
 
-    /// Begins to send, should the device still be as it was when it was looked at.
-    pub fn begin(&mut self, parcel: &PushPayload, now: Instant) {
-        self.look(parcel, true);
+    /// Starts to send, unless the device's retained messages have changed and no longer allow it.
+    pub fn start(&mut self, payload: &PushPayload, now: Instant) {
+        self.probe(payload, true);
         if self.is_ready() {
-            self.begun = true;
-            self.stage = Stage::Sending { until: now + PATIENCE };
-            self.ask(now);
+            self.started = true;
+            self.state = DeliveryState::Sending { deadline: now + PROGRESS_TIMEOUT };
+            self.schedule_offer(now);
         }
     }
 
-    pub fn end(&mut self, ending: DeliveryStatus, reason: impl Into<String>) {
-        self.stage = Stage::Done(Outcome { ending, reason: reason.into() });
+    /// Ends the delivery with an outcome.
+    pub fn finish(&mut self, status: DeliveryStatus, reason: impl Into<String>) {
+        self.state = DeliveryState::Done(DeliveryOutcome { status, reason: reason.into() });
     }
 
-    /// A connection began, after a while perhaps; what was under way on the one before may be lost.
-    pub fn connected(&mut self, now: Instant) {
-        match &mut self.stage {
-            Stage::Looking { until } => *until = now + LOOK,
-            Stage::Sending { until } => {
-                *until = now + PATIENCE;
-                self.sent_in_vain(now);
+    /// Handles a new connection to the broker. Messages in flight on the previous one may be lost, so this extends the
+    /// deadline and makes an offer due.
+    pub fn reconnected(&mut self, now: Instant) {
+        match &mut self.state {
+            DeliveryState::Probing { deadline } => *deadline = now + PROBE_TIMEOUT,
+            DeliveryState::Sending { deadline } => {
+                *deadline = now + PROGRESS_TIMEOUT;
+                self.handle_stall(now);
             }
-            Stage::Proving { until } => *until = (*until).max(now + PATIENCE),
-            Stage::OnTrial { until } => *until = (*until).max(now + TRIAL_MARGIN),
-            Stage::Ready | Stage::Done(_) => {}
+            DeliveryState::Validating { deadline } => *deadline = (*deadline).max(now + PROGRESS_TIMEOUT),
+            DeliveryState::OnTrial { deadline } => *deadline = (*deadline).max(now + TRIAL_MARGIN),
+            DeliveryState::Ready | DeliveryState::Done(_) => {}
         }
-        self.ask(now);
+        self.schedule_offer(now);
     }
 
-    /// Makes the offer at once; its answer tells where the device is.
-    fn ask(&mut self, now: Instant) {
-        (self.asking, self.repeat, self.pause) = (true, now, REPEAT);
+    /// Makes an offer due now; the device answers it with its progress.
+    fn schedule_offer(&mut self, now: Instant) {
+        (self.awaiting_answer, self.next_offer_at, self.offer_interval) = (true, now, OFFER_INTERVAL_MIN);
     }
 
-    /// Perhaps the broker takes no messages as large as these, and says so by breaking the connection, or not at all.
-    fn sent_in_vain(&mut self, now: Instant) {
-        self.in_vain += 1;
-        if self.in_vain < VAIN_MAX {
+    /// Counts a stall; after [`STALLS_MAX`] of them, starts again with chunks of half the size. The broker may not accept
+    /// messages of this size: it then closes the connection or drops them.
+    fn handle_stall(&mut self, now: Instant) {
+        self.stalls += 1;
+        if self.stalls < STALLS_MAX {
             return;
         }
-        if self.chunk_bytes / 2 < HALVED_MIN {
-            let topic = self.topics.chunk(self.there);
-            return self.end(
-                DeliveryStatus::Silent,
-                format!("what is sent to {topic} does not arrive; see the broker's limits and its ACL"),
+        if self.chunk_bytes / 2 < HALVED_CHUNK_BYTES_MIN {
+            let topic = self.topics.chunk(self.received);
+            return self.finish(
+                DeliveryStatus::NoAnswer,
+                format!("messages to {topic} do not arrive; check the broker's message size limit and its ACL"),
             );
         }
-        (self.chunk_bytes, self.in_vain) = (self.chunk_bytes / 2, 0);
-        (self.there, self.most, self.next) = (0, 0, 0);
-        self.stage = Stage::Sending { until: now + PATIENCE };
-        self.ask(now);
+        (self.chunk_bytes, self.stalls) = (self.chunk_bytes / 2, 0);
+        (self.received, self.received_max, self.next) = (0, 0, 0);
+        self.state = DeliveryState::Sending { deadline: now + PROGRESS_TIMEOUT };
+        self.schedule_offer(now);
     }
 
-    /// A message on one of its topics.
-    pub fn hear(&mut self, topic: &str, payload: &[u8], parcel: &PushPayload, now: Instant) {
+    /// Handles a message on one of the device's topics; ignores it if it is not valid.
+    pub fn handle(&mut self, topic: &str, message: &[u8], payload: &PushPayload, now: Instant) {
         if topic == self.topics.status() {
-            self.online = Some(payload == ONLINE.as_bytes());
+            self.online = Some(message == ONLINE.as_bytes());
         } else if topic == self.topics.model() {
-            self.note = Some(read(payload));
+            self.model_status = Some(parse(message));
         } else if topic == self.topics.progress() {
-            read(payload).into_iter().for_each(|progress| self.progress(&progress, now));
+            parse(message).into_iter().for_each(|progress| self.handle_progress(&progress, now));
         } else if topic == self.topics.answer() {
-            read(payload).into_iter().for_each(|answer| self.answer(&answer, parcel, now));
+            parse(message).into_iter().for_each(|answer| self.handle_answer(&answer, payload, now));
         }
     }
 
-    fn progress(&mut self, progress: &Progress, now: Instant) {
+    fn handle_progress(&mut self, progress: &Progress, now: Instant) {
         if progress.transfer != self.transfer || progress.chunks != self.chunks || progress.next > self.chunks {
             return;
         }
-        let anew = progress.again && progress.next == 0;
-        // After a broken connection a device may say once more what it said before.
-        let stale = !progress.again && progress.next < self.there;
-        match self.stage {
-            Stage::Sending { .. } if !stale => {}
-            Stage::Proving { .. } if progress.again => {}
-            // It is being received again: it decides no more.
-            Stage::OnTrial { .. } if anew => return self.end(DeliveryStatus::RolledBack, "why was not heard"),
+        let is_restart = progress.again && progress.next == 0;
+        // After a reconnect, a device may publish an earlier progress again.
+        let is_stale = !progress.again && progress.next < self.received;
+        match self.state {
+            DeliveryState::Sending { .. } if !is_stale => {}
+            DeliveryState::Validating { .. } if progress.again => {}
+            // The device receives the model again, so the model is not active any more.
+            DeliveryState::OnTrial { .. } if is_restart => {
+                return self.finish(DeliveryStatus::RolledBack, "no answer with the reason was received");
+            }
             _ => return,
         }
-        if anew && self.there > 0 {
-            self.lost += 1;
-            if self.lost == VAIN_MAX {
-                return self.end(DeliveryStatus::Silent, "the device began anew each time");
+        if is_restart && self.received > 0 {
+            self.restarts += 1;
+            if self.restarts == RESTARTS_MAX {
+                return self.finish(
+                    DeliveryStatus::NoAnswer,
+                    format!("the device restarted the transfer {RESTARTS_MAX} times"),
+                );
             }
         }
-        let (advanced, sent) = (progress.next > self.most, self.next > self.there);
-        self.there = progress.next;
-        self.most = self.most.max(self.there);
+        self.advance(progress, now);
+    }
+
+    /// Continues the transfer from the device's progress.
+    fn advance(&mut self, progress: &Progress, now: Instant) {
+        let (has_advanced, has_sent) = (progress.next > self.received_max, self.next > self.received);
+        self.received = progress.next;
+        self.received_max = self.received_max.max(self.received);
         if progress.next == self.chunks {
-            self.stage = Stage::Proving { until: now + PROOF };
-            (self.asking, self.repeat, self.pause) = (true, now + REPEAT_MAX, REPEAT_MAX);
+            self.state = DeliveryState::Validating { deadline: now + VALIDATION_TIMEOUT };
+            self.awaiting_answer = true;
+            (self.next_offer_at, self.offer_interval) = (now + OFFER_INTERVAL_MAX, OFFER_INTERVAL_MAX);
             return;
         }
-        if advanced {
-            self.in_vain = 0;
+        if has_advanced {
+            self.stalls = 0;
         }
-        if advanced || !matches!(self.stage, Stage::Sending { .. }) {
-            self.stage = Stage::Sending { until: now + PATIENCE };
+        if has_advanced || !matches!(self.state, DeliveryState::Sending { .. }) {
+            self.state = DeliveryState::Sending { deadline: now + PROGRESS_TIMEOUT };
         }
         if progress.again {
             self.next = progress.next;
-            self.asking = false;
-            if sent && !advanced {
-                return self.sent_in_vain(now);
+            self.awaiting_answer = false;
+            if has_sent && !has_advanced {
+                return self.handle_stall(now);
             }
         }
         self.next = self.next.max(progress.next);
-        (self.repeat, self.pause) = (now + REPEAT, REPEAT);
+        (self.next_offer_at, self.offer_interval) = (now + OFFER_INTERVAL_MIN, OFFER_INTERVAL_MIN);
     }
 
-    fn answer(&mut self, answer: &Answer, parcel: &PushPayload, now: Instant) {
-        // What becomes of it on trial concerns us, whoever asked; a device that was started anew knows not who did.
-        let about_it = answer.model.sha256 == parcel.model.sha256
-            && (answer.transfer.is_none() || matches!(self.stage, Stage::OnTrial { .. }));
-        let waits = matches!(self.stage, Stage::Sending { .. } | Stage::Proving { .. } | Stage::OnTrial { .. });
-        if !waits || !(about_it || answer.transfer == Some(self.transfer)) {
+    fn handle_answer(&mut self, answer: &Answer, payload: &PushPayload, now: Instant) {
+        // On trial, an answer about the model counts, whichever client requested it. After a restart, a device answers without
+        // a transfer.
+        let is_about_model = answer.model.sha256 == payload.model.sha256
+            && (answer.transfer.is_none() || matches!(self.state, DeliveryState::OnTrial { .. }));
+        let is_expected = matches!(
+            self.state,
+            DeliveryState::Sending { .. } | DeliveryState::Validating { .. } | DeliveryState::OnTrial { .. }
+        );
+        if !is_expected || !(is_about_model || answer.transfer == Some(self.transfer)) {
             return;
         }
         let reason = answer.reason.clone().unwrap_or_default();
         match answer.answer {
             UpdateStatus::Accepted => {
-                let terms = answer.trial.map_or(TRIAL_MAX, |terms| Duration::from_secs(terms.seconds));
-                self.there = self.chunks;
-                (self.repeat, self.pause) = (now + REPEAT_MAX, REPEAT_MAX);
-                if !matches!(self.stage, Stage::OnTrial { .. }) {
-                    self.stage = Stage::OnTrial { until: now + terms.min(TRIAL_MAX) + TRIAL_MARGIN };
+                let trial = answer.trial.map_or(TRIAL_MAX, |limits| Duration::from_secs(limits.seconds));
+                self.received = self.chunks;
+                (self.next_offer_at, self.offer_interval) = (now + OFFER_INTERVAL_MAX, OFFER_INTERVAL_MAX);
+                if !matches!(self.state, DeliveryState::OnTrial { .. }) {
+                    self.state = DeliveryState::OnTrial { deadline: now + trial.min(TRIAL_MAX) + TRIAL_MARGIN };
                 }
             }
             UpdateStatus::Confirmed => {
-                self.there = self.chunks;
-                self.end(DeliveryStatus::Confirmed, reason);
+                self.received = self.chunks;
+                self.finish(DeliveryStatus::Confirmed, reason);
             }
-            UpdateStatus::Refused => self.end(DeliveryStatus::Refused, reason),
-            UpdateStatus::RolledBack => self.end(DeliveryStatus::RolledBack, reason),
+            UpdateStatus::Refused => self.finish(DeliveryStatus::Refused, reason),
+            UpdateStatus::RolledBack => self.finish(DeliveryStatus::RolledBack, reason),
         }
     }
 
-    /// Does what is due.
-    pub fn step(&mut self, parcel: &PushPayload, now: Instant, send: Send) {
-        match self.stage {
-            Stage::Looking { until } => self.look(parcel, now >= until),
-            Stage::Sending { until } if now >= until => {
-                let seconds = PATIENCE.as_secs();
-                self.end(DeliveryStatus::Silent, format!("nothing on {} for {seconds} s", self.topics.progress()));
-            }
-            Stage::Proving { until } if now >= until => {
-                let seconds = PROOF.as_secs();
-                self.end(DeliveryStatus::Silent, format!("nothing on {} for {seconds} s", self.topics.answer()));
-            }
-            Stage::OnTrial { until } if now >= until => {
-                self.end(
-                    DeliveryStatus::Silent,
-                    "it is still on trial: the camera gives no frames, or the device is gone",
+    /// Publishes the chunks and the offer that are due, and ends the delivery if its deadline has passed.
+    pub fn tick(&mut self, payload: &PushPayload, now: Instant, publish: PublishFn) {
+        match self.state {
+            DeliveryState::Probing { deadline } => self.probe(payload, now >= deadline),
+            DeliveryState::Sending { deadline } if now >= deadline => {
+                let seconds = PROGRESS_TIMEOUT.as_secs();
+                self.finish(
+                    DeliveryStatus::NoAnswer,
+                    format!("no progress on {} within {seconds} s", self.topics.progress()),
                 );
             }
-            Stage::Sending { .. } | Stage::Proving { .. } | Stage::OnTrial { .. } => {
-                if !self.asking {
-                    self.send_pieces(parcel, send);
+            DeliveryState::Validating { deadline } if now >= deadline => {
+                let seconds = VALIDATION_TIMEOUT.as_secs();
+                self.finish(
+                    DeliveryStatus::NoAnswer,
+                    format!("no answer on {} within {seconds} s", self.topics.answer()),
+                );
+            }
+            DeliveryState::OnTrial { deadline } if now >= deadline => {
+                self.finish(
+                    DeliveryStatus::NoAnswer,
+                    "still on trial: the camera delivers no frames, or the device is gone",
+                );
+            }
+            DeliveryState::Sending { .. } | DeliveryState::Validating { .. } | DeliveryState::OnTrial { .. } => {
+                if !self.awaiting_answer {
+                    self.send_chunks(payload, publish);
                 }
-                // Whoever asks is told how it stands, should a word have been lost.
-                self.offer(parcel, now, send);
+                // The device answers a repeated offer with its present state, which replaces a lost message.
+                self.publish_offer_if_due(payload, now, publish);
             }
-            Stage::Ready | Stage::Done(_) => {}
+            DeliveryState::Ready | DeliveryState::Done(_) => {}
         }
     }
 
-    /// `last`: what has not been heard by now will not be.
-    fn look(&mut self, parcel: &PushPayload, last: bool) {
+    /// Evaluates the device's retained messages; with `is_last`, treats those that have not arrived as missing.
+    fn probe(&mut self, payload: &PushPayload, is_last: bool) {
         let (status, model) = (self.topics.status(), self.topics.model());
-        match (self.online, &self.note) {
-            (Some(true), Some(Some(note))) => match fit(parcel, note) {
-                Ok(None) => self.stage = Stage::Ready,
-                Ok(Some(already)) => self.end(DeliveryStatus::Confirmed, already),
-                Err(gate) => self.end(DeliveryStatus::Refused, gate.to_string()),
+        match (self.online, &self.model_status) {
+            (Some(true), Some(Some(model_status))) => match is_needed(payload, model_status) {
+                Ok(true) => self.state = DeliveryState::Ready,
+                Ok(false) => self.finish(DeliveryStatus::Confirmed, "it is already active"),
+                Err(incompatible) => self.finish(DeliveryStatus::Refused, incompatible.to_string()),
             },
-            (Some(false), Some(_)) => self.end(DeliveryStatus::Offline, ""),
-            _ if !last => {}
-            (None, _) => {
-                self.end(DeliveryStatus::Offline, format!("nothing is retained on {status}: it was never here"))
-            }
-            (Some(false), None) => self.end(DeliveryStatus::Offline, format!("nothing is retained on {model}")),
+            (Some(false), Some(_)) => self.finish(DeliveryStatus::Offline, ""),
+            _ if !is_last => {}
+            (None, _) => self.finish(
+                DeliveryStatus::Offline,
+                format!("nothing is retained on {status}: the device has never been connected"),
+            ),
+            (Some(false), None) => self.finish(DeliveryStatus::Offline, format!("nothing is retained on {model}")),
             (Some(true), None) => {
-                self.end(DeliveryStatus::Refused, format!("it is online, but nothing is retained on {model}"))
+                self.finish(DeliveryStatus::Refused, format!("online, but nothing is retained on {model}"));
             }
-            (Some(true), Some(None)) => {
-                self.end(
-                    DeliveryStatus::Refused,
-                    format!("{model} cannot be read: its program is older than this one"),
-                );
-            }
+            (Some(true), Some(None)) => self.finish(
+                DeliveryStatus::Refused,
+                format!("{model} is not valid: the device runs an older version of bloomcast"),
+            ),
         }
     }
 
-    fn offer(&mut self, parcel: &PushPayload, now: Instant, send: Send) {
-        if now < self.repeat {
+    fn publish_offer_if_due(&mut self, payload: &PushPayload, now: Instant, publish: PublishFn) {
+        if now < self.next_offer_at {
             return;
         }
-        // An order is for a model that is to come, not for one that is there.
-        let wanted = parcel.key.as_ref().filter(|_| matches!(self.stage, Stage::Sending { .. }));
-        let force = wanted.zip(self.note.iter().flatten().next()).map(|(key, note)| {
-            SignedOrder::sign(key, Action::Force, self.topics.root(), note.generation, &parcel.model.sha256)
+        // The command refers to a model that is yet to be received.
+        let key = payload.key.as_ref().filter(|_| matches!(self.state, DeliveryState::Sending { .. }));
+        let force = key.zip(self.model_status.iter().flatten().next()).map(|(key, status)| {
+            SignedCommand::sign(key, Action::Force, self.topics.root(), status.generation, &payload.model.sha256)
         });
         let offer = Offer {
             schema: SCHEMA,
             transfer: self.transfer,
-            model: parcel.model.clone(),
-            bytes: parcel.bytes.len() as u64,
+            model: payload.model.clone(),
+            bytes: payload.bytes.len() as u64,
             chunk_bytes: self.chunk_bytes,
             force,
         };
         self.chunks = offer.chunks();
-        if send(&self.topics.offer(), json(&offer)) {
-            self.asking = true;
-            self.repeat = now + self.pause;
-            self.pause = (self.pause * 2).min(REPEAT_MAX);
+        if publish(&self.topics.offer(), json(&offer)) {
+            self.awaiting_answer = true;
+            self.next_offer_at = now + self.offer_interval;
+            self.offer_interval = (self.offer_interval * 2).min(OFFER_INTERVAL_MAX);
         }
     }
 
-    fn send_pieces(&mut self, parcel: &PushPayload, send: Send) {
-        while self.next < self.chunks.min(self.there + WINDOW) {
-            let Some(piece) = transfer::piece(self.transfer, &parcel.bytes, self.chunk_bytes, self.next) else { break };
-            if !send(&self.topics.chunk(self.next), piece) {
+    fn send_chunks(&mut self, payload: &PushPayload, publish: PublishFn) {
+        while self.next < self.chunks.min(self.received + WINDOW_CHUNKS) {
+            let Some(chunk) = transfer::chunk(self.transfer, &payload.bytes, self.chunk_bytes, self.next) else {
+                break;
+            };
+            if !publish(&self.topics.chunk(self.next), chunk) {
                 break;
             }
             self.next += 1;
@@ -431,41 +487,44 @@ impl Delivery {
     }
 }
 
-/// Why a model would not be sent; or why it need not.
-fn fit(parcel: &PushPayload, note: &ModelStatus) -> Result<Option<&'static str>, Incompatible> {
-    if note.model.sha256 == parcel.model.sha256 {
-        return Ok((!note.trial).then_some("it decides already"));
+/// Returns whether a device needs the model: `false` if it is active and confirmed there.
+///
+/// # Errors
+/// The device needs the model and the preflight check rejects it.
+fn is_needed(payload: &PushPayload, status: &ModelStatus) -> Result<bool, Incompatible> {
+    if status.model.sha256 == payload.model.sha256 {
+        return Ok(status.trial);
     }
-    let carries = parcel.manifest.members.contains_key(BACKBONE);
-    preflight::check(&parcel.manifest, carries, note, parcel.force).map(|()| None)
+    let has_backbone = payload.manifest.members.contains_key(BACKBONE);
+    preflight::check(&payload.manifest, has_backbone, status, payload.force).map(|()| true)
 }
 
-/// What cannot be read is nobody's.
-fn read<T: DeserializeOwned>(payload: &[u8]) -> Option<T> {
-    serde_json::from_slice(payload).ok()
+/// Parses a message's JSON; `None` if it is not valid.
+fn parse<T: DeserializeOwned>(message: &[u8]) -> Option<T> {
+    serde_json::from_slice(message).ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::bundle::{BUILT_IN, Bundle};
-    use crate::mqtt::topics::DeviceName;
-    use crate::update::protocol::{TrialLimits, identity, older_note};
+    use crate::mqtt::DeviceName;
+    use crate::update::protocol::{TrialLimits, identity, older_status};
     use crate::update::transfer::{ChunkResult, Transfer};
 
-    /// A push to one device, with the messages that wait to be delivered to it.
-    struct Push {
-        parcel: PushPayload,
+    /// A delivery to one device, with the published messages that the device has not received.
+    struct Harness {
+        payload: PushPayload,
         delivery: Delivery,
-        sent: Vec<(String, Vec<u8>)>,
+        published: Vec<(String, Vec<u8>)>,
         now: Instant,
     }
 
-    impl Push {
+    impl Harness {
         fn new() -> Self {
             let manifest = Bundle::built_in().unwrap().manifest().clone();
             let model = identity(&manifest, Bundle::built_in().unwrap().sha256());
-            let parcel = PushPayload {
+            let payload = PushPayload {
                 bytes: BUILT_IN.to_vec(),
                 manifest,
                 model,
@@ -475,81 +534,83 @@ mod tests {
             };
             let topics = Topics::new("bloomcast", "homeassistant", DeviceName::new("pi").unwrap());
             let now = Instant::now();
-            Push { delivery: Delivery::new(topics, &parcel, now), parcel, sent: Vec::new(), now }
+            Harness { delivery: Delivery::new(topics, &payload, now), payload, published: Vec::new(), now }
         }
 
-        fn note(&self) -> ModelStatus {
-            older_note(&self.parcel.manifest)
+        fn older_status(&self) -> ModelStatus {
+            older_status(&self.payload.manifest)
         }
 
-        fn hear(&mut self, topic: &str, payload: &[u8]) {
-            self.delivery.hear(topic, payload, &self.parcel, self.now);
-            self.step();
+        fn handle(&mut self, topic: &str, message: &[u8]) {
+            self.delivery.handle(topic, message, &self.payload, self.now);
+            self.tick();
         }
 
-        fn step(&mut self) {
-            let sent = &mut self.sent;
-            self.delivery.step(&self.parcel, self.now, &mut |topic, payload| {
-                sent.push((topic.to_owned(), payload));
+        fn tick(&mut self) {
+            let published = &mut self.published;
+            self.delivery.tick(&self.payload, self.now, &mut |topic, message| {
+                published.push((topic.to_owned(), message));
                 true
             });
         }
 
-        /// Until the offer was made.
-        fn begin(&mut self) {
-            self.hear("bloomcast/pi/status", b"online");
-            let note = json(&self.note());
-            self.hear("bloomcast/pi/model", &note);
+        /// Starts the delivery and publishes the first offer.
+        fn start(&mut self) {
+            self.handle("bloomcast/pi/status", b"online");
+            let status = json(&self.older_status());
+            self.handle("bloomcast/pi/model", &status);
             assert!(self.delivery.is_ready());
-            self.delivery.begin(&self.parcel, self.now);
-            self.step();
+            self.delivery.start(&self.payload, self.now);
+            self.tick();
         }
 
-        fn offer(&mut self) -> Offer {
-            let (topic, payload) = self.sent.remove(0);
+        /// Takes the oldest message, which is an offer.
+        fn take_offer(&mut self) -> Offer {
+            let (topic, message) = self.published.remove(0);
             assert_eq!(topic, "bloomcast/pi/model/offer");
-            serde_json::from_slice(&payload).unwrap()
+            serde_json::from_slice(&message).unwrap()
         }
 
-        /// Hands what was sent to the device, but for what `lost` says; gives the whole once it is there.
-        fn deliver(&mut self, device: &mut Transfer, mut lost: impl FnMut(u32) -> bool) -> Option<Vec<u8>> {
-            for (topic, payload) in std::mem::take(&mut self.sent) {
+        /// Delivers the published chunks to the device, except those for which `is_lost` holds; returns the complete bundle.
+        fn deliver(&mut self, device: &mut Transfer, mut is_lost: impl FnMut(u32) -> bool) -> Option<Vec<u8>> {
+            for (topic, message) in std::mem::take(&mut self.published) {
                 let Some(number) = topic.strip_prefix("bloomcast/pi/model/chunk/") else { continue };
                 let number = number.parse().unwrap();
-                let taken = if lost(number) { ChunkResult::Quiet } else { device.take(number, &payload, self.now) };
-                match taken {
-                    ChunkResult::Whole(bytes) => {
-                        self.told(device, false);
+                let result =
+                    if is_lost(number) { ChunkResult::Accepted } else { device.take(number, &message, self.now) };
+                match result {
+                    ChunkResult::Complete(bytes) => {
+                        self.report_progress(device, false);
                         return Some(bytes);
                     }
-                    ChunkResult::Progress => self.told(device, false),
-                    ChunkResult::Gap => self.told(device, true),
+                    ChunkResult::Progress => self.report_progress(device, false),
+                    ChunkResult::Gap => self.report_progress(device, true),
                     _ => {}
                 }
             }
             None
         }
 
-        fn told(&mut self, device: &Transfer, again: bool) {
-            self.hear("bloomcast/pi/model/progress", &json(&device.progress(again)));
+        fn report_progress(&mut self, device: &Transfer, again: bool) {
+            self.handle("bloomcast/pi/model/progress", &json(&device.progress(again)));
         }
 
-        fn answered(&mut self, verdict: UpdateStatus, reason: Option<&str>) {
+        fn answer(&mut self, status: UpdateStatus, reason: Option<&str>) {
             let answer = Answer {
                 schema: SCHEMA,
                 device: "pi".into(),
                 transfer: Some(self.delivery.transfer),
-                answer: verdict,
+                answer: status,
                 reason: reason.map(str::to_owned),
-                model: self.parcel.model.clone(),
+                model: self.payload.model.clone(),
                 trial: Some(TrialLimits { frames: 10, seconds: 5 }),
                 at: String::new(),
             };
-            self.hear("bloomcast/pi/model/answer", &json(&answer));
+            self.handle("bloomcast/pi/model/answer", &json(&answer));
         }
 
-        fn ending(&self) -> Option<DeliveryStatus> {
-            self.delivery.outcome().map(|outcome| outcome.ending)
+        fn final_status(&self) -> Option<DeliveryStatus> {
+            self.delivery.outcome().map(|outcome| outcome.status)
         }
     }
 
@@ -558,162 +619,168 @@ mod tests {
     }
 
     #[test]
-    fn a_model_goes_in_a_window_of_pieces_and_is_confirmed() {
-        let mut push = Push::new();
-        push.begin();
-        let mut device = device(push.offer(), push.now);
-        push.told(&device, true);
-        assert_eq!(push.sent.len(), WINDOW as usize, "no more is under way");
-        let whole = (0..100).find_map(|_| push.deliver(&mut device, |_| false));
-        assert_eq!(whole.unwrap(), BUILT_IN);
-        assert_eq!(push.delivery.shown().0, "proving itself");
-        push.answered(UpdateStatus::Accepted, None);
-        assert_eq!(push.delivery.shown().0, "on trial");
-        push.answered(UpdateStatus::Confirmed, None);
-        assert_eq!((push.ending(), push.delivery.has_failed()), (Some(DeliveryStatus::Confirmed), false));
+    fn sends_chunks_within_the_window_until_the_model_is_confirmed() {
+        let mut push = Harness::new();
+        push.start();
+        let mut device = device(push.take_offer(), push.now);
+        push.report_progress(&device, true);
+        assert_eq!(push.published.len(), WINDOW_CHUNKS as usize, "no more chunks are in flight");
+        let bundle = (0..100).find_map(|_| push.deliver(&mut device, |_| false));
+        assert_eq!(bundle.unwrap(), BUILT_IN);
+        assert_eq!(push.delivery.progress().0, "validating");
+        push.answer(UpdateStatus::Accepted, None);
+        assert_eq!(push.delivery.progress().0, "on trial");
+        push.answer(UpdateStatus::Confirmed, None);
+        assert_eq!((push.final_status(), push.delivery.has_failed()), (Some(DeliveryStatus::Confirmed), false));
     }
 
     #[test]
-    fn lost_pieces_are_sent_again() {
-        let mut push = Push::new();
-        push.begin();
-        let mut device = device(push.offer(), push.now);
-        push.told(&device, true);
-        // Lost in the middle, which the device notices, and at the end, which only time tells.
+    fn sends_lost_chunks_again() {
+        let mut push = Harness::new();
+        push.start();
+        let mut device = device(push.take_offer(), push.now);
+        push.report_progress(&device, true);
+        // Loses a chunk in the middle, which the device detects, and the last one, which only a timeout detects.
         let last = push.delivery.chunks - 1;
         let mut losses = 0u32;
-        let whole = loop {
-            let whole = push.deliver(&mut device, |number| {
+        let bundle = loop {
+            let bundle = push.deliver(&mut device, |number| {
                 let lose = losses < 1 && number == 2 || losses < 3 && number == last;
                 losses += u32::from(lose);
                 lose
             });
-            if let Some(whole) = whole {
-                break whole;
+            if let Some(bundle) = bundle {
+                break bundle;
             }
-            if push.sent.is_empty() {
-                push.now += REPEAT;
-                push.step();
-                assert!(push.sent.iter().any(|(topic, _)| topic.ends_with("/offer")), "asks where the device is");
-                push.sent.clear();
-                push.told(&device, true);
+            if push.published.is_empty() {
+                push.now += OFFER_INTERVAL_MIN;
+                push.tick();
+                assert!(
+                    push.published.iter().any(|(topic, _)| topic.ends_with("/offer")),
+                    "an offer requests the progress"
+                );
+                push.published.clear();
+                push.report_progress(&device, true);
             }
         };
-        assert_eq!((whole.as_slice(), losses), (BUILT_IN, 3));
+        assert_eq!((bundle.as_slice(), losses), (BUILT_IN, 3));
     }
 
     #[test]
-    fn a_broker_that_takes_no_large_messages_gets_smaller_ones_and_at_last_is_told_of() {
-        // It breaks the connection, or keeps the piece and says nothing.
-        for breaks in [true, false] {
-            let mut push = Push::new();
-            push.begin();
+    fn halves_the_chunk_size_while_chunks_do_not_arrive_and_gives_up_at_the_smallest() {
+        // The broker closes the connection, or drops the chunk.
+        for closes in [true, false] {
+            let mut push = Harness::new();
+            push.start();
             let mut sizes = Vec::new();
-            while push.ending().is_none() {
-                let offer = push.offer();
+            while push.final_status().is_none() {
+                let offer = push.take_offer();
                 if sizes.last() != Some(&offer.chunk_bytes) {
                     sizes.push(offer.chunk_bytes);
                 }
-                push.told(&device(offer, push.now), true);
-                push.sent.clear();
-                match breaks {
-                    true => push.delivery.connected(push.now),
-                    false => push.now = push.delivery.repeat,
+                push.report_progress(&device(offer, push.now), true);
+                push.published.clear();
+                match closes {
+                    true => push.delivery.reconnected(push.now),
+                    false => push.now = push.delivery.next_offer_at,
                 }
-                push.step();
+                push.tick();
                 assert!(sizes.len() < 20);
             }
             assert!(sizes.windows(2).all(|pair| pair[1] == pair[0] / 2) && sizes.len() > 5, "{sizes:?}");
             let reason = &push.delivery.outcome().unwrap().reason;
-            assert_eq!(push.ending(), Some(DeliveryStatus::Silent));
-            assert!(reason.contains("pi/model/chunk/0 does not arrive; see the broker's limits"), "{reason}");
+            assert_eq!(push.final_status(), Some(DeliveryStatus::NoAnswer));
+            assert!(
+                reason.contains("pi/model/chunk/0 do not arrive; check the broker's message size limit"),
+                "{reason}"
+            );
         }
     }
 
     #[test]
-    fn a_device_that_dies_of_the_model_is_left_in_peace() {
-        let mut push = Push::new();
-        push.begin();
-        for death in 0..VAIN_MAX {
-            assert_eq!(push.ending(), None, "{death}");
-            let mut device = device(push.offer(), push.now);
-            push.told(&device, true);
-            while push.ending().is_none() && push.deliver(&mut device, |_| false).is_none() {}
-            push.now += REPEAT_MAX;
-            push.step();
+    fn gives_up_after_the_device_restarts_the_transfer_several_times() {
+        let mut push = Harness::new();
+        push.start();
+        for restart in 0..RESTARTS_MAX {
+            assert_eq!(push.final_status(), None, "{restart}");
+            let mut device = device(push.take_offer(), push.now);
+            push.report_progress(&device, true);
+            while push.final_status().is_none() && push.deliver(&mut device, |_| false).is_none() {}
+            push.now += OFFER_INTERVAL_MAX;
+            push.tick();
         }
-        let device = device(push.offer(), push.now);
-        push.told(&device, true);
-        assert_eq!(push.ending(), Some(DeliveryStatus::Silent));
+        let device = device(push.take_offer(), push.now);
+        push.report_progress(&device, true);
+        assert_eq!(push.final_status(), Some(DeliveryStatus::NoAnswer));
         assert!(push.delivery.has_failed());
     }
 
     #[test]
-    fn a_broker_that_is_long_away_costs_nobody_their_patience() {
-        let mut push = Push::new();
-        push.begin();
-        push.now += 2 * PATIENCE;
-        push.delivery.connected(push.now);
-        push.step();
-        push.answered(UpdateStatus::Accepted, None);
+    fn reconnecting_extends_the_deadlines() {
+        let mut push = Harness::new();
+        push.start();
+        push.now += 2 * PROGRESS_TIMEOUT;
+        push.delivery.reconnected(push.now);
+        push.tick();
+        push.answer(UpdateStatus::Accepted, None);
         push.now += Duration::from_secs(3600);
-        push.delivery.connected(push.now);
-        push.step();
-        assert_eq!(push.ending(), None);
-        push.answered(UpdateStatus::Confirmed, None);
-        assert_eq!(push.ending(), Some(DeliveryStatus::Confirmed));
+        push.delivery.reconnected(push.now);
+        push.tick();
+        assert_eq!(push.final_status(), None);
+        push.answer(UpdateStatus::Confirmed, None);
+        assert_eq!(push.final_status(), Some(DeliveryStatus::Confirmed));
     }
 
     #[test]
-    fn who_is_not_there_and_who_says_nothing_is_told_apart() {
-        let mut absent = Push::new();
-        absent.now += LOOK;
-        absent.step();
-        assert_eq!(absent.ending(), Some(DeliveryStatus::Offline));
-        let mut off = Push::new();
-        off.hear("bloomcast/pi/status", b"offline");
-        let note = json(&off.note());
-        off.hear("bloomcast/pi/model", &note);
-        assert_eq!((off.ending(), off.delivery.has_failed()), (Some(DeliveryStatus::Offline), false));
-        let mut gone = Push::new();
-        gone.hear("bloomcast/pi/status", b"online");
-        gone.hear("bloomcast/pi/model", &note);
-        gone.hear("bloomcast/pi/status", b"offline");
-        gone.delivery.begin(&gone.parcel, gone.now);
-        assert_eq!(gone.ending(), Some(DeliveryStatus::Offline), "it went while it waited for its turn");
-        let mut silent = Push::new();
-        silent.begin();
-        for _ in 0..=PATIENCE.as_secs() {
-            silent.now += Duration::from_secs(1);
-            silent.step();
+    fn distinguishes_an_offline_device_from_an_unresponsive_one() {
+        let mut absent = Harness::new();
+        absent.now += PROBE_TIMEOUT;
+        absent.tick();
+        assert_eq!(absent.final_status(), Some(DeliveryStatus::Offline));
+        let mut offline = Harness::new();
+        offline.handle("bloomcast/pi/status", b"offline");
+        let status = json(&offline.older_status());
+        offline.handle("bloomcast/pi/model", &status);
+        assert_eq!((offline.final_status(), offline.delivery.has_failed()), (Some(DeliveryStatus::Offline), false));
+        let mut gone = Harness::new();
+        gone.handle("bloomcast/pi/status", b"online");
+        gone.handle("bloomcast/pi/model", &status);
+        gone.handle("bloomcast/pi/status", b"offline");
+        gone.delivery.start(&gone.payload, gone.now);
+        assert_eq!(gone.final_status(), Some(DeliveryStatus::Offline), "it disconnected before the delivery started");
+        let mut unresponsive = Harness::new();
+        unresponsive.start();
+        for _ in 0..=PROGRESS_TIMEOUT.as_secs() {
+            unresponsive.now += Duration::from_secs(1);
+            unresponsive.tick();
         }
-        assert_eq!(silent.ending(), Some(DeliveryStatus::Silent));
-        // At 0, 3, 9, 21 and 45 seconds.
-        assert_eq!(silent.sent.len(), 5);
+        assert_eq!(unresponsive.final_status(), Some(DeliveryStatus::NoAnswer));
+        // Offers at 0, 3, 9, 21 and 45 seconds.
+        assert_eq!(unresponsive.published.len(), 5);
     }
 
     #[test]
-    fn what_the_device_says_of_the_model_ends_it_and_what_others_are_told_does_not() {
-        let mut push = Push::new();
-        push.begin();
+    fn ignores_answers_to_other_transfers_until_the_model_is_on_trial() {
+        let mut push = Harness::new();
+        push.start();
         let answer = Answer {
             schema: SCHEMA,
             device: "pi".into(),
             transfer: Some(Uuid::from_u128(9)),
             answer: UpdateStatus::Refused,
             reason: None,
-            model: push.parcel.model.clone(),
+            model: push.payload.model.clone(),
             trial: Some(TrialLimits { frames: 1, seconds: u64::MAX }),
             at: String::new(),
         };
-        push.hear("bloomcast/pi/model/answer", &json(&answer));
-        push.hear("bloomcast/pi/model/answer", b"rubbish");
-        assert_eq!(push.ending(), None);
+        push.handle("bloomcast/pi/model/answer", &json(&answer));
+        push.handle("bloomcast/pi/model/answer", b"rubbish");
+        assert_eq!(push.final_status(), None);
         let accepted =
             Answer { transfer: Some(push.delivery.transfer), answer: UpdateStatus::Accepted, ..answer.clone() };
-        push.hear("bloomcast/pi/model/answer", &json(&accepted));
-        let taken_back = Answer { answer: UpdateStatus::RolledBack, ..answer };
-        push.hear("bloomcast/pi/model/answer", &json(&taken_back));
-        assert_eq!(push.ending(), Some(DeliveryStatus::RolledBack), "whoever took it back");
+        push.handle("bloomcast/pi/model/answer", &json(&accepted));
+        let rolled_back = Answer { answer: UpdateStatus::RolledBack, ..answer };
+        push.handle("bloomcast/pi/model/answer", &json(&rolled_back));
+        assert_eq!(push.final_status(), Some(DeliveryStatus::RolledBack), "requested by another client");
     }
 }

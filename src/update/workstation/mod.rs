@@ -1,4 +1,4 @@
-//! The workstation's side of an update.
+//! The workstation's side of an update: pushes models to devices and requests rollbacks.
 
 pub mod delivery;
 pub mod preflight;

@@ -1,104 +1,128 @@
-//! What keeps a worse model, or one that a device cannot use, from being sent at all.
+//! Checks before a push: rejects a model that a device cannot use, or that would be a downgrade there.
 
 use crate::bundle::Manifest;
 use crate::bundle::manifest::FORMAT;
 use crate::update::protocol::ModelStatus;
 
-/// Why a model is not sent.
+/// Reason not to send a model to a device.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum Incompatible {
-    #[error("the device reads bundles of format {0}, this is format {FORMAT}")]
+    /// The device reads this bundle format, not [`FORMAT`].
+    #[error("the device reads bundle format {0}, the bundle has format {FORMAT}")]
     Format(u32),
+    /// The model requires a backbone that neither the bundle nor the device has.
     #[error(
-        "it was made for the network {wanted}, the device has {has}; a bundle can carry its own (train --embed-backbone)"
+        "the model requires the backbone {required}, the device has {found}; a bundle can include its own (train --embed-backbone)"
     )]
-    Network { wanted: String, has: String },
-    #[error("{0}; --force sends it nevertheless")]
-    Worse(String),
+    Network { required: String, found: String },
+    /// The model is worse than the active one; `force` overrides this.
+    #[error("{0}; --force sends it anyway")]
+    Downgrade(Downgrade),
 }
 
-/// Whether a model is fit for a device, and no worse than what decides there. `carries`: the bundle holds its network.
-pub fn check(model: &Manifest, carries: bool, note: &ModelStatus, force: bool) -> Result<(), Incompatible> {
-    if note.format != FORMAT {
-        return Err(Incompatible::Format(note.format));
+/// The first respect in which a model is worse than the device's active model.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub enum Downgrade {
+    /// The version is not larger.
+    #[error("version {new} is not newer than the device's {active}")]
+    Version { new: u64, active: u64 },
+    /// A class is missing.
+    #[error("it lacks the class {0:?} of the device's model")]
+    Class(String),
+    /// The accuracy on the same dataset, 0–1, is lower.
+    #[error("accuracy {new:.4} is lower than the device's {active:.4} on the same dataset")]
+    Accuracy { new: f64, active: f64 },
+    /// The accuracy on the same dataset is equal and the loss, in nats, is higher.
+    #[error("loss {new:.4} is higher than the device's {active:.4} on the same dataset")]
+    Loss { new: f64, active: f64 },
+}
+
+/// Checks that a device can use a model, and that the model is not a downgrade there unless `force` is set.
+///
+/// `has_backbone` is whether the bundle includes its backbone; `status` is the device's retained model status.
+///
+/// # Errors
+/// The first reason not to send the model; `force` suppresses only [`Incompatible::Downgrade`].
+pub fn check(model: &Manifest, has_backbone: bool, status: &ModelStatus, force: bool) -> Result<(), Incompatible> {
+    if status.format != FORMAT {
+        return Err(Incompatible::Format(status.format));
     }
-    if !carries && model.backbone.sha256 != note.network.sha256 {
-        let named = |name: &str, sha256: &str| format!("{name} ({sha256:.12}…)");
+    if !has_backbone && model.backbone.sha256 != status.network.sha256 {
+        let describe = |name: &str, sha256: &str| format!("{name} ({sha256:.12}…)");
         return Err(Incompatible::Network {
-            wanted: named(&model.backbone.name, &model.backbone.sha256),
-            has: named(&note.network.name, &note.network.sha256),
+            required: describe(&model.backbone.name, &model.backbone.sha256),
+            found: describe(&status.network.name, &status.network.sha256),
         });
     }
-    match worse(model, note) {
-        Some(reason) if !force => Err(Incompatible::Worse(reason)),
+    match downgrade(model, status) {
+        Some(downgrade) if !force => Err(Incompatible::Downgrade(downgrade)),
         _ => Ok(()),
     }
 }
 
-/// Why it would be a step back.
-fn worse(model: &Manifest, note: &ModelStatus) -> Option<String> {
-    if model.version <= note.model.version {
-        return Some(format!("version {} is not newer than the device's {}", model.version, note.model.version));
+/// Compares a model with the active one; metrics only if both were measured on the same dataset.
+fn downgrade(model: &Manifest, status: &ModelStatus) -> Option<Downgrade> {
+    if model.version <= status.model.version {
+        return Some(Downgrade::Version { new: model.version, active: status.model.version });
     }
-    if let Some(missing) = note.classes.iter().find(|class| model.classes.position(class).is_none()) {
-        return Some(format!("it does not know {missing:?}, which the device's model does"));
+    if let Some(missing) = status.classes.iter().find(|class| model.classes.position(class).is_none()) {
+        return Some(Downgrade::Class(missing.clone()));
     }
-    if model.dataset.sha256 != note.dataset {
+    if model.dataset.sha256 != status.dataset {
         return None;
     }
-    let (new, old) = (&model.metrics, &note.metrics);
-    if new.accuracy < old.accuracy {
-        return Some(format!("accuracy {:.4} instead of {:.4} on the same photographs", new.accuracy, old.accuracy));
+    let (new, active) = (&model.metrics, &status.metrics);
+    if new.accuracy < active.accuracy {
+        return Some(Downgrade::Accuracy { new: new.accuracy, active: active.accuracy });
     }
-    let as_accurate = new.accuracy == old.accuracy;
-    (as_accurate && new.loss > old.loss)
-        .then(|| format!("loss {:.4} instead of {:.4} on the same photographs", new.loss, old.loss))
+    (new.accuracy == active.accuracy && new.loss > active.loss)
+        .then_some(Downgrade::Loss { new: new.loss, active: active.loss })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::bundle::Bundle;
-    use crate::update::protocol::older_note;
+    use crate::update::protocol::older_status;
     use crate::vision::Labels;
 
-    /// A model, and a device whose model is one version older and as good.
-    fn pair() -> (Manifest, ModelStatus) {
+    /// Returns a model and the status of a device whose model is one version older with equal metrics.
+    fn model_and_status() -> (Manifest, ModelStatus) {
         let model = Bundle::built_in().unwrap().manifest().clone();
-        let note = older_note(&model);
-        (model, note)
+        let status = older_status(&model);
+        (model, status)
     }
 
-    fn refused(change: fn(&mut Manifest, &mut ModelStatus)) -> String {
-        let (mut model, mut note) = pair();
-        change(&mut model, &mut note);
-        check(&model, false, &note, false).unwrap_err().to_string()
+    fn rejection(change: fn(&mut Manifest, &mut ModelStatus)) -> String {
+        let (mut model, mut status) = model_and_status();
+        change(&mut model, &mut status);
+        check(&model, false, &status, false).unwrap_err().to_string()
     }
 
     #[test]
-    fn a_step_back_is_named_and_can_be_forced() {
-        let (mut model, note) = pair();
-        assert_eq!(check(&model, false, &note, false), Ok(()));
-        assert!(refused(|model, note| model.version = note.model.version).contains("is not newer"));
-        assert!(refused(|_, note| note.classes.push("iris".into())).contains("does not know \"iris\""));
-        assert!(refused(|_, note| note.metrics.accuracy += 0.01).contains("accuracy 0.9"));
-        assert!(refused(|_, note| note.metrics.loss -= 0.01).starts_with("loss 0."));
+    fn rejects_a_downgrade_unless_forced() {
+        let (mut model, status) = model_and_status();
+        assert_eq!(check(&model, false, &status, false), Ok(()));
+        assert!(rejection(|model, status| model.version = status.model.version).contains("is not newer"));
+        assert!(rejection(|_, status| status.classes.push("iris".into())).contains("lacks the class \"iris\""));
+        assert!(rejection(|_, status| status.metrics.accuracy += 0.01).contains("accuracy 0.9"));
+        assert!(rejection(|_, status| status.metrics.loss -= 0.01).starts_with("loss 0."));
         model.classes = Labels::new(vec!["daisy".into(), "iris".into()]).unwrap();
-        assert_eq!(check(&model, false, &note, true), Ok(()));
-        let (model, mut note) = pair();
-        note.metrics.accuracy += 0.01;
-        note.dataset = "other".into();
-        assert_eq!(check(&model, false, &note, false), Ok(()), "figures on other photographs tell nothing");
+        assert_eq!(check(&model, false, &status, true), Ok(()));
+        let (model, mut status) = model_and_status();
+        status.metrics.accuracy += 0.01;
+        status.dataset = "other".into();
+        assert_eq!(check(&model, false, &status, false), Ok(()), "metrics on another dataset are not compared");
     }
 
     #[test]
-    fn what_the_device_cannot_use_cannot_be_forced() {
-        let (model, mut note) = pair();
-        note.network.sha256 = "0123456789abcdef".into();
-        let error = check(&model, false, &note, true).unwrap_err().to_string();
-        assert!(error.contains("made for the network mobilenet_v2") && error.contains("(0123456789ab…)"), "{error}");
-        assert_eq!(check(&model, true, &note, false), Ok(()), "it carries its own");
-        note.format = 2;
-        assert_eq!(check(&model, true, &note, true), Err(Incompatible::Format(2)));
+    fn force_does_not_override_an_incompatible_backbone_or_format() {
+        let (model, mut status) = model_and_status();
+        status.network.sha256 = "0123456789abcdef".into();
+        let error = check(&model, false, &status, true).unwrap_err().to_string();
+        assert!(error.contains("requires the backbone mobilenet_v2") && error.contains("(0123456789ab…)"), "{error}");
+        assert_eq!(check(&model, true, &status, false), Ok(()), "the bundle includes its backbone");
+        status.format = 2;
+        assert_eq!(check(&model, true, &status, true), Err(Incompatible::Format(2)));
     }
 }

@@ -1,81 +1,90 @@
-//! Asks a device to take its model back.
+//! Requests a device to roll back to its previous model.
 
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use crate::bundle::PrivateKey;
-use crate::mqtt::access::BrokerAccess;
 use crate::mqtt::client::{Client, ClientError};
 use crate::mqtt::message::{ONLINE, SCHEMA, json};
-use crate::mqtt::topics::Topics;
-use crate::update::protocol::{Action, Answer, ModelStatus, Rollback, SignedOrder};
-use crate::update::workstation::push::reconnected;
+use crate::mqtt::{BrokerAccess, Topics};
+use crate::update::protocol::{Action, Answer, ModelStatus, RollbackRequest, SignedCommand};
+use crate::update::workstation::push::reconnect;
 
-/// How long a device may take to be seen, and to answer.
-const LOOK: Duration = Duration::from_secs(3);
-const PATIENCE: Duration = Duration::from_secs(30);
-/// An order that nothing came of for so long is repeated.
-const REPEAT: Duration = Duration::from_secs(3);
+/// The longest wait for the device's retained messages.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// The longest wait for the device's answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Interval at which an unanswered request is published again.
+const REQUEST_INTERVAL: Duration = Duration::from_secs(3);
+/// The longest wait for one message.
 const TICK: Duration = Duration::from_millis(50);
 
+/// Reason for a rollback request without an answer.
 #[derive(Debug, thiserror::Error)]
 pub enum RollbackError {
+    /// The connection to the broker failed.
     #[error(transparent)]
     Client(#[from] ClientError),
-    #[error("{device}: nothing says online on {topic}")]
+    /// `…/status` is not `online`.
+    #[error("{device}: offline: expected online on {topic}")]
     Offline { device: String, topic: String },
-    #[error("{device}: it is online, but nothing that can be read is retained on {topic}")]
-    NoNote { device: String, topic: String },
-    #[error("{device}: no answer within {} s", PATIENCE.as_secs())]
-    Silent { device: String },
+    /// The device is online without a valid retained `…/model`.
+    #[error("{device}: online, but no valid model status is retained on {topic}")]
+    NoModelStatus { device: String, topic: String },
+    /// The device did not answer within 30 s.
+    #[error("{device}: no answer within {} s", ANSWER_TIMEOUT.as_secs())]
+    NoAnswer { device: String },
 }
 
-/// Waits for the device's answer, which may be a refusal.
+/// Requests a rollback, signed with `key`, and waits up to 30 s for the device's answer, which may be a refusal.
+///
+/// # Errors
+/// The broker cannot be reached, or the device is offline, retains no valid model status, or does not answer.
 pub fn rollback_device(access: &BrokerAccess, topics: &Topics, key: &PrivateKey) -> Result<Answer, RollbackError> {
     let filters = [topics.status(), topics.model(), topics.answer()];
     let mut client = Client::connect(access, &filters)?;
     let device = topics.device().to_string();
-    let note = match look(&mut client, topics)? {
+    let status = match probe(&mut client, topics)? {
         (false, _) => return Err(RollbackError::Offline { device, topic: topics.status() }),
-        (true, None) => return Err(RollbackError::NoNote { device, topic: topics.model() }),
-        (true, Some(note)) => note,
+        (true, None) => return Err(RollbackError::NoModelStatus { device, topic: topics.model() }),
+        (true, Some(status)) => status,
     };
-    let order = SignedOrder::sign(key, Action::Rollback, topics.root(), note.generation, &note.model.sha256);
-    let rollback = Rollback { schema: SCHEMA, transfer: Uuid::now_v7(), order };
-    let (mut until, mut repeat) = (Instant::now() + PATIENCE, Instant::now());
-    while Instant::now() < until {
-        if Instant::now() >= repeat && client.publish(&topics.rollback(), json(&rollback)) {
-            repeat = Instant::now() + REPEAT;
+    let order = SignedCommand::sign(key, Action::Rollback, topics.root(), status.generation, &status.model.sha256);
+    let request = RollbackRequest { schema: SCHEMA, transfer: Uuid::now_v7(), order };
+    let (mut deadline, mut next_request) = (Instant::now() + ANSWER_TIMEOUT, Instant::now());
+    while Instant::now() < deadline {
+        if Instant::now() >= next_request && client.publish(&topics.rollback(), json(&request)) {
+            next_request = Instant::now() + REQUEST_INTERVAL;
         }
         match client.next(TICK) {
             Ok(None) => {}
             Ok(Some(message)) => {
-                let answer = serde_json::from_slice(&message.payload).ok();
-                let ours = |answer: &Answer| answer.transfer == Some(rollback.transfer);
-                if let Some(answer) = answer.filter(|answer| message.topic == topics.answer() && ours(answer)) {
+                let answer: Option<Answer> = serde_json::from_slice(&message.payload).ok();
+                let is_ours = |answer: &Answer| answer.transfer == Some(request.transfer);
+                if let Some(answer) = answer.filter(|answer| message.topic == topics.answer() && is_ours(answer)) {
                     return Ok(answer);
                 }
             }
             Err(_) => {
-                client = reconnected(access, &filters)?;
-                (until, repeat) = (Instant::now() + PATIENCE, Instant::now());
+                client = reconnect(access, &filters)?;
+                (deadline, next_request) = (Instant::now() + ANSWER_TIMEOUT, Instant::now());
             }
         }
     }
-    Err(RollbackError::Silent { device })
+    Err(RollbackError::NoAnswer { device })
 }
 
-/// Whether the device says that it is there, and what it retains of its model.
-fn look(client: &mut Client, topics: &Topics) -> Result<(bool, Option<ModelStatus>), ClientError> {
-    let (began, mut online, mut note) = (Instant::now(), false, None);
-    while began.elapsed() < LOOK && !(online && note.is_some()) {
+/// Waits up to [`PROBE_TIMEOUT`] for the device's retained messages; returns whether it is online, and its model status.
+fn probe(client: &mut Client, topics: &Topics) -> Result<(bool, Option<ModelStatus>), ClientError> {
+    let (started, mut online, mut status) = (Instant::now(), false, None);
+    while started.elapsed() < PROBE_TIMEOUT && !(online && status.is_some()) {
         let Some(message) = client.next(TICK)? else { continue };
         if message.topic == topics.status() {
             online = message.payload == ONLINE.as_bytes();
         } else if message.topic == topics.model() {
-            note = serde_json::from_slice(&message.payload).ok();
+            status = serde_json::from_slice(&message.payload).ok();
         }
     }
-    Ok((online, note))
+    Ok((online, status))
 }

@@ -1,15 +1,17 @@
-//! The frozen network that turns a picture into features; with what stands in this folder the only
-//! place that names tract.
+//! The backbone: the pretrained network that computes the features of an image. Only the modules in this folder use tract.
 
+mod fusion;
+mod kernel_choice;
 mod onnx_info;
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bloomcast_kernels::{CompiledNet, Isa, LayerProfile, ThreadPool, Workspace, thread_cpu_time};
 use serde::{Deserialize, Serialize};
 use tract_onnx::pb::ModelProto;
 use tract_onnx::prelude::*;
@@ -19,44 +21,78 @@ use tract_onnx::tract_core::runtime::{DefaultRuntime, Runnable, Runtime, State, 
 #[cfg(feature = "cuda")]
 use tract_cuda as _;
 
-pub use onnx_info::{LastConv, ModelInfo};
+pub use kernel_choice::{KernelChoice, UnknownKernels, UnsupportedKernels};
+pub use onnx_info::{LastConv, ModelInfo, OnnxError};
 
-use super::clock;
-use super::kernels::{self, Instructions, Part, Taken, Team, Whole};
+use self::fusion::Fusion;
 use super::last_conv::LastConvWeights;
 use super::preprocess::{Preprocess, TensorLayout};
 use crate::system::hash::sha256_hex;
 
-/// MobileNetV2 1.0/224, made by `models/build_backbone.py`; `models/README.md` tells where its
-/// weights come from.
+/// The ONNX file of MobileNetV2 1.0/224, written by `models/build_backbone.py`; `models/README.md` names the source of its
+/// weights.
 pub static MOBILENET_V2: &[u8] = include_bytes!("../../../models/mobilenet_v2_1.0_224.onnx");
-/// The name a bundle knows it by.
+/// The name of [`MOBILENET_V2`] in a bundle's manifest.
 pub const MOBILENET_V2_NAME: &str = "mobilenet_v2_1.0_224";
-/// The output that says by its name that a head is to look at it: the pooled vector before the
-/// classification layer.
+/// The conventional name of the output that is the head's input: the pooled vector in front of the classification layer.
 pub const FEATURES: &str = "features";
 
-/// A larger file is no network for a camera.
+/// Largest ONNX file, in bytes.
 pub const FILE_BYTES_MAX: u64 = 512 << 20;
 
+/// An error of loading or running a backbone.
 #[derive(Debug, thiserror::Error)]
 pub enum BackboneError {
+    #[error("backbone {name}: {source}")]
+    Read { name: String, source: io::Error },
+    #[error("backbone {name}: larger than the {FILE_BYTES_MAX} bytes allowed")]
+    FileTooLarge { name: String },
+    #[error("backbone {name}: {source}")]
+    Onnx { name: String, source: OnnxError },
+    #[error("backbone {name}: input layout is {actual}, expected {expected}")]
+    InputLayout { name: String, actual: &'static str, expected: &'static str },
+    #[error("backbone {name}: input size is {actual} pixels, expected {expected}")]
+    InputSize { name: String, actual: u32, expected: u32 },
+    #[error("backbone {name}: tensor `{tensor}` has shape {shape:?}, expected one vector")]
+    NotAVector { name: String, tensor: String, shape: Vec<usize> },
+    #[error("backbone {name}: tensor `{tensor}` has shape {shape:?}, expected a feature map of {channels} channels")]
+    NotAFeatureMap { name: String, tensor: String, shape: Vec<usize>, channels: usize },
+    #[error(
+        "backbone {name}: has no last convolution that can be fine-tuned: expected a 1×1 convolution, ReLU6 and global average pooling before the features"
+    )]
+    NoLastConv { name: String },
+    /// Shapes are `[outputs, inputs]`.
+    #[error("backbone {name}: its last convolution has the shape {own:?}, the fine-tuned one {fine_tuned:?}")]
+    LastConvShape { name: String, own: [usize; 2], fine_tuned: [usize; 2] },
     #[error("backbone {name}: {reason}")]
     Load { name: String, reason: String },
     #[error("backbone {name}: cannot run: {reason}")]
     Run { name: String, reason: String },
 }
 
-/// What runs a network.
+/// The device that runs a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Device {
     Cpu,
-    /// The first NVIDIA GPU, through tract's CUDA runtime; only in a program built with the feature `cuda`.
+    /// The first NVIDIA GPU, with tract's CUDA runtime; requires the cargo feature `cuda`.
     Cuda,
 }
 
-/// A network as its ONNX file tells it, before anything of it runs.
+/// A parsed ONNX model; [`Network::features`] and [`Network::feature_maps`] compile it.
+///
+/// ```
+/// use bloomcast::vision::{Network, Preprocess, Preprocessor, decode, test_pattern};
+///
+/// let backbone = Network::built_in()?.features(None)?;
+/// assert_eq!(backbone.width(), 1280);
+/// let mut preprocessor = Preprocessor::new(Preprocess::mobilenet_v2());
+/// let mut input = vec![0.0; preprocessor.spec().input_len()];
+/// preprocessor.run(&decode::encoded(&test_pattern::jpeg(640, 480))?, &mut input);
+/// let mut session = backbone.session()?;
+/// assert_eq!(session.features(&input)?.len(), 1280);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct Network {
     name: String,
@@ -66,64 +102,75 @@ pub struct Network {
     info: ModelInfo,
     input: [usize; 4],
     device: Device,
-    kernels: Option<Instructions>,
-    team: Option<Arc<Team>>,
+    kernels: Option<Isa>,
+    pool: Option<Arc<ThreadPool>>,
 }
 
-/// A [`Network`] up to one of its tensors, optimised once; any number of [`Session`]s may run it.
+/// A [`Network`] compiled up to one of its tensors; any number of [`Session`]s run it.
 #[derive(Clone)]
 pub struct Backbone {
     name: String,
-    /// Shape of the tensor, without the batch.
+    /// Shape of the output tensor, without the batch axis.
     shape: Vec<usize>,
     input: [usize; 4],
     plan: Plan,
-    kernels: Option<Instructions>,
+    kernels: Option<Isa>,
+    pool: Option<Arc<ThreadPool>>,
 }
 
-/// What runs it.
+/// The compiled network.
 #[derive(Clone)]
 enum Plan {
     Tract(Arc<dyn Runnable>),
-    /// Our kernels alone.
-    Kernels(Whole),
+    /// The kernels compute the whole network.
+    Kernels(CompiledNet),
 }
 
 struct Loaded {
     plan: Plan,
-    /// Of the output, without the batch.
+    /// Shape of the output tensor, without the batch axis.
     shape: Vec<usize>,
-    kernels: Option<Instructions>,
+    kernels: Option<Isa>,
 }
 
-/// One thread's working memory for a [`Backbone`].
+/// The state of one thread that runs a [`Backbone`]: its buffers and the time of the last run.
 pub struct Session {
     name: String,
     input: [usize; 4],
     runner: Runner,
     features: Vec<f32>,
-    worked: Duration,
+    pool: Option<Arc<ThreadPool>>,
+    cpu_time: Duration,
 }
 
 enum Runner {
     Tract(Box<dyn State>),
-    Kernels(Whole),
+    Kernels { net: CompiledNet, workspace: Workspace },
 }
 
 impl Network {
-    /// The network inside this program.
+    /// Loads [`MOBILENET_V2`], which is part of the program.
+    ///
+    /// # Errors
+    /// As [`Self::from_bytes`].
     pub fn built_in() -> Result<Self, BackboneError> {
         Self::from_bytes(MOBILENET_V2_NAME, MOBILENET_V2.into(), &Preprocess::mobilenet_v2(), None)
     }
 
-    /// An ONNX file; named by the file, without its ending.
+    /// Loads an ONNX file. Its name is the file's name without the extension.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is larger than [`FILE_BYTES_MAX`], and as [`Self::from_bytes`].
     pub fn from_file(path: &Path, preprocess: &Preprocess, feature: Option<&str>) -> Result<Self, BackboneError> {
         let name = path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy();
         Self::from_bytes(&name, read_file(path)?.into(), preprocess, feature)
     }
 
-    /// in: an ONNX model with one input, a square picture with its channels first or last, f32, and a tensor
-    /// `[N, width]` in front of its classification layer; [`ModelInfo::of`] finds it where `feature` is none.
+    /// Parses an ONNX model. in: one input, f32, `[N, 3, size, size]` or `[N, size, size, 3]`; the tensor `feature`, `[N, width]`,
+    /// is the head's input, by default the one that [`ModelInfo::from_model`] finds. `name` is used in messages.
+    ///
+    /// # Errors
+    /// If the file is not a valid model, has no such input or tensor, or expects another layout or size than `preprocess` gives.
     pub fn from_bytes(
         name: &str,
         onnx: Cow<'static, [u8]>,
@@ -134,7 +181,10 @@ impl Network {
         Self::from_hashed(name, sha256, onnx, preprocess, feature)
     }
 
-    /// The same, where the file's SHA-256 is known already.
+    /// As [`Self::from_bytes`], with the SHA-256 of `onnx` already computed.
+    ///
+    /// # Errors
+    /// As [`Self::from_bytes`].
     pub fn from_hashed(
         name: &str,
         sha256: String,
@@ -142,15 +192,15 @@ impl Network {
         preprocess: &Preprocess,
         feature: Option<&str>,
     ) -> Result<Self, BackboneError> {
-        let failed = |reason: String| BackboneError::Load { name: name.into(), reason };
-        let model = parse(&onnx).map_err(failed)?;
-        let info = ModelInfo::of(&model, feature).map_err(failed)?;
+        let invalid = |source| BackboneError::Onnx { name: name.into(), source };
+        let model = parse(&onnx).map_err(invalid)?;
+        let info = ModelInfo::from_model(&model, feature).map_err(invalid)?;
         if info.layout != preprocess.layout {
-            let (is, not) = (info.layout.axes(), preprocess.layout.axes());
-            return Err(failed(format!("its input is {is}, not {not}")));
+            let (actual, expected) = (info.layout.axes(), preprocess.layout.axes());
+            return Err(BackboneError::InputLayout { name: name.into(), actual, expected });
         }
-        if let Some(size) = info.size.filter(|size| *size != preprocess.size) {
-            return Err(failed(format!("looks at {size} pixels, not {}", preprocess.size)));
+        if let Some(actual) = info.size.filter(|size| *size != preprocess.size) {
+            return Err(BackboneError::InputSize { name: name.into(), actual, expected: preprocess.size });
         }
         let size = preprocess.size as usize;
         let input = match preprocess.layout {
@@ -158,105 +208,126 @@ impl Network {
             TensorLayout::Nhwc => [1, size, size, 3],
         };
         let (onnx, model) = (Arc::new(onnx), Arc::new(model));
-        let (device, kernels, team) = (Device::Cpu, kernels::chosen(), None);
-        Ok(Network { name: name.into(), sha256, onnx, model, info, input, device, kernels, team })
+        let (device, kernels, pool) = (Device::Cpu, Some(Isa::best()), None);
+        Ok(Network { name: name.into(), sha256, onnx, model, info, input, device, kernels, pool })
     }
 
+    /// Returns the name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// SHA-256 of the ONNX file, in hexadecimal.
+    /// Returns the SHA-256 of the ONNX file, in lower-case hexadecimal.
     pub fn sha256(&self) -> &str {
         &self.sha256
     }
 
-    /// The ONNX file.
+    /// Returns the bytes of the ONNX file.
     pub fn onnx(&self) -> &[u8] {
         &self.onnx
     }
 
+    /// Returns the properties of the model.
     pub fn info(&self) -> &ModelInfo {
         &self.info
     }
 
-    /// Width and height of the input, in pixels.
+    /// Returns the width and height of the input, in pixels.
     pub fn input_size(&self) -> usize {
         self.input[2]
     }
 
-    /// The same network, run by another device.
+    /// Returns the same network for another device.
     pub fn on(&self, device: Device) -> Self {
         Network { device, ..self.clone() }
     }
 
+    /// Returns the device that runs the network.
     pub fn device(&self) -> Device {
         self.device
     }
 
-    /// The same network, with these kernels of ours for the layers that they can compute; none: tract's own.
-    pub fn with_kernels(&self, kernels: Option<Instructions>) -> Self {
+    /// Returns the same network with kernels for an instruction set, which compute the layers that they support; `None` means tract's
+    /// own operators. A new network has the kernels of [`Isa::best`]; an instruction set that the processor lacks means tract, too.
+    pub fn with_kernels(&self, kernels: Option<Isa>) -> Self {
         Network { kernels, ..self.clone() }
     }
 
-    /// The same network, a picture of which is computed by several threads, as far as our kernels compute it.
-    pub fn with_team(&self, team: Option<Arc<Team>>) -> Self {
-        Network { team, ..self.clone() }
+    /// Returns the same network with a pool whose threads share an image in the layers that the kernels compute.
+    pub fn with_thread_pool(&self, pool: Option<Arc<ThreadPool>>) -> Self {
+        Network { pool, ..self.clone() }
     }
 
-    /// Pictures in, features out; with `tail` in place of the network's own last convolution, where there is one.
-    pub fn features(&self, tail: Option<&LastConvWeights>) -> Result<Backbone, BackboneError> {
+    /// Compiles the network up to its features. `fine_tuned` replaces the weights of the last convolution. A session computes:
+    /// in: the input tensor; out: `[width]`.
+    ///
+    /// # Errors
+    /// If the runtime cannot load the network, the features are not one vector, or `fine_tuned` does not fit the network.
+    pub fn features(&self, fine_tuned: Option<&LastConvWeights>) -> Result<Backbone, BackboneError> {
         let mut model = Cow::Borrowed(&*self.model);
-        if let Some(tail) = tail {
-            let own = self.last_conv()?;
-            if (own.weights.inputs(), own.weights.outputs()) != (tail.inputs(), tail.outputs()) {
-                return Err(self.failed(format!(
-                    "its last convolution is {} × {}, the fine-tuned one is {} × {}",
-                    own.weights.outputs(),
-                    own.weights.inputs(),
-                    tail.outputs(),
-                    tail.inputs()
-                )));
+        if let Some(fine_tuned) = fine_tuned {
+            let last_conv = self.last_conv()?;
+            let shape = |weights: &LastConvWeights| [weights.outputs(), weights.inputs()];
+            let (own, fine_tuned_shape) = (shape(&last_conv.weights), shape(fine_tuned));
+            if own != fine_tuned_shape {
+                return Err(BackboneError::LastConvShape {
+                    name: self.name.clone(),
+                    own,
+                    fine_tuned: fine_tuned_shape,
+                });
             }
-            own.replace(model.to_mut(), tail);
+            last_conv.replace(model.to_mut(), fine_tuned);
         }
-        let backbone = self.cut(&model, &self.info.feature)?;
+        let backbone = self.compile(&model, &self.info.feature)?;
         if backbone.shape.iter().filter(|n| **n != 1).count() > 1 {
-            let shape = &backbone.shape;
-            return Err(self.failed(format!("`{}` is {shape:?}, expected one vector", self.info.feature)));
+            let (tensor, shape) = (self.info.feature.clone(), backbone.shape);
+            return Err(BackboneError::NotAVector { name: self.name.clone(), tensor, shape });
         }
         Ok(backbone)
     }
 
-    /// Pictures in, the map that enters the last convolution out: `[channels, height, width]`.
-    pub fn trunk(&self) -> Result<Backbone, BackboneError> {
-        let own = self.last_conv()?;
-        let trunk = self.cut(&self.model, &own.input)?;
-        match trunk.shape[..] {
-            [channels, height, width] if channels == own.weights.inputs() && height * width > 0 => Ok(trunk),
-            _ => Err(self.failed(format!("`{}` is {:?}, expected a map", own.input, trunk.shape))),
+    /// Compiles the network up to the input of its last convolution. A session computes: in: the input tensor; out: the
+    /// feature map, `[channels, height, width]`.
+    ///
+    /// # Errors
+    /// If the network has no such convolution, or the runtime cannot load it.
+    pub fn feature_maps(&self) -> Result<Backbone, BackboneError> {
+        let last_conv = self.last_conv()?;
+        let backbone = self.compile(&self.model, &last_conv.input)?;
+        let inputs = last_conv.weights.inputs();
+        match backbone.shape[..] {
+            [channels, height, width] if channels == inputs && height * width > 0 => Ok(backbone),
+            _ => Err(BackboneError::NotAFeatureMap {
+                name: self.name.clone(),
+                tensor: last_conv.input.clone(),
+                shape: backbone.shape,
+                channels: inputs,
+            }),
         }
     }
 
-    /// The convolution that can be fine-tuned.
+    /// Returns the convolution that can be fine-tuned.
+    ///
+    /// # Errors
+    /// If the network does not end in a 1×1 convolution, ReLU6 and global average pooling.
     pub fn last_conv(&self) -> Result<&LastConv, BackboneError> {
-        self.info.last_conv.as_ref().ok_or_else(|| {
-            let expected = "expected a 1×1 convolution, ReLU6 and a mean over all places before the features";
-            self.failed(format!("has no last convolution that can be fine-tuned: {expected}"))
-        })
+        self.info.last_conv.as_ref().ok_or_else(|| BackboneError::NoLastConv { name: self.name.clone() })
     }
 
-    fn cut(&self, model: &ModelProto, output: &str) -> Result<Backbone, BackboneError> {
-        let loaded = self.load(model, output).map_err(|e| self.failed(format!("{e:#}")))?;
+    fn compile(&self, model: &ModelProto, output: &str) -> Result<Backbone, BackboneError> {
+        let loaded = self
+            .load(model, output)
+            .map_err(|e| BackboneError::Load { name: self.name.clone(), reason: format!("{e:#}") })?;
         let Loaded { plan, shape, kernels } = loaded;
-        Ok(Backbone { name: self.name.clone(), shape, input: self.input, plan, kernels })
+        let (name, pool) = (self.name.clone(), self.pool.clone());
+        Ok(Backbone { name, shape, input: self.input, plan, kernels, pool })
     }
 
-    /// Both tract, on a file that lies, and its CUDA runtime,
-    /// without the toolkit's headers, may panic: that is an error here.
+    /// As [`Self::prepare`], but returns an error if tract panics: it may panic on an inconsistent file, and its CUDA runtime
+    /// panics if the toolkit's headers are missing.
     fn load(&self, model: &ModelProto, output: &str) -> TractResult<Loaded> {
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.prepare(model, output)))
-            .map_err(|_| TractError::msg("it made the runtime panic; its message stands above"))?
+            .map_err(|_| TractError::msg("the runtime panicked; its message is printed above"))?
     }
 
     fn prepare(&self, model: &ModelProto, output: &str) -> TractResult<Loaded> {
@@ -267,11 +338,11 @@ impl Network {
             .into_typed()?;
         let mut kernels = self.kernels.filter(|_| self.device == Device::Cpu);
         let mut whole = None;
-        if let Some(instructions) = kernels {
-            match kernels::replace(&mut model, instructions, self.team.clone())? {
-                Taken::Nothing => kernels = None,
-                Taken::Part => {}
-                Taken::Whole(network) => whole = Some(network),
+        if let Some(isa) = kernels {
+            match fusion::fuse(&mut model, isa, self.pool.clone())? {
+                Fusion::None => kernels = None,
+                Fusion::Partial => {}
+                Fusion::Whole(net) => whole = Some(net),
             }
         }
         let model = model.into_decluttered()?;
@@ -281,72 +352,78 @@ impl Network {
                 shape.to_vec()
             }
             _ => {
-                return Err(TractError::msg(format!(
-                    "the tensor `{output}` is {fact:?}, expected f32 with a batch of 1"
-                )));
+                return Err(TractError::msg(format!("tensor `{output}` is {fact:?}, expected f32 with a batch of 1")));
             }
         };
         let plan = match (whole, self.device) {
-            (Some(whole), _) => Plan::Kernels(whole),
+            (Some(net), _) => Plan::Kernels(net),
             (None, Device::Cpu) => Plan::Tract(Arc::from(DefaultRuntime.prepare(model)?)),
             (None, Device::Cuda) => Plan::Tract(Arc::from(prepare_cuda(model)?)),
         };
         Ok(Loaded { plan, shape, kernels })
     }
-
-    fn failed(&self, reason: String) -> BackboneError {
-        BackboneError::Load { name: self.name.clone(), reason }
-    }
 }
 
 impl Backbone {
-    /// Numbers that a session gives.
+    /// Returns the number of values that a session computes.
     pub fn width(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// What computes its layers: kernels of ours, or, where there are none, tract's.
-    pub fn kernels(&self) -> Option<Instructions> {
+    /// Returns the instruction set of the kernels that compute its layers, or `None` if tract computes all of them.
+    pub fn kernels(&self) -> Option<Isa> {
         self.kernels
     }
 
+    /// Creates a session for one thread and allocates its buffers.
+    ///
+    /// # Errors
+    /// If the runtime fails to create its state.
     pub fn session(&self) -> Result<Session, BackboneError> {
         let failed = |e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") };
         let runner = match &self.plan {
             Plan::Tract(plan) => Runner::Tract(plan.spawn().map_err(failed)?),
-            Plan::Kernels(whole) => Runner::Kernels(whole.clone()),
+            Plan::Kernels(net) => Runner::Kernels { net: net.clone(), workspace: Workspace::default() },
         };
         Ok(Session {
             name: self.name.clone(),
             input: self.input,
             runner,
             features: vec![0.0; self.width()],
-            worked: Duration::ZERO,
+            pool: self.pool.clone(),
+            cpu_time: Duration::ZERO,
         })
     }
 }
 
-/// Reads an ONNX file, no more of it than a network may have.
+/// Reads an ONNX file of at most [`FILE_BYTES_MAX`] bytes.
+///
+/// # Errors
+/// If the file cannot be read or is too large.
 pub fn read_file(path: &Path) -> Result<Vec<u8>, BackboneError> {
-    let failed = |reason| BackboneError::Load { name: path.display().to_string(), reason };
+    let name = || path.display().to_string();
     let mut bytes = Vec::new();
     File::open(path)
         .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
-        .map_err(|e| failed(e.to_string()))?;
+        .map_err(|source| BackboneError::Read { name: name(), source })?;
     if bytes.len() as u64 > FILE_BYTES_MAX {
-        return Err(failed(format!("larger than the {FILE_BYTES_MAX} bytes allowed")));
+        return Err(BackboneError::FileTooLarge { name: name() });
     }
     Ok(bytes)
 }
 
-/// What an ONNX file holds; `name` stands in the error.
+/// Returns the properties of an ONNX model without compiling it. `name` is used in messages; `feature` as in
+/// [`Network::from_bytes`].
+///
+/// # Errors
+/// If the file is not a valid model, or has no such input or tensor.
 pub fn inspect(name: &str, onnx: &[u8], feature: Option<&str>) -> Result<ModelInfo, BackboneError> {
-    let model = parse(onnx).and_then(|model| ModelInfo::of(&model, feature));
-    model.map_err(|reason| BackboneError::Load { name: name.into(), reason })
+    let info = parse(onnx).and_then(|model| ModelInfo::from_model(&model, feature));
+    info.map_err(|source| BackboneError::Onnx { name: name.into(), source })
 }
 
-fn parse(mut onnx: &[u8]) -> Result<ModelProto, String> {
-    tract_onnx::onnx().proto_model_for_read(&mut onnx).map_err(|e| format!("{e:#}"))
+fn parse(mut onnx: &[u8]) -> Result<ModelProto, OnnxError> {
+    tract_onnx::onnx().proto_model_for_read(&mut onnx).map_err(|e| OnnxError::Parse(format!("{e:#}")))
 }
 
 fn prepare_cuda(model: TypedModel) -> TractResult<Box<dyn Runnable>> {
@@ -355,33 +432,38 @@ fn prepare_cuda(model: TypedModel) -> TractResult<Box<dyn Runnable>> {
 }
 
 impl Session {
-    /// in: the input as [`super::Preprocessor::run`] writes it; out: what [`Network`] cut it for, without the batch.
+    /// Runs the network. in: the input tensor as [`super::Preprocessor::run`] writes it; out: the output tensor of the
+    /// [`Backbone`], without the batch axis.
+    ///
+    /// # Errors
+    /// If the runtime fails.
     ///
     /// # Panics
-    /// Where the input is not as long as [`Network`] has it.
+    /// If `input` has another length than the network's input.
     pub fn features(&mut self, input: &[f32]) -> Result<&[f32], BackboneError> {
-        assert_eq!(input.len(), self.input.iter().product::<usize>(), "one picture's numbers");
-        let before = clock::worked();
+        assert_eq!(input.len(), self.input.iter().product::<usize>(), "length of the input tensor");
+        let before = thread_cpu_time();
         match &mut self.runner {
-            Runner::Kernels(whole) => whole.run(input, &mut self.features),
+            Runner::Kernels { net, workspace } => net.run(input, &mut self.features, workspace),
             Runner::Tract(state) => {
                 let ran = run(state.as_mut(), &self.input, input, &mut self.features);
                 ran.map_err(|e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") })?;
             }
         }
-        self.worked = clock::worked() - before;
+        let own = thread_cpu_time().saturating_sub(before);
+        self.cpu_time = self.pool.as_ref().map_or(own, |pool| pool.take_cpu_time().plus_own(own));
         Ok(&self.features)
     }
 
-    /// Processor time that [`Session::features`] took last, of all threads that computed them.
-    pub fn worked(&self) -> Duration {
-        self.worked
+    /// Returns the processor time that the last call of [`Session::features`] took, on all threads.
+    pub fn cpu_time(&self) -> Duration {
+        self.cpu_time
     }
 
-    /// The network's stages with the times of the last picture, where our kernels compute all of it.
-    pub fn parts(&self) -> Vec<Part> {
+    /// Returns the cost of each layer, with the times of the last image, if the kernels compute the whole network; otherwise nothing.
+    pub fn layer_profiles(&self) -> Vec<LayerProfile> {
         match &self.runner {
-            Runner::Kernels(whole) => whole.parts(),
+            Runner::Kernels { net, workspace } => net.profile(workspace),
             Runner::Tract(_) => Vec::new(),
         }
     }
@@ -395,13 +477,16 @@ fn run(state: &mut dyn State, shape: &[usize; 4], input: &[f32], features: &mut 
     Ok(())
 }
 
-/// CHW → HWC: a map's channels side by side at each place. in: `[channels, places]`; out: `[places, channels]`.
-pub fn channels_last(map: &[f32], channels: usize) -> Vec<f32> {
-    let places = map.len() / channels;
-    let mut out = vec![0.0; map.len()];
-    for (channel, plane) in map.chunks_exact(places).enumerate() {
-        for (place, value) in plane.iter().enumerate() {
-            out[place * channels + channel] = *value;
+/// Transposes a feature map from CHW to HWC. in: `[channels, positions]`; out: `[positions, channels]`.
+///
+/// # Panics
+/// If `feature_map` has fewer values than channels.
+pub fn channels_last(feature_map: &[f32], channels: usize) -> Vec<f32> {
+    let positions = feature_map.len() / channels;
+    let mut out = vec![0.0; feature_map.len()];
+    for (channel, plane) in feature_map.chunks_exact(positions).enumerate() {
+        for (position, value) in plane.iter().enumerate() {
+            out[position * channels + channel] = *value;
         }
     }
     out
@@ -422,9 +507,9 @@ mod tests {
         input
     }
 
-    /// ONNX Runtime 1.32 gave these numbers for the same file and picture.
+    /// The expected values are those of ONNX Runtime 1.32 for the same file and image.
     #[test]
-    fn features_are_those_of_another_runtime() {
+    fn features_equal_those_of_onnx_runtime() {
         let backbone = Network::built_in().unwrap().features(None).unwrap();
         assert_eq!(backbone.width(), 1280);
         let mut session = backbone.session().unwrap();
@@ -440,42 +525,43 @@ mod tests {
     }
 
     #[test]
-    fn the_trunk_and_a_tail_give_what_the_whole_network_gives() {
+    fn feature_maps_and_the_last_convolution_equal_the_whole_network() {
         let network = Network::built_in().unwrap();
-        let trunk = network.trunk().unwrap();
-        assert_eq!(trunk.width(), 320 * 7 * 7);
-        let map = channels_last(trunk.session().unwrap().features(&input()).unwrap(), 320);
+        let backbone = network.feature_maps().unwrap();
+        assert_eq!(backbone.width(), 320 * 7 * 7);
+        let feature_map = channels_last(backbone.session().unwrap().features(&input()).unwrap(), 320);
         let own = &network.last_conv().unwrap().weights;
-        // Another convolution: one that looks at its channels the other way round, with half the weights.
+        // Other weights: in reverse order and halved.
         let weight: Vec<f32> = own.weight().iter().rev().map(|w| w / 2.0).collect();
         let other = LastConvWeights::new(320, weight, own.bias().to_vec()).unwrap();
-        for (tail, whole) in [(own, network.features(None)), (&other, network.features(Some(&other)))] {
+        for (last_conv, whole) in [(own, network.features(None)), (&other, network.features(Some(&other)))] {
             let mut session = whole.unwrap().session().unwrap();
             let expected = session.features(&input()).unwrap();
-            let worst = tail.features(&map).iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let worst =
+                last_conv.features(&feature_map).iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < 1e-4, "differs by {worst}");
         }
         let narrow = LastConvWeights::new(2, vec![0.0; 4], vec![0.0; 2]).unwrap();
         let error = network.features(Some(&narrow)).err().unwrap().to_string();
-        assert!(error.contains("1280 × 320, the fine-tuned one is 2 × 2"), "{error}");
+        assert!(error.contains("[1280, 320], the fine-tuned one [2, 2]"), "{error}");
     }
 
     #[cfg(not(feature = "cuda"))]
     #[test]
-    fn a_device_that_is_not_there_is_named() {
+    fn an_unavailable_device_is_an_error() {
         let error = Network::built_in().unwrap().on(Device::Cuda).features(None).err().unwrap().to_string();
         assert!(error.ends_with("built without the feature `cuda`"), "{error}");
     }
 
     #[test]
-    fn what_is_no_network_is_named() {
+    fn errors_name_the_file_and_the_cause() {
         let preprocess = Preprocess::mobilenet_v2();
-        let error = Network::from_bytes("rubbish", b"not ONNX".as_slice().into(), &preprocess, None);
-        assert!(error.err().unwrap().to_string().starts_with("backbone rubbish: "));
+        let error = Network::from_bytes("invalid", b"not ONNX".as_slice().into(), &preprocess, None);
+        assert!(error.err().unwrap().to_string().starts_with("backbone invalid: "));
         let error = Network::from_file(Path::new("none.onnx"), &preprocess, None);
         assert!(error.err().unwrap().to_string().starts_with("backbone none.onnx: No such file"));
         let other_size = Preprocess { size: 160, ..preprocess };
         let error = Network::from_bytes("x", MOBILENET_V2.into(), &other_size, None).err().unwrap().to_string();
-        assert_eq!(error, "backbone x: looks at 224 pixels, not 160");
+        assert_eq!(error, "backbone x: input size is 224 pixels, expected 160");
     }
 }

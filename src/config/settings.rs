@@ -1,0 +1,149 @@
+//! The settings as the configuration file has them; [`super::Config`] holds their parsed values.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+use crate::camera::PixelFormat;
+use crate::vision::backbone::KernelChoice;
+
+/// The tables of `systemd/bloomcast.toml`, where each setting has its default and its reason.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Settings {
+    pub device: Device,
+    pub camera: Camera,
+    pub model: Model,
+    pub decide: Decide,
+    pub mqtt: Mqtt,
+    pub fleet: Fleet,
+    pub log: Log,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Device {
+    pub name: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Camera {
+    pub name: String,
+    pub source: Source,
+    pub interval_ms: u64,
+    pub still_threshold: f32,
+    pub stall_ms: u64,
+    pub reopen_ms_min: u64,
+    pub reopen_ms_max: u64,
+    pub frame_bytes_max: u64,
+    pub device: String,
+    pub width: u32,
+    pub height: u32,
+    pub fps: u32,
+    pub format: PixelFormat,
+    pub rpicam: Rpicam,
+    pub replay: Replay,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Source {
+    V4l2,
+    Rpicam,
+    Replay,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Rpicam {
+    pub command: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Replay {
+    pub path: PathBuf,
+    pub looped: bool,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Model {
+    pub bundle: PathBuf,
+    pub backbone: PathBuf,
+    pub store: PathBuf,
+    pub trusted_keys: PathBuf,
+    pub offer_bytes_max: u64,
+    pub threads: u16,
+    pub kernels: KernelChoice,
+    pub slowdown_max: f64,
+    pub trial_frames: u32,
+    pub trial_s_max: u64,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Fleet {
+    /// Device names by group.
+    #[serde(default)]
+    pub groups: BTreeMap<String, Vec<String>>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Decide {
+    pub smoothing_ms: u64,
+    pub enter_dwell_ms: u64,
+    pub leave_dwell_ms: u64,
+    pub state_interval_ms: u64,
+    pub enter: f32,
+    pub leave: f32,
+    /// Thresholds that replace `enter` and `leave` for one class, by class name.
+    #[serde(default)]
+    pub classes: BTreeMap<String, ClassThresholds>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ClassThresholds {
+    pub enter: Option<f32>,
+    pub leave: Option<f32>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Mqtt {
+    pub host: String,
+    pub port: u16,
+    pub base: String,
+    pub credentials_file: PathBuf,
+    pub keep_alive_s: u64,
+    pub reconnect_ms_min: u64,
+    pub reconnect_ms_max: u64,
+    pub packet_bytes_max: usize,
+    pub inflight_max: u16,
+    pub outbox_entries_max: usize,
+    pub outbox_bytes_max: usize,
+    pub shutdown_timeout_ms: u64,
+    /// The old name of `shutdown_timeout_ms`; [`super::layers`] has passed its value on.
+    #[serde(default, rename = "farewell_ms")]
+    pub _farewell_ms: Option<IgnoredAny>,
+    pub discovery: Discovery,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Discovery {
+    pub enabled: bool,
+    pub prefix: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Log {
+    pub level: super::LogLevel,
+    pub counters_interval_s: u64,
+}

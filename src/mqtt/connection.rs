@@ -1,0 +1,193 @@
+//! One connection to the broker: its client and the messages in flight on it.
+
+use std::collections::{HashMap, VecDeque};
+
+use rumqttc::{AsyncClient, ConnectionError, Event, EventLoop, LastWill, Outgoing, Packet, QoS};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tracing::{debug, error};
+
+use super::access::reason;
+use super::device_client::{ConnectionOptions, INCOMING_BYTES_MAX, PUBLISH_OVERHEAD};
+use super::message::OFFLINE;
+use super::outbox::Sequence;
+use super::topics::Topics;
+
+/// The most messages in flight besides events: announcements, answers, the state, the status.
+const OTHERS_MAX: u16 = 24;
+
+/// A message that is not acknowledged yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum InFlight {
+    /// An event, by its place in the outbox.
+    Event(Sequence),
+    /// An answer of the update agent, by its place in its outbox.
+    Answer(Sequence),
+    /// The state.
+    State,
+    /// A retained message that is published again on the next connection.
+    Other,
+}
+
+/// The end of a connection.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Disconnected {
+    #[error("{0}")]
+    Broken(String),
+    #[error("cannot queue a packet: {0}")]
+    Queue(#[from] rumqttc::ClientError),
+    #[error("the broker closed the connection")]
+    ByBroker,
+    #[error("the connection's task ended")]
+    TaskEnded,
+}
+
+/// A connection and the messages in flight on it.
+pub(super) struct Connection {
+    client: AsyncClient,
+    events: mpsc::Receiver<Result<Event, ConnectionError>>,
+    poller: JoinHandle<()>,
+    packet_bytes_max: usize,
+    inflight_max: usize,
+    /// Messages that the client has not given a packet id yet, in order.
+    queued: VecDeque<InFlight>,
+    /// Filters of subscriptions that the broker has not answered, in order.
+    subscribing: VecDeque<String>,
+    /// Messages that were sent, by packet id.
+    sent: HashMap<u16, InFlight>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.poller.abort();
+    }
+}
+
+impl Connection {
+    /// Starts to connect, with `offline` as the last will.
+    pub fn open(options: &ConnectionOptions, topics: &Topics) -> Self {
+        let mut mqtt = options.access.options(format!("bloomcast-{}", topics.device()), INCOMING_BYTES_MAX);
+        mqtt.set_inflight(options.inflight_max + OTHERS_MAX);
+        mqtt.set_last_will(LastWill::new(topics.status(), OFFLINE, QoS::AtLeastOnce, true));
+        let inflight_max = usize::from(options.inflight_max);
+        let (client, event_loop) = AsyncClient::new(mqtt, inflight_max + usize::from(OTHERS_MAX));
+        let (sender, events) = mpsc::channel(64);
+        Connection {
+            client,
+            events,
+            poller: tokio::spawn(poll(event_loop, sender)),
+            packet_bytes_max: options.access.packet_bytes_max,
+            inflight_max,
+            queued: VecDeque::new(),
+            subscribing: VecDeque::new(),
+            sent: HashMap::new(),
+        }
+    }
+
+    /// Returns the next event of the connection.
+    pub async fn next(&mut self) -> Result<Event, Disconnected> {
+        match self.events.recv().await {
+            Some(Ok(event)) => {
+                debug!("{event:?}");
+                Ok(event)
+            }
+            Some(Err(error)) => Err(Disconnected::Broken(reason(&error))),
+            None => Err(Disconnected::TaskEnded),
+        }
+    }
+
+    /// Waits for the broker's CONNACK.
+    pub async fn accepted(&mut self) -> Result<(), Disconnected> {
+        loop {
+            if let Event::Incoming(Packet::ConnAck(_)) = self.next().await? {
+                return Ok(());
+            }
+        }
+    }
+
+    pub fn subscribe(&mut self, filter: String) -> Result<(), Disconnected> {
+        self.subscribing.push_back(filter.clone());
+        Ok(self.client.try_subscribe(filter, QoS::AtLeastOnce)?)
+    }
+
+    /// Returns the filter that the broker's next SUBACK answers; SUBACKs come in the order of the subscriptions.
+    pub fn subscribed(&mut self) -> String {
+        self.subscribing.pop_front().unwrap_or_default()
+    }
+
+    /// Whether the broker has answered every subscription.
+    pub fn all_subscribed(&self) -> bool {
+        self.subscribing.is_empty()
+    }
+
+    /// Whether a message is within the largest packet that is sent.
+    pub fn fits(&self, topic: &str, payload: &[u8]) -> bool {
+        topic.len() + payload.len() + PUBLISH_OVERHEAD <= self.packet_bytes_max
+    }
+
+    /// Whether one more event may be in flight.
+    pub fn has_room(&self) -> bool {
+        self.queued.len() + self.sent.len() < self.inflight_max
+    }
+
+    /// Publishes with QoS 1. A message that is too large is logged and dropped.
+    pub fn publish(
+        &mut self,
+        topic: &str,
+        retain: bool,
+        payload: Vec<u8>,
+        message: InFlight,
+    ) -> Result<(), Disconnected> {
+        if !self.fits(topic, &payload) {
+            error!("{topic}: {} bytes, more than mqtt.packet_bytes_max allows; not published", payload.len());
+            return Ok(());
+        }
+        self.client.try_publish(topic, QoS::AtLeastOnce, retain, payload)?;
+        self.queued.push_back(message);
+        Ok(())
+    }
+
+    /// Records that the client gave the oldest queued message this packet id and sent it.
+    pub fn sent(&mut self, id: u16) {
+        if let Some(message) = self.queued.pop_front() {
+            self.sent.insert(id, message);
+        }
+    }
+
+    /// Takes the message that a PUBACK acknowledges.
+    pub fn acknowledged(&mut self, id: u16) -> Option<InFlight> {
+        self.sent.remove(&id)
+    }
+
+    pub fn is_in_flight(&self, message: InFlight) -> bool {
+        self.queued.contains(&message) || self.sent.values().any(|sent| *sent == message)
+    }
+
+    /// Whether no message is in flight.
+    pub fn is_idle(&self) -> bool {
+        self.queued.is_empty() && self.sent.is_empty()
+    }
+
+    /// Sends DISCONNECT, so that the broker does not publish the last will.
+    pub async fn disconnect(&mut self) {
+        if self.client.try_disconnect().is_ok() {
+            // The broker closes the connection afterwards, or it is gone already.
+            while let Some(Ok(event)) = self.events.recv().await {
+                if event == Event::Outgoing(Outgoing::Disconnect) {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Polls the event loop in a task of its own: a poll that is cancelled may leave half a packet behind.
+async fn poll(mut event_loop: EventLoop, events: mpsc::Sender<Result<Event, ConnectionError>>) {
+    loop {
+        let event = event_loop.poll().await;
+        let failed = event.is_err();
+        if events.send(event).await.is_err() || failed {
+            return;
+        }
+    }
+}

@@ -1,0 +1,423 @@
+//! A device's MQTT client: keeps a connection to the broker, publishes, receives commands.
+//!
+//! Each connection has a clean session, so that the outbox alone knows which messages the broker has not acknowledged. A
+//! connection begins with the retained messages (discovery, model, state, then `online`: a subscriber that sees `online` can
+//! rely on the rest) and ends with `offline`, published by the client or by its last will.
+
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
+
+use rumqttc::{Event, Outgoing, Packet, Publish, SubscribeReasonCode};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, error, info, warn};
+
+use super::access::BrokerAccess;
+use super::connection::{Connection, Disconnected, InFlight};
+use super::discovery;
+use super::message::{Encoder, OFFLINE, ONLINE};
+use super::outbox::{Entry, Outbox, Sequence};
+use super::setting;
+use super::topics::{Request, Topics};
+use crate::decide::Observation;
+use crate::system::Counters;
+use crate::vision::Labels;
+use crate::vision_stage::Setting;
+
+/// The largest packet from the broker, in bytes; a larger one breaks the connection.
+pub const INCOMING_BYTES_MAX: usize = 1 << 20;
+/// The most bytes of an MQTT PUBLISH packet beside topic and payload.
+pub const PUBLISH_OVERHEAD: usize = 16;
+
+/// Options of a device's connections.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConnectionOptions {
+    /// The broker.
+    pub access: BrokerAccess,
+    /// Wait before the first reconnect; it doubles with each failure.
+    pub reconnect_min: Duration,
+    /// The longest wait before a reconnect.
+    pub reconnect_max: Duration,
+    /// The most unacknowledged events.
+    pub inflight_max: u16,
+    /// The longest wait for the last acknowledgements when the client stops.
+    pub shutdown_timeout: Duration,
+}
+
+/// The retained messages about a model. They are published when the version of the newest observation is theirs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelAnnouncement {
+    /// Version of the model.
+    pub version: u64,
+    /// Its classes, for Home Assistant's discovery.
+    pub classes: Labels,
+    /// The payload of `…/model`.
+    pub status: Vec<u8>,
+}
+
+impl ModelAnnouncement {
+    /// Returns topics and payloads; with Home Assistant's discovery if `discovery` is set.
+    pub fn messages(&self, topics: &Topics, discovery: bool) -> Vec<(String, Vec<u8>)> {
+        let discovery = discovery.then(|| (topics.discovery(), discovery::device(topics, &self.classes)));
+        discovery.into_iter().chain([(topics.model(), self.status.clone())]).collect()
+    }
+}
+
+/// A message for the update agent.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command {
+    /// A connection was made; messages on the one before may be lost.
+    Connected,
+    /// Payload of `…/model/offer`.
+    Offer(Vec<u8>),
+    /// Number and payload of `…/model/chunk/<n>`.
+    Chunk(u32, Vec<u8>),
+    /// Payload of `…/model/rollback`.
+    Rollback(Vec<u8>),
+}
+
+/// Hands a command to the update agent; returns `false` if its queue is full.
+pub type CommandSink = Box<dyn Fn(Command) -> bool + Send>;
+
+/// A device's MQTT client.
+pub struct DeviceClient {
+    /// Options of the connections.
+    pub options: ConnectionOptions,
+    /// The device's topics.
+    pub topics: Topics,
+    /// Encodes the state.
+    pub encoder: Encoder,
+    /// Whether Home Assistant's discovery is published.
+    pub discovery: bool,
+    /// The messages about the model.
+    pub announcements: Announcements,
+    /// The newest observation.
+    pub state: watch::Receiver<Observation>,
+    /// Events.
+    pub outbox: Outbox,
+    /// Answers of the update agent.
+    pub answers: Outbox,
+    /// Receives settings from `…/set/<setting>`.
+    pub settings: SyncSender<Setting>,
+    /// Receives commands for the update agent.
+    pub commands: CommandSink,
+    /// Counts connections and events.
+    pub counters: Arc<Counters>,
+}
+
+/// The newest announcement, held back until an observation of its model is there.
+pub struct Announcements {
+    newest: watch::Receiver<ModelAnnouncement>,
+    /// `newest` holds one that was not looked at.
+    unread: bool,
+    current: ModelAnnouncement,
+    /// `current` is not published on this connection.
+    pending: bool,
+}
+
+impl Announcements {
+    /// Starts with the present value as the current announcement.
+    pub fn new(mut newest: watch::Receiver<ModelAnnouncement>) -> Self {
+        let current = newest.borrow_and_update().clone();
+        Announcements { newest, unread: false, current, pending: true }
+    }
+
+    /// Waits until another announcement is there; an error means that the sender is gone.
+    async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
+        self.newest.changed().await?;
+        self.unread = true;
+        Ok(())
+    }
+
+    /// Takes the announcement that is to be published while the observed model has this version.
+    fn due(&mut self, version: u64) -> Option<ModelAnnouncement> {
+        {
+            let newest = self.newest.borrow();
+            self.unread |= newest.has_changed();
+            if self.unread && newest.version == version {
+                self.current = newest.clone();
+                (self.unread, self.pending) = (false, true);
+            }
+        }
+        if !self.unread {
+            // Read; not to be waited for again.
+            self.newest.mark_unchanged();
+        }
+        std::mem::take(&mut self.pending).then(|| self.current.clone())
+    }
+}
+
+/// A connection that ended, and how long it had lasted.
+struct Broken {
+    error: Disconnected,
+    lasted: Duration,
+}
+
+impl DeviceClient {
+    /// Connects again and again until `stop` is set or its sender dropped, then drains the outboxes and disconnects.
+    pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
+        let mut pause = self.options.reconnect_min;
+        let connection = loop {
+            let lasted = match self.connect(&mut stop).await {
+                Ok(connection) => break connection,
+                Err(Broken { error, lasted }) => {
+                    warn!("broker {}: {error}", self.options.access);
+                    lasted
+                }
+            };
+            if lasted >= self.options.reconnect_max {
+                pause = self.options.reconnect_min;
+            }
+            let jittered = pause.mul_f64(0.5 + 0.5 * fastrand::f64());
+            info!("reconnecting in {} ms", jittered.as_millis());
+            tokio::select! {
+                () = sleep(jittered) => {}
+                () = stopped(&mut stop) => break None,
+            }
+            pause = (pause * 2).min(self.options.reconnect_max);
+        };
+        let shutdown_timeout = self.options.shutdown_timeout;
+        if timeout(shutdown_timeout, self.shut_down(connection)).await.is_err() {
+            warn!("the broker did not acknowledge everything within {} ms", shutdown_timeout.as_millis());
+        }
+    }
+
+    /// Runs one connection until it breaks or `stop` is set; returns it in the latter case, if it was accepted.
+    async fn connect(&mut self, stop: &mut watch::Receiver<bool>) -> Result<Option<Connection>, Broken> {
+        let mut connection = self.open();
+        tokio::select! {
+            accepted = connection.accepted() => accepted.map_err(|error| Broken { error, lasted: Duration::ZERO })?,
+            () = stopped(stop) => return Ok(None),
+        }
+        let began = Instant::now();
+        self.counters.connections.add(1);
+        info!("connected to {} as {}", self.options.access, self.topics.device());
+        match self.serve(&mut connection, stop).await {
+            Ok(()) => Ok(Some(connection)),
+            Err(error) => Err(Broken { error, lasted: began.elapsed() }),
+        }
+    }
+
+    /// Starts a connection, on which nothing is in flight.
+    fn open(&mut self) -> Connection {
+        self.outbox.rewind();
+        self.answers.rewind();
+        self.announcements.pending = true;
+        Connection::open(&self.options, &self.topics)
+    }
+
+    /// Drains the outboxes on the present connection. If there is none, or it breaks, connects again while messages are left;
+    /// the caller bounds the time.
+    async fn shut_down(&mut self, connection: Option<Connection>) {
+        if let Some(mut connection) = connection
+            && let Err(error) = self.drain(&mut connection).await
+        {
+            debug!("{error}");
+        }
+        while !self.outbox.is_empty() || !self.answers.is_empty() {
+            let mut connection = self.open();
+            let drained = match connection.accepted().await {
+                Ok(()) => self.drain(&mut connection).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = drained {
+                debug!("{error}");
+                sleep(self.options.reconnect_min / 2).await;
+            }
+        }
+    }
+
+    /// Publishes and receives until `stop` is set.
+    async fn serve(
+        &mut self,
+        connection: &mut Connection,
+        stop: &mut watch::Receiver<bool>,
+    ) -> Result<(), Disconnected> {
+        self.publish_state(connection)?;
+        // Before `online`: a client that sees `online` may send a command at once.
+        self.topics.request_filters().into_iter().try_for_each(|filter| connection.subscribe(filter))?;
+        connection.publish(&self.topics.status(), true, ONLINE.into(), InFlight::Other)?;
+        self.publish_waiting(connection)?;
+        loop {
+            tokio::select! {
+                event = connection.next() => self.handle(connection, event?)?,
+                Ok(()) = self.announcements.changed() => self.publish_announcement(connection)?,
+                Ok(()) = self.state.changed(), if !connection.is_in_flight(InFlight::State) => {
+                    self.publish_state(connection)?;
+                }
+                () = self.outbox.changed() => self.publish_waiting(connection)?,
+                () = self.answers.changed() => self.publish_waiting(connection)?,
+                () = stopped(stop) => return Ok(()),
+            }
+        }
+    }
+
+    /// Publishes the last state, the remaining events and answers, and `offline`; waits for the acknowledgements; disconnects.
+    async fn drain(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
+        // The value knows whether it was read; the channel's sender may be gone by now.
+        if self.state.borrow().has_changed() {
+            self.publish_state(connection)?;
+        }
+        self.publish_waiting(connection)?;
+        while !self.outbox.is_empty() || !self.answers.is_empty() {
+            let event = connection.next().await?;
+            self.handle(connection, event)?;
+        }
+        connection.publish(&self.topics.status(), true, OFFLINE.into(), InFlight::Other)?;
+        while !connection.is_idle() {
+            let event = connection.next().await?;
+            self.handle(connection, event)?;
+        }
+        connection.disconnect().await;
+        Ok(())
+    }
+
+    fn publish_state(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
+        self.publish_announcement(connection)?;
+        let payload = self.encoder.state(&self.state.borrow_and_update());
+        connection.publish(&self.topics.state(), true, payload, InFlight::State)
+    }
+
+    /// Publishes the announcement of the observed model if it is due. It precedes every message that names the model.
+    fn publish_announcement(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
+        let version = self.state.borrow().model;
+        let Some(announcement) = self.announcements.due(version) else { return Ok(()) };
+        let messages = announcement.messages(&self.topics, self.discovery);
+        messages.into_iter().try_for_each(|(topic, payload)| connection.publish(&topic, true, payload, InFlight::Other))
+    }
+
+    /// Publishes answers and events as far as there is room.
+    fn publish_waiting(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
+        self.publish_from(self.answers.clone(), InFlight::Answer, connection)?;
+        self.publish_from(self.outbox.clone(), InFlight::Event, connection)
+    }
+
+    fn publish_from(
+        &mut self,
+        outbox: Outbox,
+        message: fn(Sequence) -> InFlight,
+        connection: &mut Connection,
+    ) -> Result<(), Disconnected> {
+        while connection.has_room() {
+            let Some(Entry { sequence, topic, payload }) = outbox.take_next() else { break };
+            self.publish_announcement(connection)?;
+            if connection.fits(&topic, &payload) {
+                connection.publish(&topic, false, payload, message(sequence))?;
+            } else {
+                let bytes = payload.len();
+                error!("{topic}: {bytes} bytes, more than mqtt.packet_bytes_max allows; the message is lost");
+                outbox.acknowledged(sequence);
+                if let InFlight::Event(_) = message(sequence) {
+                    self.counters.events_lost.add(1);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, connection: &mut Connection, event: Event) -> Result<(), Disconnected> {
+        match event {
+            Event::Outgoing(Outgoing::Publish(id)) => connection.sent(id),
+            Event::Incoming(Packet::PubAck(ack)) => {
+                self.acknowledge(connection.acknowledged(ack.pkid));
+                self.publish_waiting(connection)?;
+            }
+            Event::Incoming(Packet::Publish(publish)) => self.receive(&publish),
+            Event::Incoming(Packet::SubAck(ack)) => self.subscribed(connection, &ack.return_codes),
+            Event::Incoming(Packet::Disconnect) => return Err(Disconnected::ByBroker),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn acknowledge(&self, message: Option<InFlight>) {
+        match message {
+            Some(InFlight::Event(sequence)) if self.outbox.acknowledged(sequence) => self.counters.acknowledged.add(1),
+            Some(InFlight::Answer(sequence)) => drop(self.answers.acknowledged(sequence)),
+            _ => {}
+        }
+    }
+
+    fn subscribed(&self, connection: &mut Connection, codes: &[SubscribeReasonCode]) {
+        let filter = connection.subscribed();
+        if codes.contains(&SubscribeReasonCode::Failure) {
+            warn!("the broker refuses the subscription to {filter}: messages there are not received");
+        }
+        if connection.all_subscribed() {
+            (self.commands)(Command::Connected);
+        }
+    }
+
+    fn receive(&self, publish: &Publish) {
+        let topic = publish.topic.as_str();
+        let Some(request) = self.topics.parse_request(topic) else { return };
+        let payload = publish.payload.to_vec();
+        let command = match request {
+            Request::Set(name) => return self.set(topic, name, &payload),
+            Request::Offer | Request::Rollback if publish.retain => {
+                return warn!("{topic}: retained message ignored: a request must not be retained");
+            }
+            Request::Offer => Command::Offer(payload),
+            Request::Rollback => Command::Rollback(payload),
+            Request::Chunk(number) => Command::Chunk(number, payload),
+        };
+        if !(self.commands)(command) {
+            debug!("{topic}: message dropped, the update agent's queue is full");
+        }
+    }
+
+    fn set(&self, topic: &str, name: &str, payload: &[u8]) {
+        match setting::parse(name, payload) {
+            Ok(setting) => {
+                if self.settings.try_send(setting).is_err() {
+                    warn!("{topic}: setting dropped, too many at once");
+                }
+            }
+            Err(error) => warn!("{topic}: {error}"),
+        }
+    }
+}
+
+/// Returns once `stop` is set or its sender dropped.
+async fn stopped(stop: &mut watch::Receiver<bool>) {
+    // An error means that the sender is gone, which is a stop as well.
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn announcement(version: u64, status: &str) -> ModelAnnouncement {
+        let classes = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
+        ModelAnnouncement { version, classes, status: status.into() }
+    }
+
+    #[test]
+    fn an_announcement_waits_for_the_first_observation_of_its_model() {
+        let (sender, newest) = watch::channel(announcement(1, "a"));
+        let mut announcements = Announcements::new(newest);
+        assert_eq!(announcements.due(1), Some(announcement(1, "a")));
+        assert_eq!(announcements.due(1), None);
+        sender.send_replace(announcement(2, "b"));
+        assert_eq!(announcements.due(1), None, "model 1 is still observed");
+        announcements.pending = true;
+        assert_eq!(announcements.due(1), Some(announcement(1, "a")), "a new connection announces the observed model");
+        assert_eq!(announcements.due(2), Some(announcement(2, "b")));
+        sender.send_replace(announcement(2, "c"));
+        assert_eq!(announcements.due(2), Some(announcement(2, "c")), "its status changed");
+        assert_eq!(announcements.due(2), None);
+    }
+
+    #[tokio::test]
+    async fn a_change_that_was_waited_for_is_not_lost() {
+        let (sender, newest) = watch::channel(announcement(1, "a"));
+        let mut announcements = Announcements::new(newest);
+        announcements.due(1);
+        sender.send_replace(announcement(2, "b"));
+        announcements.changed().await.unwrap();
+        assert_eq!(announcements.due(1), None);
+        assert_eq!(announcements.due(2), Some(announcement(2, "b")));
+    }
+}
