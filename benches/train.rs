@@ -1,5 +1,5 @@
-//! Training, stage by stage: `cargo bench --bench train`. As many photographs as TensorFlow's five flowers have to learn
-//! from; what they show does not change the time.
+//! Benchmarks of the training stages: `cargo bench --bench train`. The synthetic sets have the size of the training and
+//! validation sets of TensorFlow's `flower_photos`; the time does not depend on the content.
 
 use std::convert::Infallible;
 use std::path::Path;
@@ -9,43 +9,43 @@ use bloomcast::bench::Bench;
 use bloomcast::bundle::Bundle;
 use bloomcast::train::data::augment::Views;
 use bloomcast::train::data::photographs::Photograph;
-use bloomcast::train::features::device::Choice;
+use bloomcast::train::features::device::DeviceChoice;
 use bloomcast::train::features::{Extractor, Features, Precision, Values};
 use bloomcast::train::optim::head::HeadLearner;
 use bloomcast::train::optim::last_conv::LastConvLearner;
 use bloomcast::train::optim::sgd::{self, Learner, Sgd};
-use bloomcast::train::run::outcome::RunOptions;
-use bloomcast::train::{Recipe, train};
+use bloomcast::train::{Recipe, RunOptions, train};
 use bloomcast::vision::test_pattern;
 use bloomcast::vision::{Network, Preprocess};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 
-const PHOTOGRAPHS: usize = 2569;
-const VALIDATION: usize = 550;
+const TRAIN_IMAGES: usize = 2569;
+const VAL_IMAGES: usize = 550;
 const CLASSES: usize = 5;
+/// The feature map before MobileNetV2's last convolution: 320 channels, 7×7 positions.
 const CHANNELS: usize = 320;
-const PLACES: usize = 49;
+const POSITIONS: usize = 49;
 
 fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 fn photograph(path: &Path, i: usize) -> Photograph {
-    let mut content = [0; 32];
-    content[..8].copy_from_slice(&i.to_le_bytes());
-    Photograph { path: path.into(), class: i % CLASSES, content }
+    let mut content_hash = [0; 32];
+    content_hash[..8].copy_from_slice(&i.to_le_bytes());
+    Photograph { path: path.into(), class: i % CLASSES, content_hash }
 }
 
-/// Rows that differ, of no photograph.
-fn rows(count: usize, width: usize, views: usize, precision: Precision) -> Features {
-    let number = |i: usize| ((i as u32).wrapping_mul(2_654_435_761) >> 16) as f32 / 65_536.0;
+/// Returns pseudorandom features in 0–1.
+fn synthetic_features(count: usize, width: usize, views: usize, precision: Precision) -> Features {
+    let value = |i: usize| ((i as u32).wrapping_mul(2_654_435_761) >> 16) as f32 / 65_536.0;
     let mut features = Features { width, views, ..Features::default() };
     for i in 0..count {
-        let numbers = (0..width * views).map(|n| number(i * width * views + n));
+        let values = (0..width * views).map(|n| value(i * width * views + n));
         features.values.push(match precision {
-            Precision::Single => Values::Single(numbers.collect()),
-            Precision::Half => Values::Half(numbers.map(f16::from_f32).collect()),
+            Precision::Single => Values::Single(values.collect()),
+            Precision::Half => Values::Half(values.map(f16::from_f32).collect()),
         });
         features.images.push(photograph(Path::new("none"), i));
     }
@@ -55,7 +55,7 @@ fn rows(count: usize, width: usize, views: usize, precision: Precision) -> Featu
 fn extraction(c: &mut Criterion) {
     let folder = std::env::temp_dir().join(format!("bloomcast-bench-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
-    let path = folder.join("drawn.jpg");
+    let path = folder.join("pattern.jpg");
     std::fs::write(&path, test_pattern::jpeg(640, 480)).unwrap();
     let photographs: Vec<Photograph> = (0..200).map(|i| photograph(&path, i)).collect();
     let (network, preprocess) = (Network::built_in().unwrap(), Preprocess::mobilenet_v2());
@@ -65,7 +65,7 @@ fn extraction(c: &mut Criterion) {
     let extractor = |threads| Extractor {
         network: &network,
         backbone: &backbone,
-        map: None,
+        map_channels: None,
         preprocess: &preprocess,
         precision: Precision::Single,
         views: Views::ONE,
@@ -74,50 +74,50 @@ fn extraction(c: &mut Criterion) {
     };
     for threads in [1, threads()] {
         let run = || extractor(threads).run(&photographs, &|_| {}).unwrap();
-        group.bench_function(format!("200 photographs of 640×480, threads: {threads}"), |b| b.iter(run));
+        group.bench_function(format!("200 images of 640×480, threads: {threads}"), |b| b.iter(run));
     }
     group.finish();
-    // Against what `bloomcast bench` says of one frame on one thread.
+    // The efficiency relative to `bloomcast bench` on one thread.
     let frame = Bench::new(&Bundle::built_in().unwrap(), None, Some(bloomcast_kernels::Isa::best()), 1)
         .unwrap()
         .run(Some(&path), 100)
         .unwrap();
     let single = 1e3 / frame.stages.frame.median_ms;
-    let began = Instant::now();
+    let started = Instant::now();
     extractor(threads()).run(&photographs, &|_| {}).unwrap();
-    let rate = photographs.len() as f64 / began.elapsed().as_secs_f64();
-    let share = rate / (threads() as f64 * single);
+    let rate = photographs.len() as f64 / started.elapsed().as_secs_f64();
+    let efficiency = rate / (threads() as f64 * single);
     println!(
-        "{rate:.1} photographs a second on {} threads, {single:.1} frames on one: {share:.2} of all cores",
+        "{rate:.1} images/s on {} threads, {single:.1} frames/s on one thread: parallel efficiency {efficiency:.2}",
         threads()
     );
     std::fs::remove_dir_all(folder).unwrap();
 }
 
-/// A whole run whose features are kept: hashing, reading, 100 epochs, calibration, report, bundle.
-fn warm_run(c: &mut Criterion) {
+/// A whole run with cached features: hashing, reading the cache, 100 epochs, calibration, report, bundle.
+fn cached_run(c: &mut Criterion) {
     let photographs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/flowers");
     if !photographs.is_dir() {
-        println!("skipped: a whole run: no photographs in ../shared/flowers");
+        println!("skipped: cached run: no images in ../shared/flowers");
         return;
     }
     let folder = std::env::temp_dir().join(format!("bloomcast-bench-run-{}", std::process::id()));
     let mut settings = Recipe::Frozen.settings(photographs.join("train"));
     settings.val = Some(photographs.join("val"));
     settings.sgd.epochs = 100;
-    let surroundings = RunOptions {
+    let options = RunOptions {
         out: folder.join("run"),
         overwrite: true,
         cache: Some(folder.join("cache")),
         threads: threads(),
-        device: Choice::Cpu,
+        device: DeviceChoice::Cpu,
         created_at: SystemTime::UNIX_EPOCH,
     };
-    let run = || train(&settings, &surroundings, &|_| {}).unwrap();
+    let run = || train(&settings, &options, &|_| {}).unwrap();
     run();
     let mut group = c.benchmark_group("run");
     group.sample_size(10);
-    group.bench_function("frozen, 100 epochs, features kept", |b| b.iter(run));
+    group.bench_function("frozen, 100 epochs, cached features", |b| b.iter(run));
     group.finish();
     std::fs::remove_dir_all(folder).unwrap();
 }
@@ -126,28 +126,34 @@ fn fit(learner: &mut dyn Learner, settings: &Sgd) {
     sgd::fit(learner, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
 }
 
-fn learning(c: &mut Criterion) {
+fn fitting(c: &mut Criterion) {
     let sgd = |recipe: Recipe, epochs: usize| Sgd { epochs, ..recipe.settings("none".into()).sgd };
-    let mut group = c.benchmark_group("learning");
+    let mut group = c.benchmark_group("fit");
     group.sample_size(10);
-    let (train, val) = (rows(PHOTOGRAPHS, 1280, 1, Precision::Single), rows(VALIDATION, 1280, 1, Precision::Single));
+    let (train, val) = (
+        synthetic_features(TRAIN_IMAGES, 1280, 1, Precision::Single),
+        synthetic_features(VAL_IMAGES, 1280, 1, Precision::Single),
+    );
     let settings = sgd(Recipe::Frozen, 100);
     group.bench_function("head, 100 epochs", |b| {
         b.iter(|| fit(&mut HeadLearner::new(&train, &val, CLASSES, &settings), &settings));
     });
-    let width = CHANNELS * PLACES;
-    let (train, val) = (rows(PHOTOGRAPHS, width, 6, Precision::Half), rows(VALIDATION, width, 1, Precision::Single));
+    let width = CHANNELS * POSITIONS;
+    let (train, val) = (
+        synthetic_features(TRAIN_IMAGES, width, 6, Precision::Half),
+        synthetic_features(VAL_IMAGES, width, 1, Precision::Single),
+    );
     let settings = sgd(Recipe::LastConv, 1);
     let network = Network::built_in().unwrap();
-    let own = &network.last_conv().unwrap().weights;
+    let pretrained = &network.last_conv().unwrap().weights;
     group.bench_function("last convolution, 1 epoch", |b| {
-        b.iter(|| fit(&mut LastConvLearner::new(&train, &val, own, CLASSES, &settings, threads()), &settings));
+        b.iter(|| fit(&mut LastConvLearner::new(&train, &val, pretrained, CLASSES, &settings, threads()), &settings));
     });
     group.finish();
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or(" unknown");
-    println!("peak memory with the maps of {PHOTOGRAPHS} photographs, six views each:{peak}");
+    println!("peak memory with the feature maps of {TRAIN_IMAGES} images, six views each:{peak}");
 }
 
-criterion_group!(benches, extraction, learning, warm_run);
+criterion_group!(benches, extraction, fitting, cached_run);
 criterion_main!(benches);

@@ -1,13 +1,13 @@
-//! Other networks: `backbone list` and `inspect`, and the flags that name one.
+//! The commands `backbone list` and `backbone inspect`, and the flags that select a backbone.
 
 use std::fmt;
 use std::io::Write;
 
-use bloomcast::train::run::settings::{BackboneFile, Scale};
+use bloomcast::train::run::settings::{BackboneFile, PreprocessPreset};
 use bloomcast::vision::Network;
 use bloomcast::vision::backbone::ModelInfo;
 use bloomcast::zoo;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 
 #[cfg(feature = "fetch")]
@@ -16,12 +16,12 @@ use super::{Failure, show};
 
 #[derive(Debug, Subcommand)]
 pub enum BackboneCommand {
-    /// The networks that are known by name
+    /// List the networks that can be selected by name
     List,
-    /// Download one of them and check its hash
+    /// Download a listed network and check its SHA-256
     #[cfg(feature = "fetch")]
     Fetch(BackboneFetchArgs),
-    /// Say what an ONNX file holds: its input, the tensor a head looks at, its last convolution
+    /// Print the input, the features and the last convolution of an ONNX file
     Inspect(BackboneInspectArgs),
 }
 
@@ -29,33 +29,52 @@ pub enum BackboneCommand {
 pub struct BackboneInspectArgs {
     #[command(flatten)]
     backbone: BackboneArgs,
-    /// One JSON document on standard output
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
-/// A network, and what its file does not say.
+/// The flags that select a backbone.
 #[derive(Debug, Args)]
 pub struct BackboneArgs {
-    /// An ONNX classifier, or a fetched one by its name [default: the one inside the program]
+    /// ONNX file of a classifier, or the name of a downloaded one [default: the built-in MobileNetV2]
     #[arg(long, value_name = "FILE|NAME")]
     backbone: Option<String>,
-    /// The tensor that a head looks at [default: what feeds its last matrix product]
+    /// Tensor with the features [default: the input of the last matrix product]
     #[arg(long, requires = "backbone")]
     feature: Option<String>,
-    /// How its input is made, where it is not known by its hash
+    /// Normalization of its input, if its SHA-256 is not listed
     #[arg(long, value_enum, requires = "backbone")]
-    preprocess: Option<Scale>,
-    /// Width and height of its input, where neither the file nor its hash says it
+    preprocess: Option<PreprocessArg>,
+    /// Width and height of its input in pixels, if the file does not fix them
     #[arg(long, requires = "backbone")]
     size: Option<u32>,
 }
 
+/// Values of `--preprocess`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PreprocessArg {
+    /// x / 127.5 − 1: Keras's MobileNetV2, InceptionV3, Xception
+    Keras,
+    /// (x / 255 − mean) / std of ImageNet: torchvision's networks
+    Torchvision,
+}
+
+impl From<PreprocessArg> for PreprocessPreset {
+    fn from(arg: PreprocessArg) -> Self {
+        match arg {
+            PreprocessArg::Keras => PreprocessPreset::Keras,
+            PreprocessArg::Torchvision => PreprocessPreset::Torchvision,
+        }
+    }
+}
+
 impl BackboneArgs {
-    /// The file that is named, with its preprocessing.
+    /// Returns the selected file with its preprocessing; `None` for the built-in backbone.
     pub fn file(self) -> anyhow::Result<Option<BackboneFile>> {
         let Some(named) = self.backbone else { return Ok(None) };
-        let found = BackboneFile::find(&named, self.feature, self.preprocess, self.size, zoo::folder().as_deref())?;
+        let preset = self.preprocess.map(Into::into);
+        let found = BackboneFile::find(&named, self.feature, preset, self.size, zoo::folder().as_deref())?;
         Ok(Some(BackboneFile { file: std::path::absolute(found.file)?, ..found }))
     }
 }
@@ -64,11 +83,11 @@ pub fn list() -> Result<(), Failure> {
     let folder = zoo::folder();
     let mut out = std::io::stdout().lock();
     for published in zoo::all() {
-        let there = folder.as_deref().is_some_and(|folder| published.place(folder).is_file());
-        let state = match (there, published.urls.is_empty()) {
-            (true, _) => "here",
-            (false, false) => "to be fetched",
-            (false, true) => "to be made",
+        let exists = folder.as_deref().is_some_and(|folder| published.place(folder).is_file());
+        let state = match (exists, published.urls.is_empty()) {
+            (true, _) => "downloaded",
+            (false, false) => "available",
+            (false, true) => "not published",
         };
         let (name, size, mb) = (&published.name, published.preprocess.size, published.bytes as f64 / 1e6);
         writeln!(out, "{name:26} {size:4} px {mb:6.1} MB  {state:14} {}  ({})", published.about, published.licence)?;
@@ -76,12 +95,12 @@ pub fn list() -> Result<(), Failure> {
     Ok(())
 }
 
-/// What `backbone inspect` says.
+/// The output of `backbone inspect`.
 #[derive(Debug, Serialize)]
-struct Found {
+struct BackboneInfo {
     name: String,
     sha256: String,
-    /// Its name among those that are known.
+    /// Name of the listed network with this SHA-256.
     known_as: Option<String>,
     input: String,
     layout: &'static str,
@@ -89,20 +108,20 @@ struct Found {
     feature: String,
     width: usize,
     parameters: usize,
-    /// `[outputs, inputs]` of the convolution that can be fine-tuned.
+    /// `[outputs, inputs]` of the last convolution, if it can be fine-tuned.
     last_conv: Option<[usize; 2]>,
 }
 
 pub fn inspect(mut args: BackboneInspectArgs) -> Result<(), Failure> {
-    // What is found does not depend on how pixels become numbers.
-    args.backbone.preprocess.get_or_insert(Scale::Keras);
+    // The output does not depend on the normalization.
+    args.backbone.preprocess.get_or_insert(PreprocessArg::Keras);
     let network = match args.backbone.file()? {
         Some(named) => Network::from_file(&named.file, &named.preprocess, named.feature.as_deref())?,
         None => Network::built_in()?,
     };
     let width = network.features(None)?.width();
     let ModelInfo { input, feature, parameters, last_conv, .. } = network.info().clone();
-    let found = Found {
+    let info = BackboneInfo {
         name: network.name().into(),
         sha256: network.sha256().into(),
         known_as: zoo::with_sha256(network.sha256()).map(|published| published.name),
@@ -114,14 +133,14 @@ pub fn inspect(mut args: BackboneInspectArgs) -> Result<(), Failure> {
         parameters,
         last_conv: last_conv.map(|conv| [conv.weights.outputs(), conv.weights.inputs()]),
     };
-    show(&found, args.json)
+    show(&info, args.json)
 }
 
-impl fmt::Display for Found {
+impl fmt::Display for BackboneInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}, sha256 {}", self.name, self.sha256)?;
         writeln!(f, "input     `{}`, {}, {} pixels", self.input, self.layout, self.size)?;
-        writeln!(f, "features  `{}`, {} numbers, after {} parameters", self.feature, self.width, self.parameters)?;
+        writeln!(f, "features  `{}`, {} values, {} parameters", self.feature, self.width, self.parameters)?;
         match self.last_conv {
             Some([outputs, inputs]) => writeln!(f, "last convolution  {outputs} × {inputs}, can be fine-tuned"),
             None => writeln!(f, "last convolution  none that can be fine-tuned"),

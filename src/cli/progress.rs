@@ -1,4 +1,4 @@
-//! How far a long command is: a bar on standard error, and only on a terminal.
+//! Progress bars on standard error, shown only on a terminal.
 
 use std::fmt::Write;
 use std::sync::Mutex;
@@ -6,52 +6,52 @@ use std::sync::Mutex;
 use bloomcast::train::run::Progress;
 use indicatif::{MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 
-/// One bar at a time; it changes with what is done.
+/// A progress bar that is replaced when the next phase begins.
 #[derive(Default)]
 pub struct Bars(Mutex<Option<(&'static str, ProgressBar)>>);
 
 impl Bars {
-    /// Shows a step of the trainer.
+    /// Shows the progress of a training run.
     pub fn train(&self, progress: Progress) {
         match progress {
-            Progress::Read { done, of } => self.show("photographs", done as u64, of as u64),
-            Progress::Features { done, of } => self.show("features", done as u64, of as u64),
+            Progress::Read { done, total } => self.show("images", done as u64, total as u64),
+            Progress::Features { done, total } => self.show("features", done as u64, total as u64),
             Progress::Warning(warning) => eprintln!("warning: {warning}"),
-            Progress::Epoch { epoch, of } => {
+            Progress::Epoch { epoch, total } => {
                 let (loss, val) = (epoch.train_loss, epoch.val);
-                let message = format!("loss {loss:.4}, on others {:.4}, accuracy {:.4}", val.loss, val.accuracy);
-                self.at("epochs", COUNTED, epoch.epoch as u64, of as u64, message);
+                let message = format!("loss {loss:.4}, validation loss {:.4}, accuracy {:.4}", val.loss, val.accuracy);
+                self.update("epochs", COUNTED, epoch.epoch as u64, total as u64, message);
             }
         }
     }
 
-    /// Shows that `done` of `of` are done.
-    pub fn show(&self, what: &'static str, done: u64, of: u64) {
-        self.at(what, COUNTED, done, of, String::new());
+    /// Shows that `done` of `total` items of the phase `phase` are done.
+    pub fn show(&self, phase: &'static str, done: u64, total: u64) {
+        self.update(phase, COUNTED, done, total, String::new());
     }
 
-    /// The same for bytes.
+    /// Shows that `done` of `total` bytes of the phase `phase` are done.
     #[cfg(feature = "fetch")]
-    pub fn bytes(&self, what: &'static str, done: u64, of: u64) {
-        self.at(what, "{bytes}/{total_bytes}  {binary_bytes_per_sec}  {eta} left", done, of, String::new());
+    pub fn bytes(&self, phase: &'static str, done: u64, total: u64) {
+        self.update(phase, "{bytes}/{total_bytes}  {binary_bytes_per_sec}  {eta} left", done, total, String::new());
     }
 
-    fn at(&self, what: &'static str, figures: &str, done: u64, of: u64, message: String) {
-        let mut current = self.0.lock().expect("nothing panics with the lock held");
+    fn update(&self, phase: &'static str, counters: &str, done: u64, total: u64, message: String) {
+        let mut current = self.0.lock().expect("no code panics with the lock held");
         let bar = match current.take() {
-            Some((shown, bar)) if shown == what && bar.length() == Some(of) => bar,
-            before => {
-                leave(before);
-                ProgressBar::new(of).with_style(style(what, figures))
+            Some((current, bar)) if current == phase && bar.length() == Some(total) => bar,
+            previous => {
+                finish(previous);
+                ProgressBar::new(total).with_style(style(phase, counters))
             }
         };
         bar.set_message(message);
         bar.set_position(bar.position().max(done));
-        *current = Some((what, bar));
+        *current = Some((phase, bar));
     }
 }
 
-/// A line a device, and only on a terminal.
+/// A progress bar for each device.
 #[derive(Default)]
 pub struct Devices {
     all: MultiProgress,
@@ -59,42 +59,43 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Shows what each device is at, and how many pieces of how many have arrived; always the same devices.
+    /// Shows for each device its name, its state, and the number of received and of all chunks. Every call passes the same
+    /// devices.
     pub fn show(&self, devices: &[(&str, (String, u32, u32))]) {
-        let mut bars = self.bars.lock().expect("nothing panics with the lock held");
+        let mut bars = self.bars.lock().expect("no code panics with the lock held");
         let width = devices.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-        for (i, (name, (doing, there, of))) in devices.iter().enumerate() {
+        for (i, (name, (state, received, total))) in devices.iter().enumerate() {
             if bars.len() == i {
-                let style = ProgressStyle::with_template("{prefix} {bar:30} {msg}").expect("the template is good");
-                let bar = ProgressBar::new(u64::from(*of)).with_style(style).with_prefix(format!("{name:width$}"));
+                let style = ProgressStyle::with_template("{prefix} {bar:30} {msg}").expect("the template is valid");
+                let bar = ProgressBar::new(u64::from(*total)).with_style(style).with_prefix(format!("{name:width$}"));
                 bars.push(self.all.add(bar));
             }
-            bars[i].set_length(u64::from(*of).max(1));
-            bars[i].set_position(u64::from(*there));
-            bars[i].set_message(doing.clone());
+            bars[i].set_length(u64::from(*total).max(1));
+            bars[i].set_position(u64::from(*received));
+            bars[i].set_message(state.clone());
         }
     }
 }
 
 impl Drop for Devices {
     fn drop(&mut self) {
-        self.bars.get_mut().expect("nothing panics with the lock held").iter().for_each(ProgressBar::abandon);
+        self.bars.get_mut().expect("no code panics with the lock held").iter().for_each(ProgressBar::abandon);
     }
 }
 
 const COUNTED: &str = "{pos}/{len}  {rate}  {eta} left  {msg}";
 
-fn style(what: &str, figures: &str) -> ProgressStyle {
+fn style(phase: &str, counters: &str) -> ProgressStyle {
     let rate = |state: &ProgressState, to: &mut dyn Write| {
-        // A terminal that is gone is no reason to stop.
+        // A closed terminal does not end the command.
         let _ = write!(to, "{:.1}/s", state.per_sec());
     };
-    let template = format!("{what:12} {{bar:30}} {figures}");
-    ProgressStyle::with_template(&template).expect("the template is good").with_key("rate", rate)
+    let template = format!("{phase:12} {{bar:30}} {counters}");
+    ProgressStyle::with_template(&template).expect("the template is valid").with_key("rate", rate)
 }
 
-/// Lets a bar stand, and what comes next begin on a line of its own.
-fn leave(bar: Option<(&'static str, ProgressBar)>) {
+/// Leaves a bar on the screen and starts a new line.
+fn finish(bar: Option<(&'static str, ProgressBar)>) {
     if let Some((_, bar)) = bar {
         bar.abandon();
         if !bar.is_hidden() {
@@ -105,6 +106,6 @@ fn leave(bar: Option<(&'static str, ProgressBar)>) {
 
 impl Drop for Bars {
     fn drop(&mut self) {
-        leave(self.0.get_mut().expect("nothing panics with the lock held").take());
+        finish(self.0.get_mut().expect("no code panics with the lock held").take());
     }
 }

@@ -1,4 +1,4 @@
-//! The commands of a workstation: train, evaluate, compare, dataset.
+//! The commands of a workstation: `train`, `evaluate`, `compare` and `dataset`.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -8,13 +8,12 @@ use anyhow::anyhow;
 use bloomcast::train::compare::Comparison;
 use bloomcast::train::data::dataset::Dataset;
 use bloomcast::train::data::inspect;
-use bloomcast::train::data::photographs::Finding;
-use bloomcast::train::features::device::Choice;
-use bloomcast::train::optim::sgd::{Optimiser, Schedule};
-use bloomcast::train::run::outcome::RunOptions;
+use bloomcast::train::data::photographs::DatasetProblem;
+use bloomcast::train::features::device::DeviceChoice;
+use bloomcast::train::optim::sgd::{Optimizer, Schedule};
 use bloomcast::train::run::settings::{DEFAULT_VAL_FRACTION, FineTune};
-use bloomcast::train::{self, Recipe, Settings};
-use clap::{Args, Subcommand, value_parser};
+use bloomcast::train::{self, Recipe, RunOptions, Settings};
+use clap::{Args, Subcommand, ValueEnum, value_parser};
 
 use super::backbone::BackboneArgs;
 #[cfg(feature = "fetch")]
@@ -24,93 +23,105 @@ use super::{Failure, ModelArgs, cores, show};
 
 #[derive(Debug, Args)]
 pub struct TrainArgs {
-    /// Photographs to learn from, one folder a class
+    /// Training images, one folder per class
     #[arg(required_unless_present = "config")]
     dataset: Option<PathBuf>,
-    /// Where the run is written: model.bloom, report.html, metrics.json, config.toml, TensorBoard's events
+    /// Output folder: model.bloom, report.html, metrics.json, config.toml, checkpoints and TensorBoard events
     #[arg(long)]
     out: PathBuf,
-    /// Repeat the run that wrote this config.toml; other flags win over it
+    /// Repeat the run that wrote this config.toml; other flags override it
     #[arg(long, conflicts_with = "recipe")]
     config: Option<PathBuf>,
-    /// What is trained, and how
-    #[arg(long, value_enum, default_value_t = Recipe::BEST)]
-    recipe: Recipe,
-    /// Photographs to measure on, the same classes; a share of the dataset where none are named
+    /// Which layers are trained, and the default hyperparameters
+    #[arg(long, value_enum, default_value_t = RecipeArg::BEST)]
+    recipe: RecipeArg,
+    /// Validation images of the same classes [default: a fraction of the dataset]
     #[arg(long, conflicts_with = "val_fraction")]
     val: Option<PathBuf>,
-    /// That share; a photograph's content alone decides whether it belongs to it [default: 0.2]
+    /// Fraction of the dataset to split off for validation, by a hash of each image's content [default: 0.2]
     #[arg(long)]
     val_fraction: Option<f64>,
-    /// Photographs that are looked at once, when all is decided
+    /// Test images of the same classes, evaluated once after training
     #[arg(long)]
     test: Option<PathBuf>,
-    /// The model's name [default: flowers]
+    /// Name of the model [default: flowers]
     #[arg(long)]
     name: Option<String>,
-    /// Share of the validation photographs that may be rejected as unknown [default: 0.03]
+    /// Fraction of the validation images to reject as unknown [default: 0.03]
     #[arg(long)]
     reject: Option<f32>,
-    /// Replace a run that stands in --out
+    /// Replace a finished run in --out
     #[arg(long)]
     overwrite: bool,
-    /// Threads; all cores where none are named
+    /// Number of threads [default: one per core]
     #[arg(long, value_parser = value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// What computes the features
+    /// Device that extracts the features
     #[arg(long, value_enum, default_value_t)]
-    device: Choice,
+    device: DeviceArg,
     #[command(flatten)]
     network: NetworkArgs,
     #[command(flatten)]
     cache: CacheArgs,
     #[command(flatten)]
-    learning: LearningArgs,
+    training: TrainingArgs,
 }
 
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Learning (defaults come from the recipe)")]
-struct LearningArgs {
-    /// What of the network is trained beside the head
+#[command(next_help_heading = "Training (defaults come from the recipe)")]
+struct TrainingArgs {
+    /// Layers to train besides the head
     #[arg(long, value_enum)]
-    fine_tune: Option<FineTune>,
-    /// Views of each photograph: as it is, mirrored, others by chance
+    fine_tune: Option<FineTuneArg>,
+    /// Views of each image: the original, its horizontal flip, and random augmentations
     #[arg(long, value_name = "VIEWS")]
     augment: Option<usize>,
+    /// Largest number of epochs
     #[arg(long)]
     epochs: Option<usize>,
-    /// Epochs without a better validation loss after which training ends; 0 trains them all
+    /// Stop after this many epochs without a lower validation loss; 0 disables early stopping
     #[arg(long)]
     patience: Option<usize>,
+    /// Images per mini-batch
     #[arg(long)]
     batch: Option<usize>,
+    /// Optimizer
     #[arg(long, value_enum)]
-    optimiser: Option<Optimiser>,
+    optimiser: Option<OptimizerArg>,
+    /// Peak learning rate
     #[arg(long)]
     learning_rate: Option<f32>,
+    /// Learning rate schedule
     #[arg(long, value_enum)]
-    schedule: Option<Schedule>,
-    /// Epochs in which the learning rate grows from nothing
+    schedule: Option<ScheduleArg>,
+    /// Epochs in which the learning rate rises linearly from 0
     #[arg(long)]
     warm_up: Option<usize>,
+    /// Epochs between two steps of the step schedule
     #[arg(long)]
     step_epochs: Option<usize>,
+    /// Factor of the learning rate at each step of the step schedule
     #[arg(long)]
     step_factor: Option<f32>,
+    /// Momentum of SGD
     #[arg(long)]
     momentum: Option<f32>,
+    /// Use Nesterov momentum with SGD
     #[arg(long)]
     nesterov: Option<bool>,
+    /// Weight decay; decoupled with Adam
     #[arg(long)]
     weight_decay: Option<f32>,
+    /// Label smoothing, 0 to 1
     #[arg(long)]
     label_smoothing: Option<f32>,
-    /// Count a photograph of a rare class more, so that all classes count the same
+    /// Weight the classes inversely to their frequency
     #[arg(long)]
     balance: Option<bool>,
-    /// Share of the features that a step does not see; of a fine-tuned convolution only
+    /// Dropout rate of the features, with --fine-tune last-conv
     #[arg(long)]
     dropout: Option<f32>,
+    /// Seed of all random choices
     #[arg(long)]
     seed: Option<u64>,
 }
@@ -120,26 +131,26 @@ struct LearningArgs {
 struct NetworkArgs {
     #[command(flatten)]
     backbone: BackboneArgs,
-    /// Let the bundle carry the network, for devices that do not have it
+    /// Include the backbone in the bundle, for devices that do not have it
     #[arg(long)]
     embed_backbone: bool,
 }
 
 #[derive(Debug, Args)]
 struct CacheArgs {
-    /// Where features are kept from run to run [default: bloomcast/features in the user's cache]
+    /// Folder of the feature cache [default: bloomcast/features in the user's cache folder]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
-    /// Keep no features
+    /// Disable the feature cache
     #[arg(long, conflicts_with = "cache")]
     no_cache: bool,
 }
 
 #[derive(Debug, Subcommand)]
 pub enum DatasetCommand {
-    /// Find broken, tiny and doubled images, and those that look the same in both sets: exit 1 where there are any
+    /// Check for broken and small images, duplicates, and near-duplicates across training and validation; exit 1 if any
     Check(DatasetCheckArgs),
-    /// Download and unpack TensorFlow's five flowers: 3,670 photographs, 218 MiB
+    /// Download TensorFlow's flower_photos: 3,670 images of five classes, 218 MiB
     #[cfg(feature = "fetch")]
     Fetch(DatasetFetchArgs),
 }
@@ -149,62 +160,173 @@ pub struct CompareArgs {
     /// Folders of finished runs
     #[arg(required = true)]
     runs: Vec<PathBuf>,
-    /// One JSON document on standard output
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct DatasetCheckArgs {
-    /// Photographs to learn from, one folder a class
+    /// Training images, one folder per class
     dataset: PathBuf,
-    /// Photographs to measure on; a share of the dataset where none are named
+    /// Validation images of the same classes [default: a fraction of the dataset]
     #[arg(long, conflicts_with = "val_fraction")]
     val: Option<PathBuf>,
-    /// That share, as `train` splits it off
+    /// Fraction of the dataset to split off for validation, as in `train`
     #[arg(long, default_value_t = DEFAULT_VAL_FRACTION)]
     val_fraction: f64,
-    /// One JSON document on standard output
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct EvaluateArgs {
-    /// Photographs, one folder a class
+    /// Labeled images, one folder per class
     dataset: PathBuf,
     #[command(flatten)]
     model: ModelArgs,
-    /// One JSON document on standard output
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
+/// Values of `--recipe`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum RecipeArg {
+    /// The head only, on the original images: seconds
+    Frozen,
+    /// The head only, with data augmentation
+    Augmentation,
+    /// The last convolution and the head, with data augmentation: the best results
+    LastConv,
+    /// As last-conv, with a small learning rate
+    LastConvSlow,
+}
+
+impl RecipeArg {
+    /// [`Recipe::BEST`]
+    const BEST: Self = match Recipe::BEST {
+        Recipe::Frozen => RecipeArg::Frozen,
+        Recipe::Augmentation => RecipeArg::Augmentation,
+        Recipe::LastConv => RecipeArg::LastConv,
+        Recipe::LastConvSlow => RecipeArg::LastConvSlow,
+    };
+}
+
+impl From<RecipeArg> for Recipe {
+    fn from(arg: RecipeArg) -> Self {
+        match arg {
+            RecipeArg::Frozen => Recipe::Frozen,
+            RecipeArg::Augmentation => Recipe::Augmentation,
+            RecipeArg::LastConv => Recipe::LastConv,
+            RecipeArg::LastConvSlow => Recipe::LastConvSlow,
+        }
+    }
+}
+
+/// Values of `--device`.
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum DeviceArg {
+    /// A GPU if the program is built with CUDA and a GPU works; the CPU otherwise
+    #[default]
+    Auto,
+    Cpu,
+    /// A GPU; the CPU, with a warning, if no GPU works
+    Gpu,
+}
+
+impl From<DeviceArg> for DeviceChoice {
+    fn from(arg: DeviceArg) -> Self {
+        match arg {
+            DeviceArg::Auto => DeviceChoice::Auto,
+            DeviceArg::Cpu => DeviceChoice::Cpu,
+            DeviceArg::Gpu => DeviceChoice::Gpu,
+        }
+    }
+}
+
+/// Values of `--fine-tune`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum FineTuneArg {
+    /// The head only
+    None,
+    /// The last convolution with its batch normalization, and the head
+    LastConv,
+}
+
+impl From<FineTuneArg> for FineTune {
+    fn from(arg: FineTuneArg) -> Self {
+        match arg {
+            FineTuneArg::None => FineTune::None,
+            FineTuneArg::LastConv => FineTune::LastConv,
+        }
+    }
+}
+
+/// Values of `--optimiser`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum OptimizerArg {
+    /// Stochastic gradient descent with momentum
+    Sgd,
+    /// Adam with decoupled weight decay
+    Adam,
+}
+
+impl From<OptimizerArg> for Optimizer {
+    fn from(arg: OptimizerArg) -> Self {
+        match arg {
+            OptimizerArg::Sgd => Optimizer::Sgd,
+            OptimizerArg::Adam => Optimizer::Adam,
+        }
+    }
+}
+
+/// Values of `--schedule`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ScheduleArg {
+    Constant,
+    /// Multiplied by --step-factor every --step-epochs
+    Step,
+    /// Cosine annealing to 0
+    Cosine,
+}
+
+impl From<ScheduleArg> for Schedule {
+    fn from(arg: ScheduleArg) -> Self {
+        match arg {
+            ScheduleArg::Constant => Schedule::Constant,
+            ScheduleArg::Step => Schedule::Step,
+            ScheduleArg::Cosine => Schedule::Cosine,
+        }
+    }
+}
+
 pub fn train(args: TrainArgs) -> Result<(), Failure> {
-    let surroundings = RunOptions {
+    let options = RunOptions {
         out: args.out.clone(),
         overwrite: args.overwrite,
         cache: args.cache.folder(),
         threads: args.threads.map_or_else(cores, usize::from),
-        device: args.device,
+        device: args.device.into(),
         created_at: created_at()?,
     };
     let settings = args.settings()?;
     settings.check().map_err(Failure::usage)?;
     let bars = Bars::default();
-    let trained = train::train(&settings, &surroundings, &|progress| bars.train(progress))?;
+    let trained = train::train(&settings, &options, &|progress| bars.train(progress))?;
     drop(bars);
-    name_left_out(&trained.left_out);
+    print_skipped(&trained.skipped);
     write!(std::io::stdout().lock(), "{trained}")?;
     Ok(())
 }
 
 impl TrainArgs {
-    /// The recipe, or the file; and over it what the flags say.
+    /// Returns the settings of the recipe or the file, overridden by the flags.
     fn settings(self) -> Result<Settings, Failure> {
         let mut settings = match &self.config {
             Some(path) => Settings::read(path)?,
-            None => self.recipe.settings(PathBuf::new()),
+            None => Recipe::from(self.recipe).settings(PathBuf::new()),
         };
         set(&mut settings.dataset, absolute(self.dataset)?);
         if self.val_fraction.is_some() {
@@ -219,39 +341,39 @@ impl TrainArgs {
         if let Some(backbone) = self.network.backbone.file()? {
             settings.backbone = Some(backbone);
         }
-        let learning = self.learning;
-        set(&mut settings.fine_tune, learning.fine_tune);
-        set(&mut settings.views, learning.augment);
+        let training = self.training;
+        set(&mut settings.fine_tune, training.fine_tune.map(Into::into));
+        set(&mut settings.views, training.augment);
         let sgd = &mut settings.sgd;
-        set(&mut sgd.epochs, learning.epochs);
-        set(&mut sgd.patience, learning.patience);
-        set(&mut sgd.batch, learning.batch);
-        set(&mut sgd.optimiser, learning.optimiser);
-        set(&mut sgd.learning_rate, learning.learning_rate);
-        set(&mut sgd.schedule, learning.schedule);
-        set(&mut sgd.warm_up, learning.warm_up);
-        set(&mut sgd.step_epochs, learning.step_epochs);
-        set(&mut sgd.step_factor, learning.step_factor);
-        set(&mut sgd.momentum, learning.momentum);
-        set(&mut sgd.nesterov, learning.nesterov);
-        set(&mut sgd.weight_decay, learning.weight_decay);
-        set(&mut sgd.label_smoothing, learning.label_smoothing);
-        set(&mut sgd.balance, learning.balance);
-        set(&mut sgd.dropout, learning.dropout);
-        set(&mut sgd.seed, learning.seed);
-        learning.expect_used(&settings)?;
+        set(&mut sgd.epochs, training.epochs);
+        set(&mut sgd.patience, training.patience);
+        set(&mut sgd.batch, training.batch);
+        set(&mut sgd.optimizer, training.optimiser.map(Into::into));
+        set(&mut sgd.learning_rate, training.learning_rate);
+        set(&mut sgd.schedule, training.schedule.map(Into::into));
+        set(&mut sgd.warm_up, training.warm_up);
+        set(&mut sgd.step_epochs, training.step_epochs);
+        set(&mut sgd.step_factor, training.step_factor);
+        set(&mut sgd.momentum, training.momentum);
+        set(&mut sgd.nesterov, training.nesterov);
+        set(&mut sgd.weight_decay, training.weight_decay);
+        set(&mut sgd.label_smoothing, training.label_smoothing);
+        set(&mut sgd.balance, training.balance);
+        set(&mut sgd.dropout, training.dropout);
+        set(&mut sgd.seed, training.seed);
+        training.expect_used(&settings)?;
         Ok(settings)
     }
 }
 
-impl LearningArgs {
-    /// Refuses a flag that the run would not look at.
+impl TrainingArgs {
+    /// Rejects flags that have no effect with the other settings.
     fn expect_used(&self, settings: &Settings) -> Result<(), Failure> {
         let sgd = &settings.sgd;
         let momentum = self.momentum.is_some() || self.nesterov.is_some();
         let step = self.step_epochs.is_some() || self.step_factor.is_some();
-        for (unused, what) in [
-            (momentum && sgd.optimiser != Optimiser::Sgd, "--momentum and --nesterov belong to --optimiser sgd"),
+        for (unused, message) in [
+            (momentum && sgd.optimizer != Optimizer::Sgd, "--momentum and --nesterov belong to --optimiser sgd"),
             (step && sgd.schedule != Schedule::Step, "--step-epochs and --step-factor belong to --schedule step"),
             (
                 self.dropout.is_some() && settings.fine_tune == FineTune::None,
@@ -259,25 +381,27 @@ impl LearningArgs {
             ),
         ] {
             if unused {
-                return Err(Failure::usage(anyhow!(what)));
+                return Err(Failure::usage(anyhow!(message)));
             }
         }
         Ok(())
     }
 }
 
-/// So that `config.toml` means the same wherever it is read.
+/// Makes a path absolute, so that `config.toml` does not depend on the working directory.
 fn absolute(path: Option<PathBuf>) -> std::io::Result<Option<PathBuf>> {
     path.map(std::path::absolute).transpose()
 }
 
-fn set<T>(to: &mut T, given: Option<T>) {
-    if let Some(given) = given {
-        *to = given;
+/// Overrides a setting with a flag, if it is given.
+fn set<T>(setting: &mut T, flag: Option<T>) {
+    if let Some(value) = flag {
+        *setting = value;
     }
 }
 
 impl CacheArgs {
+    /// Returns the root folder of the cache; `None` if it is disabled.
     fn folder(&self) -> Option<PathBuf> {
         if self.no_cache {
             return None;
@@ -292,20 +416,20 @@ pub fn dataset_check(args: &DatasetCheckArgs) -> Result<(), Failure> {
     if let (Some(val), Some(path)) = (&val, &args.val) {
         val.expect_classes(&dataset.classes, path)?;
     }
-    let of = dataset.images.len() + val.as_ref().map_or(0, |val| val.images.len());
+    let total = dataset.images.len() + val.as_ref().map_or(0, |val| val.images.len());
     let bars = Bars::default();
-    let told = |done: usize| bars.show("photographs", done as u64, of as u64);
-    let found = inspect::inspect(&dataset, val.as_ref(), args.val_fraction, cores(), &told);
+    let progress = |done: usize| bars.show("images", done as u64, total as u64);
+    let inspection = inspect::inspect(&dataset, val.as_ref(), args.val_fraction, cores(), &progress);
     drop(bars);
-    show(&found, args.json)?;
-    match found.findings.len() {
+    show(&inspection, args.json)?;
+    match inspection.problems.len() {
         0 => Ok(()),
-        n => Err(anyhow!("{n} of {} images need a look", found.images).into()),
+        n => Err(anyhow!("{n} of {} images have problems", inspection.images).into()),
     }
 }
 
 pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
-    show(&Comparison::of(&args.runs)?, args.json)
+    show(&Comparison::read(&args.runs)?, args.json)
 }
 
 pub fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
@@ -314,29 +438,30 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let dataset = Dataset::read(&args.dataset)?;
     dataset.expect_classes(&bundle.manifest().classes, &args.dataset)?;
     let bars = Bars::default();
-    let of = dataset.images.len();
-    let told = |done: usize| bars.show("photographs", done as u64, of as u64);
-    let (measured, left_out) =
-        train::evaluate::evaluate(&bundle, &network, &dataset, args.model.mirror, cores(), &told)?;
+    let total = dataset.images.len();
+    let progress = |done: usize| bars.show("images", done as u64, total as u64);
+    let (evaluated, skipped) =
+        train::evaluate::evaluate(&bundle, &network, &dataset, args.model.mirror, cores(), &progress)?;
     drop(bars);
-    name_left_out(&left_out);
-    if measured.photographs.is_empty() {
+    print_skipped(&skipped);
+    if evaluated.photographs.is_empty() {
         return Err(anyhow!("{}: no image could be decoded", args.dataset.display()).into());
     }
-    show(&measured.evaluation, args.json)
+    show(&evaluated.evaluation, args.json)
 }
 
-fn name_left_out(left_out: &[Finding]) {
-    for finding in left_out {
-        eprintln!("left out: {}: {}", finding.file.display(), finding.problem);
+fn print_skipped(skipped: &[DatasetProblem]) {
+    for problem in skipped {
+        eprintln!("skipped: {}: {}", problem.file.display(), problem.problem);
     }
 }
 
-/// Now; or what `SOURCE_DATE_EPOCH` says, so that a run can be repeated to the byte.
+/// Returns the current time, or that of the variable `SOURCE_DATE_EPOCH`, which makes runs reproducible
+/// (<https://reproducible-builds.org/specs/source-date-epoch/>).
 fn created_at() -> anyhow::Result<SystemTime> {
     match std::env::var("SOURCE_DATE_EPOCH") {
         Ok(seconds) => {
-            // Up to the year 9999, the last that RFC 3339 can write.
+            // The last second of the year 9999, the last year in RFC 3339.
             let parsed = seconds.parse().ok().filter(|seconds| *seconds <= 253_402_300_799);
             let parsed = parsed.ok_or_else(|| anyhow!("SOURCE_DATE_EPOCH={seconds}: expected seconds since 1970"))?;
             Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(parsed))

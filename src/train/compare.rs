@@ -1,4 +1,4 @@
-//! Finished runs side by side, best first.
+//! Comparison of finished runs.
 
 use std::fmt;
 use std::fs;
@@ -6,23 +6,26 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use crate::train::run::write::{METRICS, MODEL, RunFigures};
+use crate::train::run::write::{METRICS, MODEL, RunMetrics};
 
-/// Runs in the order of their loss on the validation photographs.
+/// Finished runs, by ascending validation loss.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
-    pub runs: Vec<Run>,
-    /// Whether all were measured on the same photographs: if not, their figures say little of each other.
+    pub runs: Vec<FinishedRun>,
+    /// Whether all runs have the same validation set. If not, their metrics are not comparable.
     pub same_photographs: bool,
 }
 
+/// The folder of a finished run and its content.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Run {
+pub struct FinishedRun {
     pub folder: PathBuf,
     pub bundle_bytes: u64,
-    pub figures: RunFigures,
+    #[serde(rename = "figures")]
+    pub metrics: RunMetrics,
 }
 
+/// A file of a run cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("{path}: {reason}")]
 pub struct CompareError {
@@ -31,49 +34,52 @@ pub struct CompareError {
 }
 
 impl Comparison {
-    /// Reads the figures that finished runs left in their folders.
-    pub fn of(folders: &[PathBuf]) -> Result<Self, CompareError> {
-        let mut runs = folders.iter().map(|folder| Run::read(folder)).collect::<Result<Vec<_>, _>>()?;
-        runs.sort_by(|a, b| a.figures.val.loss.total_cmp(&b.figures.val.loss));
-        let same_photographs = runs.iter().all(|run| run.figures.val_sha256 == runs[0].figures.val_sha256);
+    /// Reads the metrics of the runs in `folders`.
+    ///
+    /// # Errors
+    /// Fails if a folder does not hold a finished run.
+    pub fn read(folders: &[PathBuf]) -> Result<Self, CompareError> {
+        let mut runs = folders.iter().map(|folder| FinishedRun::read(folder)).collect::<Result<Vec<_>, _>>()?;
+        runs.sort_by(|a, b| a.metrics.val.loss.total_cmp(&b.metrics.val.loss));
+        let same_photographs = runs.iter().all(|run| run.metrics.val_sha256 == runs[0].metrics.val_sha256);
         Ok(Comparison { runs, same_photographs })
     }
 }
 
-impl Run {
+impl FinishedRun {
     fn read(folder: &Path) -> Result<Self, CompareError> {
-        let (metrics, model) = (folder.join(METRICS), folder.join(MODEL));
+        let (metrics_file, model) = (folder.join(METRICS), folder.join(MODEL));
         let failed = |path: &Path, reason: String| CompareError { path: path.into(), reason };
-        let text = fs::read_to_string(&metrics).map_err(|e| failed(&metrics, e.to_string()))?;
-        let figures = serde_json::from_str(&text).map_err(|e| failed(&metrics, e.to_string()))?;
+        let text = fs::read_to_string(&metrics_file).map_err(|e| failed(&metrics_file, e.to_string()))?;
+        let metrics = serde_json::from_str(&text).map_err(|e| failed(&metrics_file, e.to_string()))?;
         let bundle = fs::metadata(&model).map_err(|e| failed(&model, e.to_string()))?;
-        Ok(Run { folder: folder.into(), bundle_bytes: bundle.len(), figures })
+        Ok(FinishedRun { folder: folder.into(), bundle_bytes: bundle.len(), metrics })
     }
 }
 
 impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let wide =
+        let width =
             self.runs.iter().map(|run| run.folder.display().to_string().chars().count()).max().unwrap_or(0).max(3);
-        let classes = self.runs.first().map_or(&[][..], |run| &run.figures.val.classes);
+        let classes = self.runs.first().map_or(&[][..], |run| &run.metrics.val.classes);
         write!(
             f,
-            "{:wide$} {:14} {:>7} {:>8} {:>7} {:>8} {:>7} ",
+            "{:width$} {:14} {:>7} {:>8} {:>7} {:>8} {:>7} ",
             "run", "recipe", "loss", "accuracy", "ece", "seconds", "MB"
         )?;
         let names: Vec<String> = classes.iter().map(|class| format!("{:>10.10}", class.class)).collect();
         writeln!(f, "{}", names.join(" "))?;
         for run in &self.runs {
-            let (figures, val) = (&run.figures, &run.figures.val);
+            let (metrics, val) = (&run.metrics, &run.metrics.val);
             write!(
                 f,
-                "{:wide$} {:14} {:7.4} {:8.4} {:7.4} {:8.1} {:7.2} ",
+                "{:width$} {:14} {:7.4} {:8.4} {:7.4} {:8.1} {:7.2} ",
                 run.folder.display(),
-                figures.recipe.name(),
+                metrics.recipe.name(),
                 val.loss,
                 val.accuracy,
                 val.ece,
-                figures.seconds,
+                metrics.seconds,
                 run.bundle_bytes as f64 / 1e6
             )?;
             let same_classes =
@@ -83,8 +89,8 @@ impl fmt::Display for Comparison {
             writeln!(f, "{}", recalls.join(" "))?;
         }
         if !self.same_photographs {
-            writeln!(f, "not all were measured on the same photographs: their figures say little of each other")?;
+            writeln!(f, "the validation sets differ: the metrics are not comparable")?;
         }
-        writeln!(f, "best first, by loss; under each class its recall")
+        writeln!(f, "sorted by validation loss; the class columns show the recall")
     }
 }

@@ -1,4 +1,4 @@
-//! How good a model is: what it makes of photographs, loss, accuracy, calibration, and what is taken for what.
+//! Evaluation of a model on labeled images: accuracy, loss, calibration error, metrics per class and confusion matrix.
 
 use std::fmt;
 
@@ -7,43 +7,44 @@ use serde::{Deserialize, Serialize};
 use crate::bundle::{Bundle, BundleError};
 use crate::train::data::augment::Views;
 use crate::train::data::dataset::{Dataset, fingerprint};
-use crate::train::data::photographs::{Finding, Photograph, Photographs};
+use crate::train::data::photographs::{DatasetProblem, Photograph, Photographs};
 use crate::train::features::{Extractor, Precision};
 use crate::vision::head::argmax;
 use crate::vision::{Labels, Network, Prediction};
 
-/// Confidences are put into this many equal bins for the calibration error.
+/// Number of equal-width confidence bins of the calibration error (Guo et al., 2017, use 15).
 const BINS: usize = 15;
 
-/// The figures of a model on labelled photographs. Accuracy, loss and calibration look at the best
-/// class, rejected or not; `unknown` says how many were rejected.
+/// The metrics of a model on labeled images. Accuracy, loss and calibration error include the images that the OOD detector
+/// rejects.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     pub images: usize,
-    /// Share whose best class is right, 0–1.
+    /// Fraction of images whose top class is correct, 0–1.
     pub accuracy: f64,
     /// Mean cross-entropy in nats.
     pub loss: f64,
     /// Expected calibration error, 0–1, over 15 bins.
     pub ece: f64,
-    /// Share rejected as unknown, 0–1.
+    /// Fraction of images rejected as unknown, 0–1.
     pub unknown: f64,
-    pub classes: Vec<ClassFigures>,
-    /// `confusion[true][predicted]`, counts, in the order of the classes.
+    pub classes: Vec<ClassMetrics>,
+    /// Counts `[true class][predicted class]`.
     pub confusion: Vec<Vec<usize>>,
 }
 
+/// The metrics of one class; precision, recall and F1 are 0–1.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ClassFigures {
+pub struct ClassMetrics {
     pub class: String,
-    /// Photographs of this class.
+    /// Number of images of this class.
     pub support: usize,
     pub precision: f64,
     pub recall: f64,
     pub f1: f64,
 }
 
-/// What a model makes of photographs whose classes are known.
+/// Labeled images with a model's predictions and their evaluation, in the same order.
 #[derive(Debug, Clone)]
 pub struct EvaluatedSet {
     pub photographs: Vec<Photograph>,
@@ -52,20 +53,24 @@ pub struct EvaluatedSet {
 }
 
 impl EvaluatedSet {
+    /// Evaluates `predictions`, one for each of `photographs`.
     pub fn new(labels: &Labels, photographs: Vec<Photograph>, predictions: Vec<Prediction>) -> Self {
         let classes: Vec<usize> = photographs.iter().map(|photograph| photograph.class).collect();
         let evaluation = Evaluation::new(labels, &predictions, &classes);
         EvaluatedSet { photographs, predictions, evaluation }
     }
 
-    /// Of the photographs, whatever their names.
+    /// Returns the [`fingerprint`] of the images.
     pub fn fingerprint(&self, labels: &Labels) -> String {
-        fingerprint(labels, self.photographs.iter().map(|image| (image.class, &image.content)))
+        fingerprint(labels, self.photographs.iter().map(|image| (image.class, &image.content_hash)))
     }
 }
 
-/// What a model makes of a dataset; mirrored as well, and the mean of both, where `mirror` says so. Gives what
-/// could not be used besides.
+/// Evaluates a model on a dataset and also returns the skipped images. With `mirror`, a prediction is the mean over the
+/// image and its horizontal flip. `threads` is at least 1; `progress` is called with the number of finished images.
+///
+/// # Errors
+/// Fails if `network` does not fit the model, or cannot run.
 pub fn evaluate(
     bundle: &Bundle,
     network: &Network,
@@ -73,12 +78,12 @@ pub fn evaluate(
     mirror: bool,
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
-) -> Result<(EvaluatedSet, Vec<Finding>), BundleError> {
+) -> Result<(EvaluatedSet, Vec<DatasetProblem>), BundleError> {
     let photographs = Photographs::read(dataset, threads, &|_| {});
     let extractor = Extractor {
         network,
         backbone: &bundle.backbone(network)?,
-        map: None,
+        map_channels: None,
         preprocess: &bundle.manifest().preprocess,
         precision: Precision::Single,
         views: Views { count: 1 + usize::from(mirror), seed: 0 },
@@ -87,14 +92,14 @@ pub fn evaluate(
     };
     let (features, _) = extractor.run(&photographs.kept, progress)?;
     let params = bundle.classifier_params();
-    let judge = |i: usize| params.predict_views((0..features.views).map(|view| features.row(i, view)));
-    let predictions = (0..features.len()).map(judge).collect();
-    let left_out = [photographs.left_out, features.left_out].concat();
-    Ok((EvaluatedSet::new(&params.labels, features.images, predictions), left_out))
+    let predict = |i: usize| params.predict_views((0..features.views).map(|view| features.row(i, view)));
+    let predictions = (0..features.len()).map(predict).collect();
+    let skipped = [photographs.skipped, features.skipped].concat();
+    Ok((EvaluatedSet::new(&params.labels, features.images, predictions), skipped))
 }
 
 impl Evaluation {
-    /// `classes[i]` is what the photograph of `predictions[i]` shows.
+    /// Computes the metrics of `predictions`; `classes` holds the true class of each image.
     pub fn new(labels: &Labels, predictions: &[Prediction], classes: &[usize]) -> Self {
         let count = labels.names().len();
         let images = predictions.len();
@@ -105,14 +110,14 @@ impl Evaluation {
             loss -= f64::from(prediction.probabilities[*class].max(f32::MIN_POSITIVE)).ln();
             unknown += usize::from(!prediction.known);
         }
-        let right: usize = (0..count).map(|class| confusion[class][class]).sum();
+        let correct: usize = (0..count).map(|class| confusion[class][class]).sum();
         Evaluation {
             images,
-            accuracy: ratio(right, images),
+            accuracy: ratio(correct, images),
             loss: loss / images.max(1) as f64,
             ece: reliability(predictions, classes).1,
             unknown: ratio(unknown, images),
-            classes: labels.names().iter().enumerate().map(|(i, name)| figures(name, i, &confusion)).collect(),
+            classes: labels.names().iter().enumerate().map(|(i, name)| class_metrics(name, i, &confusion)).collect(),
             confusion,
         }
     }
@@ -122,12 +127,12 @@ impl fmt::Display for Evaluation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} photographs: accuracy {:.4}, loss {:.4}, calibration error {:.4}, rejected as unknown {:.4}",
+            "{} images: accuracy {:.4}, loss {:.4}, calibration error {:.4}, rejected as unknown {:.4}",
             self.images, self.accuracy, self.loss, self.ece, self.unknown
         )?;
-        writeln!(f, "\n{:16} {:>7} {:>9} {:>7} {:>7}   taken for", "class", "images", "precision", "recall", "F1")?;
+        writeln!(f, "\n{:16} {:>7} {:>9} {:>7} {:>7}   predicted as", "class", "images", "precision", "recall", "F1")?;
         for (class, row) in self.classes.iter().zip(&self.confusion) {
-            let taken_for: Vec<String> = row.iter().map(|count| format!("{count:4}")).collect();
+            let counts: Vec<String> = row.iter().map(|count| format!("{count:4}")).collect();
             writeln!(
                 f,
                 "{:16} {:7} {:9.3} {:7.3} {:7.3}   {}",
@@ -136,27 +141,29 @@ impl fmt::Display for Evaluation {
                 class.precision,
                 class.recall,
                 class.f1,
-                taken_for.join(" ")
+                counts.join(" ")
             )?;
         }
         writeln!(f)
     }
 }
 
-fn figures(name: &str, class: usize, confusion: &[Vec<usize>]) -> ClassFigures {
-    let right = confusion[class][class];
+fn class_metrics(name: &str, class: usize, confusion: &[Vec<usize>]) -> ClassMetrics {
+    let correct = confusion[class][class];
     let support = confusion[class].iter().sum();
-    let (precision, recall) = (ratio(right, confusion.iter().map(|row| row[class]).sum()), ratio(right, support));
-    let f1 = if right == 0 { 0.0 } else { 2.0 * precision * recall / (precision + recall) };
-    ClassFigures { class: name.into(), support, precision, recall, f1 }
+    let (precision, recall) = (ratio(correct, confusion.iter().map(|row| row[class]).sum()), ratio(correct, support));
+    let f1 = if correct == 0 { 0.0 } else { 2.0 * precision * recall / (precision + recall) };
+    ClassMetrics { class: name.into(), support, precision, recall, f1 }
 }
 
+/// Returns `part / whole`; 0 if `whole` is 0.
 fn ratio(part: usize, whole: usize) -> f64 {
     if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }
 
-/// How sure the best class is, and how often it is right, over bins of equal width: mean confidence, share that
-/// is right, count; and the mean distance between the two, weighed by the counts (Naeini et al., 2015).
+/// Returns the reliability diagram and the expected calibration error (Naeini et al., 2015). The diagram has for each of 15
+/// equal-width confidence bins the mean confidence, the accuracy and the number of images; the error is the mean absolute
+/// difference of confidence and accuracy, weighted by the number of images. `classes` holds the true class of each image.
 pub fn reliability(predictions: &[Prediction], classes: &[usize]) -> (Vec<(f64, f64, usize)>, f64) {
     let mut sums = [(0.0f64, 0usize, 0usize); BINS];
     for (prediction, class) in predictions.iter().zip(classes) {
@@ -165,9 +172,10 @@ pub fn reliability(predictions: &[Prediction], classes: &[usize]) -> (Vec<(f64, 
         let bin = &mut sums[((confidence * BINS as f64) as usize).min(BINS - 1)];
         *bin = (bin.0 + confidence, bin.1 + usize::from(best == *class), bin.2 + 1);
     }
-    let error = sums.iter().map(|(sure, right, _)| (sure - *right as f64).abs()).sum::<f64>();
-    let bin =
-        |(sure, right, count): &(f64, usize, usize)| (sure / (*count).max(1) as f64, ratio(*right, *count), *count);
+    let error = sums.iter().map(|(confidence, correct, _)| (confidence - *correct as f64).abs()).sum::<f64>();
+    let bin = |(confidence, correct, count): &(f64, usize, usize)| {
+        (confidence / (*count).max(1) as f64, ratio(*correct, *count), *count)
+    };
     (sums.iter().map(bin).collect(), error / predictions.len().max(1) as f64)
 }
 
@@ -180,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_are_those_counted_by_hand() {
+    fn metrics_match_hand_computed_values() {
         let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
         let predictions = [
             prediction([0.8, 0.2], true),
@@ -197,7 +205,7 @@ mod tests {
         assert!((tulips.f1 - 0.8).abs() < 1e-12);
         let loss = -(0.8f64.ln() + 0.2f64.ln() + 0.6f64.ln() + 0.7f64.ln()) / 4.0;
         assert!((evaluation.loss - loss).abs() < 1e-6);
-        // Bins of 0.8 (half right), 0.6 and 0.7 (both right).
+        // Bins of 0.8 (half correct), 0.6 and 0.7 (both correct).
         assert!((evaluation.ece - (0.6 + 0.4 + 0.3) / 4.0).abs() < 1e-6, "{}", evaluation.ece);
     }
 }

@@ -129,7 +129,7 @@ fn the_same_network_gives_the_same_model_with_its_channels_first_and_last() {
     let off = one["loss"].as_f64().unwrap() - other["loss"].as_f64().unwrap();
     assert!(off.abs() < 1e-5, "the loss differs by {off}");
     let (code, text) = failure(bloomcast().args(["train", "x", "--out", "y", "--backbone"]).arg(&last));
-    assert!(code == 1 && text.contains("say how its input is made with --preprocess"), "{text}");
+    assert!(code == 1 && text.contains("set its normalization with --preprocess"), "{text}");
 }
 
 #[test]

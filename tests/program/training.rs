@@ -159,7 +159,7 @@ fn a_killed_run_leaves_no_bundle_and_its_folder_can_be_used_again() {
     // A folder with other things in it is not touched.
     fs::write(run.join("thesis.txt"), "a year's work").unwrap();
     let (code, text) = failure(&mut train(dir.path(), "run", &["--recipe", "frozen", "--overwrite"]));
-    assert!(code == 1 && text.contains("run: holds thesis.txt, which is no run's"), "{text}");
+    assert!(code == 1 && text.contains("run: holds thesis.txt, which is not part of a run"), "{text}");
 }
 
 /// The shell's limit on a file's size stands for a full disk: the system refuses to write more.
@@ -182,6 +182,6 @@ fn a_full_disk_is_said_and_leaves_no_bundle() {
     // Where nothing can be kept, it is said, and training goes on to where it has to write.
     let (code, text) = failure(&mut limited("other", 2, &["--recipe", "frozen", "--seed", "3", "--augment", "2"]));
     assert!(code == 1 && text.contains("val-loss-"), "a checkpoint is what it stops at: {code} {text}");
-    assert!(text.contains("warning: features could not be kept for the next run: File too large"), "{text}");
+    assert!(text.contains("warning: features are not cached: File too large"), "{text}");
     assert!(!dir.path().join("other/model.bloom").exists());
 }

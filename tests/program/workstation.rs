@@ -93,7 +93,7 @@ fn a_dataset_that_is_none_is_named() {
         fs::write(path("two").join(class).join("broken.jpg"), "x").unwrap();
     }
     let (code, text) = train("two");
-    assert!(code == 1 && text.contains("two: of the class daisy no image is left to learn from"), "{code} {text}");
+    assert!(code == 1 && text.contains("two: no image of the class daisy is left for training"), "{code} {text}");
     assert!(!path("run/model.bloom").exists(), "no bundle that could be taken for a finished one");
 }
 

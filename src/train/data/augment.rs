@@ -1,5 +1,5 @@
-//! Other views of a photograph: mirrored, cropped, turned, in another light. The seed and the photograph's
-//! content decide each of them, so that a view can be cached like the photograph itself.
+//! Data augmentation: random views of an image (flip, crop, rotation, color jitter). A view depends only on the seed, the
+//! image's content hash and the view index, so that its features can be cached like those of the image itself.
 
 use fast_image_resize::images::{TypedImage, TypedImageRef};
 use fast_image_resize::pixels::U8x3;
@@ -8,21 +8,21 @@ use image::{Rgb, RgbImage, imageops};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use crate::train::data::photographs::Content;
+use crate::train::data::photographs::ContentHash;
 
-/// Part of every cached view's name: raise it when a view changes.
+/// Part of the feature cache key. Raise it when the same seed, hash and index give another view.
 pub const VERSION: u32 = 1;
 
-/// Share of the width and of the height that a crop keeps at least.
+/// Smallest fraction of the width and of the height that a crop keeps.
 const CROP_MIN: f32 = 0.6;
-/// Largest turn to either side, in radians: 12 degrees.
-const TURN_MAX: f32 = 0.21;
-/// Brightness and contrast change by at most this share, saturation by twice as much.
-const LIGHT_MAX: f32 = 0.2;
-/// Largest turn of the hue to either side, in radians: 9 degrees.
+/// Largest rotation in either direction, in radians (12°).
+const ROTATION_MAX: f32 = 0.21;
+/// Largest relative change of brightness and contrast; saturation changes by up to twice as much.
+const JITTER_MAX: f32 = 0.2;
+/// Largest hue rotation in either direction, in radians (9°).
 const HUE_MAX: f32 = 0.16;
 
-/// How many views of each photograph, and the seed of their chances.
+/// The number of views of each image, and the seed of the random ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Views {
     pub count: usize,
@@ -30,20 +30,20 @@ pub struct Views {
 }
 
 impl Views {
-    /// The photograph as it is, and nothing else.
+    /// The original image only.
     pub const ONE: Self = Views { count: 1, seed: 0 };
 
-    /// View `index` of a photograph beside the photograph itself, which is the first. 1: mirrored; others: by chance,
-    /// `size`×`size` pixels.
-    pub fn view(&self, image: &RgbImage, content: &Content, index: usize, size: u32) -> RgbImage {
+    /// Returns view `index` (at least 1; view 0 is the image itself). View 1 is the horizontal flip, at the size of the
+    /// image; all others are random, `size`×`size` pixels. `hash` is the image's content hash.
+    pub fn view(&self, image: &RgbImage, hash: &ContentHash, index: usize, size: u32) -> RgbImage {
         match index {
             1 => imageops::flip_horizontal(image),
-            _ => by_chance(image, &mut self.chances(content, index), size),
+            _ => random_view(image, &mut self.rng(hash, index), size),
         }
     }
 
-    fn chances(&self, content: &Content, index: usize) -> ChaCha8Rng {
-        let mut seed = *content;
+    fn rng(&self, hash: &ContentHash, index: usize) -> ChaCha8Rng {
+        let mut seed = *hash;
         for (at, byte) in self.seed.to_le_bytes().into_iter().enumerate() {
             seed[at] ^= byte;
         }
@@ -53,54 +53,59 @@ impl Views {
     }
 }
 
-fn by_chance(image: &RgbImage, rng: &mut ChaCha8Rng, size: u32) -> RgbImage {
-    let (wide, high) = (between(rng, CROP_MIN, 1.0), between(rng, CROP_MIN, 1.0));
-    let (left, top) = (between(rng, 0.0, 1.0 - wide), between(rng, 0.0, 1.0 - high));
-    let mut view = crop(image, [left, top, wide, high], size);
+/// Crops, flips with probability ½, rotates and jitters the colors. The order of the random draws is part of
+/// [`VERSION`].
+fn random_view(image: &RgbImage, rng: &mut ChaCha8Rng, size: u32) -> RgbImage {
+    let (width, height) = (uniform(rng, CROP_MIN, 1.0), uniform(rng, CROP_MIN, 1.0));
+    let (left, top) = (uniform(rng, 0.0, 1.0 - width), uniform(rng, 0.0, 1.0 - height));
+    let mut view = crop(image, [left, top, width, height], size);
     if rng.next_u32() & 1 == 1 {
         imageops::flip_horizontal_in_place(&mut view);
     }
-    let mut view = turned(&view, between(rng, -TURN_MAX, TURN_MAX));
-    ColorJitter::by_chance(rng).shine_on(&mut view);
+    let mut view = rotate(&view, uniform(rng, -ROTATION_MAX, ROTATION_MAX));
+    ColorJitter::random(rng).apply(&mut view);
     view
 }
 
-/// The part of a picture, by shares of its width and height: left, top, wide, high; squashed to a square.
-fn crop(image: &RgbImage, [left, top, wide, high]: [f32; 4], size: u32) -> RgbImage {
-    let (width, height) = (f64::from(image.width()), f64::from(image.height()));
-    let (wide, high) = ((f64::from(wide) * width).max(1.0), (f64::from(high) * height).max(1.0));
-    let (left, top) = ((f64::from(left) * width).min(width - wide), (f64::from(top) * height).min(height - high));
+/// Resizes a part of `image` to `size`×`size` pixels. The part is left, top, width and height as fractions of the image's
+/// width and height.
+fn crop(image: &RgbImage, [left, top, width, height]: [f32; 4], size: u32) -> RgbImage {
+    let (full_width, full_height) = (f64::from(image.width()), f64::from(image.height()));
+    let (width, height) = ((f64::from(width) * full_width).max(1.0), (f64::from(height) * full_height).max(1.0));
+    let left = (f64::from(left) * full_width).min(full_width - width);
+    let top = (f64::from(top) * full_height).min(full_height - height);
     let source = TypedImageRef::<U8x3>::from_buffer(image.width(), image.height(), image.as_raw())
         .expect("an RgbImage holds three bytes a pixel");
     let mut cropped = RgbImage::new(size, size);
-    let mut view = TypedImage::<U8x3>::from_buffer(size, size, &mut cropped).expect("so does this one");
+    let mut view =
+        TypedImage::<U8x3>::from_buffer(size, size, &mut cropped).expect("an RgbImage holds three bytes a pixel");
     let options =
-        ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).crop(left, top, wide, high);
-    Resizer::new().resize_typed(&source, &mut view, &options).expect("the crop lies within the picture");
+        ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).crop(left, top, width, height);
+    Resizer::new().resize_typed(&source, &mut view, &options).expect("the crop lies within the image");
     cropped
 }
 
-/// Turned about its middle by `angle` radians; what comes in at the corners is the edge mirrored.
-fn turned(image: &RgbImage, angle: f32) -> RgbImage {
+/// Rotates about the center by `angle` radians, counterclockwise, with bilinear sampling and reflection padding.
+fn rotate(image: &RgbImage, angle: f32) -> RgbImage {
     let (width, height) = image.dimensions();
-    let (middle_x, middle_y) = ((width - 1) as f32 / 2.0, (height - 1) as f32 / 2.0);
+    let (center_x, center_y) = ((width - 1) as f32 / 2.0, (height - 1) as f32 / 2.0);
     let (sin, cos) = angle.sin_cos();
     RgbImage::from_fn(width, height, |x, y| {
-        let (x, y) = (x as f32 - middle_x, y as f32 - middle_y);
-        let from_x = mirrored(cos * x - sin * y + middle_x, width);
-        let from_y = mirrored(sin * x + cos * y + middle_y, height);
-        between_pixels(image, from_x, from_y)
+        let (x, y) = (x as f32 - center_x, y as f32 - center_y);
+        let source_x = reflect(cos * x - sin * y + center_x, width);
+        let source_y = reflect(sin * x + cos * y + center_y, height);
+        sample_bilinear(image, source_x, source_y)
     })
 }
 
-/// A place within 0 to `length − 1`, thrown back at the ends.
-fn mirrored(at: f32, length: u32) -> f32 {
+/// Reflects a coordinate at 0 and `length − 1`.
+fn reflect(coordinate: f32, length: u32) -> f32 {
     let last = (length - 1) as f32;
-    (last - (last - at.abs()).abs()).clamp(0.0, last)
+    (last - (last - coordinate.abs()).abs()).clamp(0.0, last)
 }
 
-/// Bilinear.
-fn between_pixels(image: &RgbImage, x: f32, y: f32) -> Rgb<u8> {
+/// Returns the bilinear interpolation at `(x, y)`; both lie within the image.
+fn sample_bilinear(image: &RgbImage, x: f32, y: f32) -> Rgb<u8> {
     let (left, top) = (x as u32, y as u32);
     let (right, bottom) = ((left + 1).min(image.width() - 1), (top + 1).min(image.height() - 1));
     let (dx, dy) = (x - left as f32, y - top as f32);
@@ -112,36 +117,36 @@ fn between_pixels(image: &RgbImage, x: f32, y: f32) -> Rgb<u8> {
     }))
 }
 
-/// Brightness, contrast, saturation and hue as one change of colours.
+/// Brightness, contrast, saturation and hue as one affine transform of RGB values.
 struct ColorJitter {
-    /// `out = matrix × in + offset`, 0–255.
+    /// `out = matrix × in + offset`, on values 0–255.
     matrix: [[f32; 3]; 3],
     offset: f32,
 }
 
 impl ColorJitter {
-    fn by_chance(rng: &mut ChaCha8Rng) -> Self {
-        let brightness = between(rng, 1.0 - LIGHT_MAX, 1.0 + LIGHT_MAX);
-        let contrast = between(rng, 1.0 - LIGHT_MAX, 1.0 + LIGHT_MAX);
-        let saturation = between(rng, 1.0 - 2.0 * LIGHT_MAX, 1.0 + 2.0 * LIGHT_MAX);
-        ColorJitter::new(brightness, contrast, saturation, between(rng, -HUE_MAX, HUE_MAX))
+    fn random(rng: &mut ChaCha8Rng) -> Self {
+        let brightness = uniform(rng, 1.0 - JITTER_MAX, 1.0 + JITTER_MAX);
+        let contrast = uniform(rng, 1.0 - JITTER_MAX, 1.0 + JITTER_MAX);
+        let saturation = uniform(rng, 1.0 - 2.0 * JITTER_MAX, 1.0 + 2.0 * JITTER_MAX);
+        ColorJitter::new(brightness, contrast, saturation, uniform(rng, -HUE_MAX, HUE_MAX))
     }
 
-    /// Hue and saturation turn and stretch the plane of colours about the grey axis, in YIQ (the NTSC's
-    /// colour space of 1953).
+    /// Brightness, contrast and saturation are factors, `hue` is an angle in radians. Hue and saturation rotate and scale
+    /// the I–Q plane of the YIQ color space (NTSC, 1953).
     fn new(brightness: f32, contrast: f32, saturation: f32, hue: f32) -> Self {
         const TO_YIQ: [[f32; 3]; 3] = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]];
         const FROM_YIQ: [[f32; 3]; 3] = [[1.0, 0.956, 0.619], [1.0, -0.272, -0.647], [1.0, -1.106, 1.703]];
         let (sin, cos) = hue.sin_cos();
-        let colour =
+        let rotation =
             [[1.0, 0.0, 0.0], [0.0, saturation * cos, -saturation * sin], [0.0, saturation * sin, saturation * cos]];
-        let mut matrix = times(&FROM_YIQ, &times(&colour, &TO_YIQ));
+        let mut matrix = matmul(&FROM_YIQ, &matmul(&rotation, &TO_YIQ));
         matrix.iter_mut().flatten().for_each(|v| *v *= brightness * contrast);
-        // Contrast leaves the middle grey where it is.
+        // Contrast leaves middle gray unchanged.
         ColorJitter { matrix, offset: 127.5 * (1.0 - contrast) }
     }
 
-    fn shine_on(&self, image: &mut RgbImage) {
+    fn apply(&self, image: &mut RgbImage) {
         for pixel in image.pixels_mut() {
             let [r, g, b] = pixel.0.map(f32::from);
             let channel = |row: &[f32; 3]| row[0] * r + row[1] * g + row[2] * b + self.offset + 0.5;
@@ -150,12 +155,12 @@ impl ColorJitter {
     }
 }
 
-fn times(a: &[[f32; 3]; 3], b: &[[f32; 3]; 3]) -> [[f32; 3]; 3] {
+fn matmul(a: &[[f32; 3]; 3], b: &[[f32; 3]; 3]) -> [[f32; 3]; 3] {
     std::array::from_fn(|row| std::array::from_fn(|column| (0..3).map(|i| a[row][i] * b[i][column]).sum()))
 }
 
-/// A number from `low` to `high`, with 24 bits of chance.
-fn between(rng: &mut ChaCha8Rng, low: f32, high: f32) -> f32 {
+/// Returns a uniform random value in `[low, high)` with 24 random bits.
+fn uniform(rng: &mut ChaCha8Rng, low: f32, high: f32) -> f32 {
     low + (high - low) * (rng.next_u32() >> 8) as f32 / (1 << 24) as f32
 }
 
@@ -171,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn the_seed_the_content_and_the_number_decide_a_view() {
+    fn view_depends_on_seed_content_and_index() {
         let image = gradient(90, 60);
         let views = Views { count: 6, seed: 1 };
         let view = |views: Views, content: u8, index: usize| views.view(&image, &[content; 32], index, 32);
@@ -184,25 +189,28 @@ mod tests {
     }
 
     #[test]
-    fn nothing_changed_changes_nothing() {
+    fn identity_transforms_leave_the_image_unchanged() {
         let image = gradient(40, 40);
         assert!(mean_difference(&crop(&image, [0.0, 0.0, 1.0, 1.0], 40), &image) < 0.1);
-        assert_eq!(turned(&image, 0.0), image);
-        let mut lit = image.clone();
-        ColorJitter::new(1.0, 1.0, 1.0, 0.0).shine_on(&mut lit);
-        assert!(mean_difference(&lit, &image) < 1.0);
+        assert_eq!(rotate(&image, 0.0), image);
+        let mut jittered = image.clone();
+        ColorJitter::new(1.0, 1.0, 1.0, 0.0).apply(&mut jittered);
+        assert!(mean_difference(&jittered, &image) < 1.0);
     }
 
     #[test]
-    fn a_quarter_turn_a_crop_and_a_light_are_what_they_say() {
+    fn rotation_crop_jitter_and_reflection_match_references() {
         let image = gradient(41, 41);
-        let quarter = turned(&image, std::f32::consts::FRAC_PI_2);
-        assert!(mean_difference(&quarter, &imageops::rotate270(&image)) < 0.6, "turned the wrong way or not at all");
+        let quarter = rotate(&image, std::f32::consts::FRAC_PI_2);
+        assert!(
+            mean_difference(&quarter, &imageops::rotate270(&image)) < 0.6,
+            "rotated in the wrong direction or not at all"
+        );
         let corner = crop(&image, [0.5, 0.5, 0.5, 0.5], 41);
         assert!(corner.get_pixel(0, 0).0[1] >= 120 && corner.get_pixel(40, 40).0[1] >= 245);
-        let mut grey = RgbImage::from_pixel(1, 1, Rgb([100, 100, 100]));
-        ColorJitter::new(1.2, 1.0, 0.0, 0.5).shine_on(&mut grey);
-        assert!(grey.get_pixel(0, 0).0.iter().all(|v| (119..=121).contains(v)), "{grey:?}");
-        assert_eq!((mirrored(-2.0, 10), mirrored(11.0, 10), mirrored(4.5, 10)), (2.0, 7.0, 4.5));
+        let mut gray = RgbImage::from_pixel(1, 1, Rgb([100, 100, 100]));
+        ColorJitter::new(1.2, 1.0, 0.0, 0.5).apply(&mut gray);
+        assert!(gray.get_pixel(0, 0).0.iter().all(|v| (119..=121).contains(v)), "{gray:?}");
+        assert_eq!((reflect(-2.0, 10), reflect(11.0, 10), reflect(4.5, 10)), (2.0, 7.0, 4.5));
     }
 }

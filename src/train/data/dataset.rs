@@ -1,4 +1,4 @@
-//! Photographs on the disk: one folder a class.
+//! A dataset on disk: one folder of images per class.
 
 use std::fs;
 use std::io;
@@ -11,21 +11,23 @@ use crate::system::hash::hex;
 use crate::vision::Labels;
 use crate::vision::labels::LabelsError;
 
-/// Photographs and what each of them shows.
+/// The image files of a dataset and their classes.
 #[derive(Debug, Clone)]
 pub struct Dataset {
     pub classes: Labels,
-    /// Sorted by class, then by name.
-    pub images: Vec<Labelled>,
+    /// Sorted by class, then by path.
+    pub images: Vec<LabeledImage>,
 }
 
+/// An image file and its class.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Labelled {
+pub struct LabeledImage {
     pub path: PathBuf,
-    /// The place of its class among the labels.
+    /// Index of the class in [`Dataset::classes`].
     pub class: usize,
 }
 
+/// Why a dataset folder is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
     #[error("{path}: {source}")]
@@ -39,7 +41,10 @@ pub enum DatasetError {
 }
 
 impl Dataset {
-    /// Reads the folders below `path`; each is a class, by its name. Hidden folders are none.
+    /// Lists the images below `path`. Each folder is a class with the folder's name; hidden folders are ignored.
+    ///
+    /// # Errors
+    /// Fails if a folder cannot be read, if the class names are not valid [`Labels`], or if a class has no images.
     pub fn read(path: &Path) -> Result<Self, DatasetError> {
         let failed = |source| DatasetError::Io { path: path.into(), source };
         let mut names = Vec::new();
@@ -54,12 +59,15 @@ impl Dataset {
         let classes = Labels::new(names).map_err(|source| DatasetError::Classes { path: path.into(), source })?;
         let mut images = Vec::new();
         for (class, name) in classes.names().iter().enumerate() {
-            images.extend(class_images(&path.join(name))?.into_iter().map(|path| Labelled { path, class }));
+            images.extend(class_images(&path.join(name))?.into_iter().map(|path| LabeledImage { path, class }));
         }
         Ok(Dataset { classes, images })
     }
 
-    /// Refuses a set whose classes are not those of `labels`.
+    /// Checks that the classes equal `labels`, in the same order. `path` names the dataset in the error.
+    ///
+    /// # Errors
+    /// Returns [`DatasetError::OtherClasses`] if they differ.
     pub fn expect_classes(&self, labels: &Labels, path: &Path) -> Result<(), DatasetError> {
         if self.classes == *labels {
             return Ok(());
@@ -72,6 +80,7 @@ impl Dataset {
     }
 }
 
+/// Returns the sorted image files of one class folder.
 fn class_images(folder: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     let failed = |source| DatasetError::Io { path: folder.into(), source };
     let mut images = Vec::new();
@@ -88,8 +97,8 @@ fn class_images(folder: &Path) -> Result<Vec<PathBuf>, DatasetError> {
     Ok(images)
 }
 
-/// SHA-256 over the classes' names and, for each photograph, its class and the SHA-256 of its content, sorted; in
-/// hexadecimal. File names do not count.
+/// Returns the SHA-256, in hexadecimal, over the class names and the sorted pairs of class index and content hash.
+/// It does not depend on file names or on the order of `images`.
 pub fn fingerprint<'a>(classes: &Labels, images: impl Iterator<Item = (usize, &'a [u8; 32])>) -> String {
     let mut hash = Sha256::new();
     for name in classes.names() {
@@ -98,9 +107,9 @@ pub fn fingerprint<'a>(classes: &Labels, images: impl Iterator<Item = (usize, &'
     }
     let mut images: Vec<_> = images.collect();
     images.sort_unstable();
-    for (class, content) in images {
+    for (class, content_hash) in images {
         hash.update((class as u64).to_le_bytes());
-        hash.update(content);
+        hash.update(content_hash);
     }
     hex(&hash.finalize())
 }
@@ -120,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn folders_are_classes_in_order_of_their_names() {
+    fn reads_folders_as_classes_sorted_by_name() {
         let dir =
             folder(&["tulips/b.jpg", "tulips/a.PNG", "tulips/LICENSE.txt", "daisy/c.webp", ".cache/x.jpg", "top.jpg"]);
         let dataset = Dataset::read(dir.path()).unwrap();
@@ -131,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_named() {
+    fn names_the_missing_folder_or_class() {
         let dir = folder(&["daisy/c.jpg", "empty/readme.txt"]);
         let error = Dataset::read(dir.path()).unwrap_err().to_string();
         assert!(error.ends_with("empty: no images of this class"), "{error}");
@@ -145,13 +154,13 @@ mod tests {
     }
 
     #[test]
-    fn the_fingerprint_follows_contents_and_classes() {
+    fn fingerprint_depends_on_contents_and_classes_only() {
         let labels = Labels::new(vec!["a".into(), "b".into()]).unwrap();
         let (x, y) = ([1u8; 32], [2u8; 32]);
-        let of = |images: &[(usize, &[u8; 32])]| fingerprint(&labels, images.iter().copied());
-        assert_eq!(of(&[(0, &x), (1, &y)]), of(&[(0, &x), (1, &y)]));
-        assert_eq!(of(&[(0, &x), (1, &y)]), of(&[(1, &y), (0, &x)]), "whatever their names, and so their order");
-        assert_ne!(of(&[(0, &x), (1, &y)]), of(&[(1, &x), (0, &y)]));
-        assert_ne!(of(&[(0, &x)]), of(&[(0, &y)]));
+        let hash = |images: &[(usize, &[u8; 32])]| fingerprint(&labels, images.iter().copied());
+        assert_eq!(hash(&[(0, &x), (1, &y)]), hash(&[(0, &x), (1, &y)]));
+        assert_eq!(hash(&[(0, &x), (1, &y)]), hash(&[(1, &y), (0, &x)]), "independent of the order");
+        assert_ne!(hash(&[(0, &x), (1, &y)]), hash(&[(1, &x), (0, &y)]));
+        assert_ne!(hash(&[(0, &x)]), hash(&[(0, &y)]));
     }
 }

@@ -1,4 +1,4 @@
-//! What is wrong with a folder of photographs, before anything is learned from it.
+//! Checks of a dataset before training: unreadable and small images, duplicates and near-duplicates.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -7,35 +7,40 @@ use image::imageops::{self, FilterType};
 use serde::Serialize;
 
 use crate::train::data::dataset::Dataset;
-use crate::train::data::photographs::{Finding, Photographs};
-use crate::train::features;
-use crate::train::features::pool;
+use crate::train::data::photographs::{DatasetProblem, PhotographError, Photographs};
+use crate::train::parallel;
 
-/// Two photographs whose fingerprints differ in no more bits look the same.
-const NEAR_BITS_MAX: u32 = 10;
-/// Bits a side: 16 × 16 comparisons of neighbours.
-const SIDE: u32 = 16;
+/// Largest Hamming distance of the difference hashes of two images that look the same, of 256 bits.
+const DISTANCE_MAX: u32 = 10;
+/// Comparisons a row and a column of a difference hash.
+const HASH_SIDE: u32 = 16;
 
-/// What was found.
+/// The result of [`inspect`].
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Inspection {
+    /// Number of image files in all sets.
     pub images: usize,
-    pub classes: Vec<Count>,
-    pub findings: Vec<Finding>,
+    pub classes: Vec<ClassCount>,
+    /// Sorted by file.
+    #[serde(rename = "findings")]
+    pub problems: Vec<DatasetProblem>,
 }
 
+/// Number of image files of a class.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Count {
+pub struct ClassCount {
     pub class: String,
     pub images: usize,
 }
 
-/// 256 bits: whether each pixel of a 17 × 16 grey copy is darker than its right neighbour.
-type Fingerprint = [u64; 4];
+/// Difference hash (dHash) of 256 bits: bit `y · 16 + x` is set if pixel `(x, y)` of a 17×16 gray copy is darker than its
+/// right neighbor.
+type DifferenceHash = [u64; 4];
 
-/// Looks at every photograph of `dataset`, and of `val`; where there is none, the share of the dataset that the trainer
-/// would split off stands for it. Finds what cannot be read or is too small, what stands there twice, and what looks the
-/// same in both.
+/// Decodes every image of `dataset` and `val` on `threads` threads and returns what should be fixed before training:
+/// images that cannot be used, duplicates, and validation images that look like a training image. Without `val`, a
+/// `val_fraction` (0–1) of the dataset is split off as [`Photographs::split`] does. `progress` is called with the number
+/// of images decoded.
 pub fn inspect(
     dataset: &Dataset,
     val: Option<&Dataset>,
@@ -44,55 +49,54 @@ pub fn inspect(
     progress: &(dyn Fn(usize) + Sync),
 ) -> Inspection {
     let read = |set: &Dataset| Photographs::read(set, threads, &|_| {}).dedup(None);
-    let (photographs, val_photographs) = match val.map(read) {
+    let (train, val_photographs) = match val.map(read) {
         Some(val) => (read(dataset).dedup(Some(&val)), val),
         None => read(dataset).split(val_fraction),
     };
-    let (train, val_kept) = (photographs.kept.len(), val_photographs.kept);
-    let images: Vec<_> = photographs.kept.iter().chain(&val_kept).collect();
-    let look = |(): &mut (), i: usize| Ok::<_, Infallible>(features::read(&images[i].path).map(|p| fingerprint(&p)));
-    let Ok(looks) = pool::map(images.len(), threads, "inspect", || Ok(()), look, progress);
+    let (train_len, val_kept) = (train.kept.len(), val_photographs.kept);
+    let images: Vec<_> = train.kept.iter().chain(&val_kept).collect();
+    let hash = |(): &mut (), i: usize| Ok::<_, Infallible>(images[i].decode().map(|pixels| difference_hash(&pixels)));
+    let Ok(hashes) = parallel::map(images.len(), threads, "inspect", || Ok(()), hash, progress);
 
-    let mut findings = [photographs.left_out, val_photographs.left_out].concat();
-    for (i, look) in looks.iter().enumerate() {
-        let problem = match look {
-            Err(problem) => Some(problem.clone()),
-            Ok(mine) if i >= train => {
-                near(&looks[..train], mine).map(|other| format!("looks like {}", images[other].path.display()))
-            }
+    let mut problems = [train.skipped, val_photographs.skipped].concat();
+    for (i, hash) in hashes.iter().enumerate() {
+        let problem = match hash {
+            Err(error) => Some(error.to_string()),
+            Ok(hash) if i >= train_len => nearest(&hashes[..train_len], hash)
+                .map(|similar| format!("looks like {}", images[similar].path.display())),
             Ok(_) => None,
         };
-        findings.extend(problem.map(|problem| Finding { file: images[i].path.clone(), problem }));
+        problems.extend(problem.map(|problem| DatasetProblem { file: images[i].path.clone(), problem }));
     }
-    findings.sort_by(|a, b| a.file.cmp(&b.file));
+    problems.sort_by(|a, b| a.file.cmp(&b.file));
     let all = || dataset.images.iter().chain(val.iter().flat_map(|val| &val.images));
-    let count = |(class, name): (usize, &String)| Count {
+    let count = |(class, name): (usize, &String)| ClassCount {
         class: name.clone(),
         images: all().filter(|image| image.class == class).count(),
     };
     Inspection {
         images: all().count(),
         classes: dataset.classes.names().iter().enumerate().map(count).collect(),
-        findings,
+        problems,
     }
 }
 
-/// The one that looks most like `mine`, where one looks the same.
-fn near(looks: &[Result<Fingerprint, String>], mine: &Fingerprint) -> Option<usize> {
-    let differ = |other: &Fingerprint| -> u32 { mine.iter().zip(other).map(|(a, b)| (a ^ b).count_ones()).sum() };
-    let others = looks.iter().enumerate().filter_map(|(at, look)| Some((at, differ(look.as_ref().ok()?))));
-    others.min_by_key(|(_, bits)| *bits).filter(|(_, bits)| *bits <= NEAR_BITS_MAX).map(|(at, _)| at)
+/// Returns the index of the hash with the smallest distance to `hash`, if that is at most [`DISTANCE_MAX`].
+fn nearest(hashes: &[Result<DifferenceHash, PhotographError>], hash: &DifferenceHash) -> Option<usize> {
+    let distance = |other: &DifferenceHash| -> u32 { hash.iter().zip(other).map(|(a, b)| (a ^ b).count_ones()).sum() };
+    let distances = hashes.iter().enumerate().filter_map(|(i, other)| Some((i, distance(other.as_ref().ok()?))));
+    distances.min_by_key(|(_, bits)| *bits).filter(|(_, bits)| *bits <= DISTANCE_MAX).map(|(i, _)| i)
 }
 
-fn fingerprint(pixels: &image::RgbImage) -> Fingerprint {
-    let grey = imageops::grayscale(pixels);
-    let small = imageops::resize(&grey, SIDE + 1, SIDE, FilterType::Triangle);
+fn difference_hash(pixels: &image::RgbImage) -> DifferenceHash {
+    let gray = imageops::grayscale(pixels);
+    let small = imageops::resize(&gray, HASH_SIDE + 1, HASH_SIDE, FilterType::Triangle);
     let mut bits = [0; 4];
-    for y in 0..SIDE {
-        for x in 0..SIDE {
+    for y in 0..HASH_SIDE {
+        for x in 0..HASH_SIDE {
             let darker = small.get_pixel(x, y).0[0] < small.get_pixel(x + 1, y).0[0];
-            let place = (y * SIDE + x) as usize;
-            bits[place / 64] |= u64::from(darker) << (place % 64);
+            let bit = (y * HASH_SIDE + x) as usize;
+            bits[bit / 64] |= u64::from(darker) << (bit % 64);
         }
     }
     bits
@@ -104,8 +108,8 @@ impl fmt::Display for Inspection {
             writeln!(f, "{:24} {:6}", count.class, count.images)?;
         }
         writeln!(f, "{:24} {:6}", "all", self.images)?;
-        for finding in &self.findings {
-            writeln!(f, "{}: {}", finding.file.display(), finding.problem)?;
+        for problem in &self.problems {
+            writeln!(f, "{}: {}", problem.file.display(), problem.problem)?;
         }
         Ok(())
     }
@@ -119,7 +123,7 @@ mod tests {
     use crate::vision::decode::tests::{encode, gradient};
 
     #[test]
-    fn everything_that_is_wrong_is_found_and_nothing_else() {
+    fn reports_each_problem_once_and_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let put = |name: &str, bytes: &[u8]| {
             let path = dir.path().join(name);
@@ -140,16 +144,16 @@ mod tests {
         put("train/roses/b.png", &png(&flower(2)));
         put("train/roses/daisy.png", &png(&flower(1)));
         put("val/daisy/c.png", &png(&flower(3)));
-        // The same picture in another file.
+        // The same image in another format.
         put("val/roses/b.jpg", &encode(&flower(2), ImageFormat::Jpeg));
         let read = |name: &str| Dataset::read(&dir.path().join(name)).unwrap();
-        let found = inspect(&read("train"), Some(&read("val")), 0.2, 2, &|_| {});
-        assert_eq!(found.images, 8);
-        assert_eq!(found.classes[0], Count { class: "daisy".into(), images: 5 });
-        let text = found.to_string().replace(&format!("{}/", dir.path().display()), "");
-        let findings: Vec<&str> = text.lines().skip(3).collect();
+        let inspection = inspect(&read("train"), Some(&read("val")), 0.2, 2, &|_| {});
+        assert_eq!(inspection.images, 8);
+        assert_eq!(inspection.classes[0], ClassCount { class: "daisy".into(), images: 5 });
+        let text = inspection.to_string().replace(&format!("{}/", dir.path().display()), "");
+        let problems: Vec<&str> = text.lines().skip(3).collect();
         assert_eq!(
-            findings,
+            problems,
             [
                 "train/daisy/a.png: the same file as train/roses/daisy.png, of another class",
                 "train/daisy/again.png: the same file as train/roses/daisy.png, of another class",

@@ -1,4 +1,4 @@
-//! Labelled photographs: folders, contents, augmented views, and what is wrong with a dataset.
+//! Labeled images: dataset folders, content hashes, augmented views, and checks of a dataset.
 
 pub mod augment;
 pub mod dataset;

@@ -1,126 +1,156 @@
-//! The photographs of a dataset by their contents: which stand there twice, and which are held back to
-//! measure on.
+//! The images of a dataset by their content: duplicates and the train/validation split.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::path::PathBuf;
 
+use image::RgbImage;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::train::data::dataset::Dataset;
-use crate::train::features::pool;
+use crate::train::parallel;
 use crate::vision::decode::{self, DecodeError};
 
-/// SHA-256 of a file.
-pub type Content = [u8; 32];
+/// Smallest side of an image that is used for training or evaluation, in pixels.
+pub const SIDE_MIN: u32 = 32;
 
+/// SHA-256 of a file's bytes.
+pub type ContentHash = [u8; 32];
+
+/// An image file, its class and its content hash.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Photograph {
     pub path: PathBuf,
-    /// The place of its class among the labels.
+    /// Index of the class in the labels.
     pub class: usize,
-    pub content: Content,
+    pub content_hash: ContentHash,
 }
 
-/// A file that is not used, or should not be, and why.
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PhotographError {
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    #[error("{width}×{height} pixels, fewer than {SIDE_MIN} a side")]
+    TooSmall { width: u32, height: u32 },
+}
+
+impl Photograph {
+    /// Decodes the file. out: H×W×3 u8 RGB.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be read or decoded, or if a side is shorter than [`SIDE_MIN`].
+    pub fn decode(&self) -> Result<RgbImage, PhotographError> {
+        let pixels = decode::file(&self.path)?;
+        let (width, height) = pixels.dimensions();
+        if width.min(height) < SIDE_MIN {
+            return Err(PhotographError::TooSmall { width, height });
+        }
+        Ok(pixels)
+    }
+}
+
+/// An image file with a problem: unreadable, too small, a duplicate or a near-duplicate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Finding {
+pub struct DatasetProblem {
     pub file: PathBuf,
+    /// The reason, as shown to the user.
     pub problem: String,
 }
 
-/// What can be learned from, and what was left out of it.
+/// The usable images of a dataset, and the skipped ones with the reason.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Photographs {
     /// In the order of the dataset.
     pub kept: Vec<Photograph>,
-    pub left_out: Vec<Finding>,
+    pub skipped: Vec<DatasetProblem>,
 }
 
 impl Photographs {
-    /// Reads every file once. Those that cannot be read, or are larger than a photograph is, are left out.
+    /// Reads and hashes every file once, on `threads` threads. Files that cannot be read, are empty, or are larger than
+    /// [`decode::FILE_BYTES_MAX`] are skipped. `progress` is called with the number of files read.
     pub fn read(dataset: &Dataset, threads: usize, progress: &(dyn Fn(usize) + Sync)) -> Self {
-        let hash = |(): &mut (), i: usize| -> Result<Result<Content, String>, Infallible> {
+        let hash = |(): &mut (), i: usize| -> Result<Result<ContentHash, DecodeError>, Infallible> {
             let bytes = decode::read_file(&dataset.images[i].path).and_then(|bytes| match bytes.is_empty() {
                 true => Err(DecodeError::Empty),
                 false => Ok(bytes),
             });
-            Ok(bytes.map(|bytes| Sha256::digest(bytes).into()).map_err(|e| e.to_string()))
+            Ok(bytes.map(|bytes| Sha256::digest(bytes).into()))
         };
-        let Ok(contents) = pool::map(dataset.images.len(), threads, "read", || Ok(()), hash, progress);
-        let mut read = Photographs::default();
-        for (image, content) in dataset.images.iter().zip(contents) {
-            match content {
-                Ok(content) => {
-                    read.kept.push(Photograph { path: image.path.clone(), class: image.class, content });
-                }
-                Err(problem) => read.left_out.push(Finding { file: image.path.clone(), problem }),
+        let Ok(hashes) = parallel::map(dataset.images.len(), threads, "read", || Ok(()), hash, progress);
+        let mut photographs = Photographs::default();
+        for (image, hash) in dataset.images.iter().zip(hashes) {
+            let path = image.path.clone();
+            match hash {
+                Ok(content_hash) => photographs.kept.push(Photograph { path, class: image.class, content_hash }),
+                Err(error) => photographs.skipped.push(DatasetProblem { file: path, problem: error.to_string() }),
             }
         }
-        read
+        photographs
     }
 
-    /// Leaves out what stands there more than once: of equal files of one class all but the first, of equal
-    /// files of different classes all, and what stands in `other` as well.
+    /// Skips duplicates: of equal files in one class all but the first, of equal files in different classes all, and
+    /// every file that is also in `other`.
     pub fn dedup(self, other: Option<&Photographs>) -> Self {
-        let mut of_content: HashMap<Content, Vec<&Photograph>> = HashMap::new();
+        let mut by_content: HashMap<ContentHash, Vec<&Photograph>> = HashMap::new();
         for photograph in &self.kept {
-            of_content.entry(photograph.content).or_default().push(photograph);
+            by_content.entry(photograph.content_hash).or_default().push(photograph);
         }
-        let elsewhere: HashMap<Content, &Photograph> =
-            other.map(|other| other.kept.iter().map(|there| (there.content, there)).collect()).unwrap_or_default();
-        let double = |photograph: &Photograph| -> Option<String> {
+        let in_other: HashMap<ContentHash, &Photograph> =
+            other.map(|other| other.kept.iter().map(|one| (one.content_hash, one)).collect()).unwrap_or_default();
+        let duplicate = |photograph: &Photograph| -> Option<String> {
             let same = |other: &Photograph| format!("the same file as {}", other.path.display());
-            if let Some(there) = elsewhere.get(&photograph.content) {
-                return Some(same(there));
+            if let Some(original) = in_other.get(&photograph.content_hash) {
+                return Some(same(original));
             }
-            let equal = &of_content[&photograph.content];
-            if let Some(rival) = equal.iter().find(|rival| rival.class != photograph.class) {
-                return Some(format!("{}, of another class", same(rival)));
+            let equal = &by_content[&photograph.content_hash];
+            if let Some(mislabeled) = equal.iter().find(|one| one.class != photograph.class) {
+                return Some(format!("{}, of another class", same(mislabeled)));
             }
             (equal[0].path != photograph.path).then(|| same(equal[0]))
         };
-        let problems: Vec<Option<String>> = self.kept.iter().map(double).collect();
-        let mut without = Photographs { kept: Vec::new(), left_out: self.left_out };
+        let problems: Vec<Option<String>> = self.kept.iter().map(duplicate).collect();
+        let mut unique = Photographs { kept: Vec::new(), skipped: self.skipped };
         for (photograph, problem) in self.kept.into_iter().zip(problems) {
             match problem {
-                None => without.kept.push(photograph),
-                Some(problem) => without.left_out.push(Finding { file: photograph.path, problem }),
+                None => unique.kept.push(photograph),
+                Some(problem) => unique.skipped.push(DatasetProblem { file: photograph.path, problem }),
             }
         }
-        without
+        unique
     }
 
-    /// Splits off about the given share, 0–1, of each class for validation, and of a class of two or more at least one and
-    /// never all. A photograph's content alone decides where it belongs, so that adding others moves none; only where one
-    /// stood there in want of a better may it go back.
-    pub fn split(self, share: f64) -> (Self, Self) {
-        let mut of_class: HashMap<usize, Vec<f64>> = HashMap::new();
+    /// Splits into (train, validation). About `fraction` (0–1) of each class goes to the validation set; of a class with
+    /// two or more images, at least one goes to each set. The assignment depends on an image's content hash alone, so
+    /// adding images does not move others, except an image that was moved to keep a set from being empty.
+    pub fn split(self, fraction: f64) -> (Self, Self) {
+        let mut by_class: HashMap<usize, Vec<f64>> = HashMap::new();
         for photograph in &self.kept {
-            of_class.entry(photograph.class).or_default().push(place(&photograph.content));
+            by_class.entry(photograph.class).or_default().push(split_key(&photograph.content_hash));
         }
         let limits: HashMap<usize, f64> =
-            of_class.into_iter().map(|(class, places)| (class, limit(places, share))).collect();
-        let in_val = |photograph: &Photograph| place(&photograph.content) < limits[&photograph.class];
+            by_class.into_iter().map(|(class, keys)| (class, split_limit(keys, fraction))).collect();
+        let in_val = |photograph: &Photograph| split_key(&photograph.content_hash) < limits[&photograph.class];
         let (val, train) = self.kept.into_iter().partition(in_val);
-        (Photographs { kept: train, left_out: self.left_out }, Photographs { kept: val, left_out: Vec::new() })
+        (Photographs { kept: train, skipped: self.skipped }, Photographs { kept: val, skipped: Vec::new() })
     }
 }
 
-/// The place below which a class's photographs are for validation: `share`, or what leaves one on either side.
-fn limit(mut places: Vec<f64>, share: f64) -> f64 {
-    places.sort_by(f64::total_cmp);
-    match places[..] {
-        [first, second, ..] if share <= first => second,
-        [.., last] if places.len() > 1 && share > last => last,
-        _ => share,
+/// Returns the key below which the images of a class belong to the validation set: `fraction`, or a value that leaves
+/// at least one image on each side.
+fn split_limit(mut keys: Vec<f64>, fraction: f64) -> f64 {
+    keys.sort_by(f64::total_cmp);
+    match keys[..] {
+        [first, second, ..] if fraction <= first => second,
+        [.., last] if keys.len() > 1 && fraction > last => last,
+        _ => fraction,
     }
 }
 
-/// A number from 0 to 1 that follows from a file's content.
-fn place(content: &Content) -> f64 {
-    let [a, b, c, d, e, f, ..] = *content;
+/// Returns a value in `[0, 1)`, uniform over content hashes.
+fn split_key(hash: &ContentHash) -> f64 {
+    let [a, b, c, d, e, f, ..] = *hash;
     // 48 bits, which f64 holds exactly.
     u64::from_be_bytes([0, 0, a, b, c, d, e, f]) as f64 / (1u64 << 48) as f64
 }
@@ -130,22 +160,22 @@ mod tests {
     use super::*;
 
     fn photographs(rows: &[(u8, usize)]) -> Photographs {
-        let one = |(i, (content, class)): (usize, &(u8, usize))| Photograph {
+        let photograph = |(i, (content, class)): (usize, &(u8, usize))| Photograph {
             path: format!("{i}.jpg").into(),
             class: *class,
-            content: Sha256::digest([*content]).into(),
+            content_hash: Sha256::digest([*content]).into(),
         };
-        Photographs { kept: rows.iter().enumerate().map(one).collect(), left_out: Vec::new() }
+        Photographs { kept: rows.iter().enumerate().map(photograph).collect(), skipped: Vec::new() }
     }
 
     #[test]
-    fn doubles_are_left_out_and_named() {
+    fn skips_and_names_duplicates() {
         let set = photographs(&[(1, 0), (2, 0), (1, 0), (3, 0), (3, 1), (4, 1)]);
         let other = photographs(&[(2, 0)]);
-        let kept = set.dedup(Some(&other));
-        let paths: Vec<_> = kept.kept.iter().map(|p| p.path.to_str().unwrap()).collect();
+        let unique = set.dedup(Some(&other));
+        let paths: Vec<_> = unique.kept.iter().map(|p| p.path.to_str().unwrap()).collect();
         assert_eq!(paths, ["0.jpg", "5.jpg"]);
-        let problems: Vec<_> = kept.left_out.iter().map(|f| format!("{}: {}", f.file.display(), f.problem)).collect();
+        let problems: Vec<_> = unique.skipped.iter().map(|f| format!("{}: {}", f.file.display(), f.problem)).collect();
         assert_eq!(
             problems,
             [
@@ -158,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn the_split_follows_contents_alone() {
+    fn split_depends_on_contents_only() {
         let rows: Vec<(u8, usize)> = (0..=200).map(|i| (i, usize::from(i % 2))).collect();
         let (train, val) = photographs(&rows).split(0.2);
         assert_eq!(train.kept.len() + val.kept.len(), 201);
@@ -169,16 +199,16 @@ mod tests {
     }
 
     #[test]
-    fn a_small_class_gives_one_and_keeps_one() {
-        for (class_size, share) in [(2, 0.2), (3, 0.01), (4, 0.99), (8, 0.2)] {
+    fn split_leaves_one_image_of_a_small_class_in_each_set() {
+        for (class_size, fraction) in [(2, 0.2), (3, 0.01), (4, 0.99), (8, 0.2)] {
             let rows: Vec<(u8, usize)> = (0..30 * class_size).map(|i| (i as u8, i / class_size)).collect();
-            let (train, val) = photographs(&rows).split(share);
+            let (train, val) = photographs(&rows).split(fraction);
             for class in 0..30 {
-                let of = |set: &Photographs| set.kept.iter().filter(|p| p.class == class).count();
-                assert!(of(&train) >= 1 && of(&val) >= 1, "class {class} of {class_size} at {share}");
+                let count = |set: &Photographs| set.kept.iter().filter(|p| p.class == class).count();
+                assert!(count(&train) >= 1 && count(&val) >= 1, "class {class} of {class_size} at {fraction}");
             }
         }
         let (train, val) = photographs(&[(1, 0)]).split(0.2);
-        assert_eq!(train.kept.len() + val.kept.len(), 1, "of one there is no half");
+        assert_eq!(train.kept.len() + val.kept.len(), 1, "a single image is in one of the sets");
     }
 }

@@ -1,68 +1,93 @@
-//! What computes the features: the CPU, or a GPU that was seen to give nearly the same.
+//! The device that extracts features: the CPU, or a GPU whose features are close to the CPU's.
 
 use std::panic::{self, AssertUnwindSafe};
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::vision::backbone::Device;
 use crate::vision::{Backbone, BackboneError, Network};
 
-/// Features from a GPU may differ by this share of the largest: its convolutions round otherwise.
+/// Largest accepted difference of GPU features, relative to the largest CPU feature; the convolutions round differently.
 const DIFFERENCE_MAX: f32 = 0.01;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
+/// The device to extract features with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Choice {
-    /// A GPU where the program was built for one and one works; else the CPU
+pub enum DeviceChoice {
+    /// A GPU if the program is built with the feature `cuda` and a GPU works; the CPU otherwise.
     #[default]
     Auto,
     Cpu,
-    /// A GPU; where none works, the CPU, and a line that says why
+    /// A GPU; the CPU, with a warning, if no GPU works.
     Gpu,
 }
 
-/// The network on the device that computes, what `make` makes of it, and why that is not the device that was asked for,
-/// where it is not.
-pub fn choose(
+/// A network and its backbone on the selected device.
+pub struct Selected {
+    pub network: Network,
+    pub backbone: Backbone,
+    /// Why the CPU is used although a GPU was requested.
+    pub fallback: Option<GpuFallback>,
+}
+
+/// Why the GPU is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum GpuFallback {
+    /// The difference, relative to the largest CPU feature.
+    #[error("the GPU's features differ from the CPU's by {:.1} %; the CPU computes the features", .0 * 100.0)]
+    Difference(f32),
+    #[error("{0}; the CPU computes the features")]
+    Backbone(BackboneError),
+    #[error("the CUDA runtime panicked, see its message above; the CPU computes the features")]
+    Panic,
+}
+
+/// Selects the device for `choice`; `build` makes the backbone of a network. A GPU is used only if its output for a test
+/// input is within 1 % of the CPU's.
+///
+/// # Errors
+/// Fails if `build` fails on the CPU.
+pub fn select(
     network: Network,
-    choice: Choice,
-    make: &dyn Fn(&Network) -> Result<Backbone, BackboneError>,
-) -> Result<(Network, Backbone, Option<String>), BackboneError> {
-    let on_cpu = make(&network)?;
-    let wanted = match choice {
-        Choice::Auto => cfg!(feature = "cuda"),
-        Choice::Cpu => false,
-        Choice::Gpu => true,
+    choice: DeviceChoice,
+    build: &dyn Fn(&Network) -> Result<Backbone, BackboneError>,
+) -> Result<Selected, BackboneError> {
+    let on_cpu = build(&network)?;
+    let try_gpu = match choice {
+        DeviceChoice::Auto => cfg!(feature = "cuda"),
+        DeviceChoice::Cpu => false,
+        DeviceChoice::Gpu => true,
     };
-    if !wanted {
-        return Ok((network, on_cpu, None));
+    if !try_gpu {
+        return Ok(Selected { network, backbone: on_cpu, fallback: None });
     }
     let gpu = network.on(Device::Cuda);
     let side = network.input_size();
-    // The CUDA runtime may panic where a part of it is not installed.
-    let tried = panic::catch_unwind(AssertUnwindSafe(|| {
-        let on_gpu = make(&gpu)?;
-        Ok((difference(&on_cpu, &on_gpu, 3 * side * side)?, on_gpu))
+    // The CUDA runtime may panic if a part of it is not installed.
+    let result = panic::catch_unwind(AssertUnwindSafe(|| {
+        let on_gpu = build(&gpu)?;
+        Ok::<_, BackboneError>((relative_difference(&on_cpu, &on_gpu, 3 * side * side)?, on_gpu))
     }));
-    let why = match tried {
-        Ok(Ok((difference, on_gpu))) if difference <= DIFFERENCE_MAX => return Ok((gpu, on_gpu, None)),
-        Ok(Ok((difference, _))) => format!("the GPU's features differ from the CPU's by {:.1} %", difference * 100.0),
-        Ok(Err(error)) => BackboneError::to_string(&error),
-        Err(_) => "the CUDA runtime panicked; its message stands above".into(),
+    let fallback = match result {
+        Ok(Ok((difference, on_gpu))) if difference <= DIFFERENCE_MAX => {
+            return Ok(Selected { network: gpu, backbone: on_gpu, fallback: None });
+        }
+        Ok(Ok((difference, _))) => GpuFallback::Difference(difference),
+        Ok(Err(error)) => GpuFallback::Backbone(error),
+        Err(_) => GpuFallback::Panic,
     };
-    Ok((network, on_cpu, Some(format!("{why}; the CPU computes the features"))))
+    Ok(Selected { network, backbone: on_cpu, fallback: Some(fallback) })
 }
 
-/// The largest difference between what both give for one input, as a share of the largest number.
-fn difference(cpu: &Backbone, gpu: &Backbone, input_len: usize) -> Result<f32, BackboneError> {
+/// Returns the largest absolute difference of the outputs for one test input, divided by the largest CPU output.
+fn relative_difference(cpu: &Backbone, gpu: &Backbone, input_len: usize) -> Result<f32, BackboneError> {
     let input: Vec<f32> = (0..input_len).map(|i| (i as f32 * 0.37).sin()).collect();
     let (mut cpu, mut gpu) = (cpu.session()?, gpu.session()?);
-    let (expected, found) = (cpu.features(&input)?, gpu.features(&input)?);
+    let (expected, actual) = (cpu.features(&input)?, gpu.features(&input)?);
     let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, v| largest.max(v.abs()));
-    // A number that is none differs from all.
-    let off = |(a, b): (&f32, &f32)| if b.is_finite() { (a - b).abs() } else { f32::INFINITY };
-    Ok(expected.iter().zip(found).map(off).fold(0.0, f32::max) / largest)
+    // `f32::max` ignores NaN, so a value that is not finite counts as infinitely different.
+    let difference = |(a, b): (&f32, &f32)| if b.is_finite() { (a - b).abs() } else { f32::INFINITY };
+    Ok(expected.iter().zip(actual).map(difference).fold(0.0, f32::max) / largest)
 }
 
 #[cfg(test)]
@@ -74,24 +99,26 @@ mod tests {
     }
 
     #[test]
-    fn a_difference_is_a_share_of_the_largest_number() {
+    fn difference_is_relative_to_the_largest_feature() {
         let network = Network::built_in().unwrap();
         let own = &network.last_conv().unwrap().weights;
         let weight: Vec<f32> = own.weight().iter().map(|w| w * 1.1).collect();
         let other = crate::vision::LastConvWeights::new(320, weight, own.bias().to_vec()).unwrap();
         let (one, two) = (network.features(None).unwrap(), network.features(Some(&other)).unwrap());
-        let of = |other: &Backbone| difference(&one, other, 3 * 224 * 224).unwrap();
-        assert_eq!(of(&one), 0.0);
-        assert!(of(&two) > DIFFERENCE_MAX, "{}", of(&two));
-        assert_eq!(choose(network, Choice::Cpu, &features).unwrap().2, None);
+        let difference = |other: &Backbone| relative_difference(&one, other, 3 * 224 * 224).unwrap();
+        assert_eq!(difference(&one), 0.0);
+        assert!(difference(&two) > DIFFERENCE_MAX, "{}", difference(&two));
+        assert!(select(network, DeviceChoice::Cpu, &features).unwrap().fallback.is_none());
     }
 
     #[cfg(not(feature = "cuda"))]
     #[test]
-    fn where_no_gpu_works_the_cpu_computes_and_it_is_said() {
-        let (network, _, why) = choose(Network::built_in().unwrap(), Choice::Gpu, &features).unwrap();
+    fn falls_back_to_the_cpu_with_a_reason_if_no_gpu_works() {
+        let Selected { network, fallback, .. } =
+            select(Network::built_in().unwrap(), DeviceChoice::Gpu, &features).unwrap();
         assert_eq!(network.device(), Device::Cpu);
-        assert!(why.unwrap().contains("built without the feature `cuda`; the CPU computes the features"));
-        assert_eq!(choose(network, Choice::Auto, &features).unwrap().2, None);
+        let reason = fallback.unwrap().to_string();
+        assert!(reason.contains("built without the feature `cuda`; the CPU computes the features"), "{reason}");
+        assert!(select(network, DeviceChoice::Auto, &features).unwrap().fallback.is_none());
     }
 }

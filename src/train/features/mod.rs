@@ -1,8 +1,7 @@
-//! What the backbone says of every photograph, and of other views of it, computed on all cores.
+//! Feature extraction: the frozen backbone's output for every view of every image, computed on all cores.
 
 pub mod cache;
 pub mod device;
-pub mod pool;
 
 use std::borrow::Cow;
 use std::env::consts::ARCH;
@@ -16,33 +15,31 @@ use image::RgbImage;
 
 use crate::system::hash::sha256_hex;
 use crate::train::data::augment::{self, Views};
-use crate::train::data::photographs::{Finding, Photograph};
-use crate::train::features::cache::Cache;
+use crate::train::data::photographs::{DatasetProblem, Photograph, PhotographError};
+use crate::train::features::cache::FeatureCache;
+use crate::train::parallel;
 use crate::vision::backbone::{Session, channels_last};
 use crate::vision::preprocess::{self, Preprocess, Preprocessor};
-use crate::vision::{Backbone, BackboneError, Network, decode};
+use crate::vision::{Backbone, BackboneError, Network};
 
-/// Another version may decode or compute otherwise, and so may another kind of processor.
+/// Part of the cache key: another version may decode or compute differently.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// A photograph with a shorter side shows nothing that could be learned.
-pub const SIDE_MIN: u32 = 32;
-
-/// Features, or maps, of a set of photographs, in the order of the set.
+/// Feature vectors, or feature maps `[height · width, channels]`, of a set of images, in the order of the set.
 #[derive(Debug, Clone, Default)]
 pub struct Features {
-    /// Numbers in one row.
+    /// Values in one row.
     pub width: usize,
-    /// Rows of each photograph; the first is of the photograph as it is.
+    /// Rows of each image, one per view; row 0 is the original image.
     pub views: usize,
-    /// `[views, width]` of each photograph.
+    /// `[views, width]` for each image.
     pub values: Vec<Values>,
     pub images: Vec<Photograph>,
-    /// What could not be decoded.
-    pub left_out: Vec<Finding>,
+    /// Images that could not be decoded.
+    pub skipped: Vec<DatasetProblem>,
 }
 
-/// Numbers in one of two precisions.
+/// Values in one of two precisions.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Values {
     Single(Vec<f32>),
@@ -50,6 +47,7 @@ pub enum Values {
 }
 
 impl Features {
+    /// Returns the number of images.
     pub fn len(&self) -> usize {
         self.images.len()
     }
@@ -58,15 +56,20 @@ impl Features {
         self.images.is_empty()
     }
 
+    /// Returns the class of image `i`.
     pub fn class(&self, i: usize) -> usize {
         self.images[i].class
     }
 
+    /// Returns the class of each image.
     pub fn classes(&self) -> Vec<usize> {
         self.images.iter().map(|image| image.class).collect()
     }
 
-    /// A view of photograph `i`, `[width]`.
+    /// Returns the row of view `view` of image `i`: `[width]`.
+    ///
+    /// # Panics
+    /// Panics if there is no such image or view.
     pub fn row(&self, i: usize, view: usize) -> Cow<'_, [f32]> {
         let range = view * self.width..(view + 1) * self.width;
         match &self.values[i] {
@@ -75,7 +78,7 @@ impl Features {
         }
     }
 
-    /// Each photograph as it is.
+    /// Returns the row of each original image.
     pub fn rows(&self) -> impl Iterator<Item = Cow<'_, [f32]>> {
         (0..self.len()).map(|i| self.row(i, 0))
     }
@@ -99,7 +102,7 @@ impl Values {
     }
 }
 
-/// How exact the numbers are kept: single for what is measured, half for maps that are learned from.
+/// Precision of stored values: single for feature vectors and validation sets, half for the feature maps of a training set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     Single,
@@ -107,6 +110,7 @@ pub enum Precision {
 }
 
 impl Precision {
+    /// Returns the bytes of one value.
     pub fn bytes(self) -> usize {
         match self {
             Precision::Single => 4,
@@ -115,80 +119,114 @@ impl Precision {
     }
 }
 
-/// What is computed of a photograph.
+/// Extracts the features of images.
 pub struct Extractor<'a> {
     pub network: &'a Network,
     pub backbone: &'a Backbone,
-    /// Channels where the backbone gives a map; none where it gives features.
-    pub map: Option<usize>,
+    /// Number of channels if the backbone returns a feature map `[channels, height, width]`; `None` if it returns a feature
+    /// vector.
+    pub map_channels: Option<usize>,
     pub preprocess: &'a Preprocess,
     pub precision: Precision,
     pub views: Views,
-    /// Where what was computed is kept; nothing is kept where it is none.
+    /// Root folder of the [`FeatureCache`]; `None` disables caching.
     pub cache: Option<&'a Path>,
+    /// Number of threads, at least 1.
     pub threads: usize,
 }
 
-/// What went wrong with the cache, if anything; training goes on without it.
-pub type CacheTrouble = Option<io::Error>;
+/// Why an image has no features.
+#[derive(Debug, thiserror::Error)]
+enum ExtractError {
+    /// The image is skipped.
+    #[error(transparent)]
+    Photograph(#[from] PhotographError),
+    /// The extraction ends.
+    #[error(transparent)]
+    Backbone(#[from] BackboneError),
+}
 
 impl Extractor<'_> {
-    /// Decodes each photograph that is not cached, once, and runs the backbone on its views. `progress` is told
-    /// how many are done.
+    /// Extracts the features of `images`. Each image that is not cached is decoded once, and the backbone runs on each of
+    /// its views. `progress` is called with the number of finished images. The second value is the first error of the
+    /// cache, if any; extraction continues without caching.
+    ///
+    /// # Errors
+    /// Fails if the backbone fails. Images that cannot be decoded are listed in [`Features::skipped`].
     pub fn run(
         &self,
         images: &[Photograph],
         progress: &(dyn Fn(usize) + Sync),
-    ) -> Result<(Features, CacheTrouble), BackboneError> {
-        let (cache, trouble) = match self.cache.map(|root| Cache::open(root, &self.kind())).transpose() {
+    ) -> Result<(Features, Option<io::Error>), BackboneError> {
+        let cache = self.cache.map(|root| FeatureCache::open(root, &self.cache_key()));
+        let (cache, cache_error) = match cache.transpose() {
             Ok(cache) => (cache, None),
             Err(error) => (None, Some(error)),
         };
-        let trouble = Mutex::new(trouble);
-        let work = |worker: &mut Option<Worker>, i: usize| {
-            let cached = cache.as_ref().and_then(|cache| cache.read(&images[i].content));
-            let row_bytes = self.backbone.width() * self.precision.bytes();
-            let mut bytes = cached.unwrap_or_default();
-            // A file of more views serves for fewer, and one of fewer is added to.
-            bytes.truncate(self.views.count.min(bytes.len() / row_bytes) * row_bytes);
-            let have = bytes.len() / row_bytes;
-            if have == self.views.count {
-                return Ok(Ok(Values::from_bytes(&bytes, self.precision)));
-            }
-            let worker = match worker {
-                Some(worker) => worker,
-                None => worker.insert(Worker::new(self)?),
-            };
-            let pixels = match read(&images[i].path) {
-                Ok(pixels) => pixels,
-                Err(problem) => return Ok(Err(problem)),
-            };
-            for view in have..self.views.count {
-                bytes.extend(self.row(worker, &pixels, &images[i], view)?.to_bytes());
-            }
-            if let Some(Err(error)) = cache.as_ref().map(|cache| cache.write(&images[i].content, &bytes)) {
-                trouble.lock().expect("nothing panics with the lock held").get_or_insert(error);
-            }
-            Ok(Ok(Values::from_bytes(&bytes, self.precision)))
+        let cache_error = Mutex::new(cache_error);
+        let on_cache_error = |error: io::Error| {
+            cache_error.lock().expect("no code panics with the lock held").get_or_insert(error);
         };
-        let extracted = pool::map(images.len(), self.threads, "features", || Ok(None), work, progress)?;
+        let work = |worker: &mut Option<Worker>, i: usize| {
+            let result = self.extract(worker, &images[i], cache.as_ref(), &on_cache_error);
+            match result {
+                Ok(values) => Ok(Ok(values)),
+                Err(ExtractError::Photograph(error)) => Ok(Err(error)),
+                Err(ExtractError::Backbone(error)) => Err(error),
+            }
+        };
+        let extracted = parallel::map(images.len(), self.threads, "features", || Ok(None), work, progress)?;
         let mut features = Features { width: self.backbone.width(), views: self.views.count, ..Features::default() };
-        for (image, one) in images.iter().zip(extracted) {
-            match one {
+        for (image, result) in images.iter().zip(extracted) {
+            match result {
                 Ok(values) => {
                     features.values.push(values);
                     features.images.push(image.clone());
                 }
-                Err(problem) => features.left_out.push(Finding { file: image.path.clone(), problem }),
+                Err(error) => {
+                    features.skipped.push(DatasetProblem { file: image.path.clone(), problem: error.to_string() });
+                }
             }
         }
-        Ok((features, trouble.into_inner().expect("nothing panics with the lock held")))
+        Ok((features, cache_error.into_inner().expect("no code panics with the lock held")))
     }
 
-    /// Names everything that decides the numbers beside the photograph. The number of views is not part of it.
-    fn kind(&self) -> String {
-        let preprocess = serde_json::to_string(self.preprocess).expect("a preprocessing can be written as JSON");
-        let tensor = if self.map.is_some() { "map" } else { "features" };
+    /// Returns the values of all views of an image: the cached ones, and those that the worker computes and caches. The
+    /// worker is made on first use.
+    fn extract(
+        &self,
+        worker: &mut Option<Worker>,
+        image: &Photograph,
+        cache: Option<&FeatureCache>,
+        on_cache_error: &dyn Fn(io::Error),
+    ) -> Result<Values, ExtractError> {
+        let row_bytes = self.backbone.width() * self.precision.bytes();
+        let mut bytes = cache.and_then(|cache| cache.read(&image.content_hash)).unwrap_or_default();
+        // A file with more views than needed is used as is; one with fewer is extended.
+        bytes.truncate(self.views.count.min(bytes.len() / row_bytes) * row_bytes);
+        let cached_views = bytes.len() / row_bytes;
+        if cached_views == self.views.count {
+            return Ok(Values::from_bytes(&bytes, self.precision));
+        }
+        let worker = match worker {
+            Some(worker) => worker,
+            None => worker.insert(Worker::new(self)?),
+        };
+        let pixels = image.decode()?;
+        for view in cached_views..self.views.count {
+            bytes.extend(self.extract_view(worker, &pixels, image, view)?.to_bytes());
+        }
+        if let Some(Err(error)) = cache.map(|cache| cache.write(&image.content_hash, &bytes)) {
+            on_cache_error(error);
+        }
+        Ok(Values::from_bytes(&bytes, self.precision))
+    }
+
+    /// Returns the cache key: everything besides the image content that the values depend on. The number of views is not
+    /// part of it.
+    fn cache_key(&self) -> String {
+        let preprocess = serde_json::to_string(self.preprocess).expect("a preprocessing serializes to JSON");
+        let tensor = if self.map_channels.is_some() { "map" } else { "features" };
         let feature = &self.network.info().feature;
         let views = match self.views.count {
             1 => String::new(),
@@ -204,7 +242,8 @@ impl Extractor<'_> {
         format!("{tensor}-{:.16}", sha256_hex(all.as_bytes()))
     }
 
-    fn row(
+    /// Runs the backbone on one view: `[width]`, feature maps as `[height · width, channels]`.
+    fn extract_view(
         &self,
         worker: &mut Worker,
         pixels: &RgbImage,
@@ -215,10 +254,10 @@ impl Extractor<'_> {
         if view == 0 {
             preprocessor.run(pixels, input);
         } else {
-            preprocessor.run(&self.views.view(pixels, &image.content, view, self.preprocess.size), input);
+            preprocessor.run(&self.views.view(pixels, &image.content_hash, view, self.preprocess.size), input);
         }
         let row = session.features(input)?;
-        let row = match self.map {
+        let row = match self.map_channels {
             Some(channels) => channels_last(row, channels),
             None => row.to_vec(),
         };
@@ -229,7 +268,7 @@ impl Extractor<'_> {
     }
 }
 
-/// One thread's session and buffers.
+/// The session and buffers of one thread.
 struct Worker {
     session: Session,
     preprocessor: Preprocessor,
@@ -237,23 +276,13 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(of: &Extractor<'_>) -> Result<Self, BackboneError> {
+    fn new(extractor: &Extractor<'_>) -> Result<Self, BackboneError> {
         Ok(Worker {
-            session: of.backbone.session()?,
-            preprocessor: Preprocessor::new(of.preprocess.clone()),
-            input: vec![0.0; of.preprocess.input_len()],
+            session: extractor.backbone.session()?,
+            preprocessor: Preprocessor::new(extractor.preprocess.clone()),
+            input: vec![0.0; extractor.preprocess.input_len()],
         })
     }
-}
-
-/// A photograph's pixels; or why it is of no use.
-pub fn read(path: &Path) -> Result<RgbImage, String> {
-    let pixels = decode::file(path).map_err(|e| e.to_string())?;
-    let (width, height) = pixels.dimensions();
-    if width.min(height) < SIDE_MIN {
-        return Err(format!("{width}×{height} pixels, fewer than {SIDE_MIN} a side"));
-    }
-    Ok(pixels)
 }
 
 #[cfg(test)]
@@ -266,10 +295,10 @@ mod tests {
     use crate::vision::decode::tests::{encode, gradient};
 
     #[test]
-    fn views_are_added_to_those_that_are_kept_and_every_way_gives_the_same() {
+    fn extends_cached_views_and_gives_the_same_values_with_and_without_cache() {
         let dir = tempfile::tempdir().unwrap();
         let photograph =
-            |name: &str, content: u8| Photograph { path: dir.path().join(name), class: 0, content: [content; 32] };
+            |name: &str, hash: u8| Photograph { path: dir.path().join(name), class: 0, content_hash: [hash; 32] };
         fs::write(dir.path().join("a.png"), encode(&gradient(60, 40), ImageFormat::Png)).unwrap();
         fs::write(dir.path().join("b.png"), encode(&gradient(40, 90), ImageFormat::Png)).unwrap();
         fs::write(dir.path().join("cut.png"), &encode(&gradient(40, 90), ImageFormat::Png)[..60]).unwrap();
@@ -282,27 +311,36 @@ mod tests {
         let run = |count: usize, cache: Option<&Path>, precision: Precision| {
             let views = Views { count, seed: 7 };
             let (network, backbone, preprocess) = (&network, &backbone, &preprocess);
-            let extractor =
-                Extractor { network, backbone, map: Some(320), preprocess, precision, views, cache, threads: 2 };
-            let (features, trouble) = extractor.run(&images, &|_| {}).unwrap();
-            assert!(trouble.is_none());
+            let extractor = Extractor {
+                network,
+                backbone,
+                map_channels: Some(320),
+                preprocess,
+                precision,
+                views,
+                cache,
+                threads: 2,
+            };
+            let (features, cache_error) = extractor.run(&images, &|_| {}).unwrap();
+            assert!(cache_error.is_none());
             features
         };
-        let whole = run(3, None, Precision::Half);
-        let names: Vec<_> = whole.left_out.iter().map(|f| f.file.file_name().unwrap().to_str().unwrap()).collect();
-        assert_eq!((whole.len(), names), (2, vec!["cut.png", "tiny.png"]));
-        assert_ne!(whole.row(0, 0), whole.row(0, 1));
+        let uncached = run(3, None, Precision::Half);
+        let names: Vec<_> = uncached.skipped.iter().map(|f| f.file.file_name().unwrap().to_str().unwrap()).collect();
+        assert_eq!((uncached.len(), names), (2, vec!["cut.png", "tiny.png"]));
+        assert_ne!(uncached.row(0, 0), uncached.row(0, 1));
         let two = run(2, Some(&cache), Precision::Half);
-        assert_eq!((two.row(1, 0), two.row(1, 1)), (whole.row(1, 0), whole.row(1, 1)));
-        assert_eq!(run(3, Some(&cache), Precision::Half).values, whole.values, "one view is added");
-        assert_eq!(run(3, Some(&cache), Precision::Half).values, whole.values, "all is read");
+        assert_eq!((two.row(1, 0), two.row(1, 1)), (uncached.row(1, 0), uncached.row(1, 1)));
+        assert_eq!(run(3, Some(&cache), Precision::Half).values, uncached.values, "one view is computed");
+        assert_eq!(run(3, Some(&cache), Precision::Half).values, uncached.values, "all views are cached");
         let single = run(1, Some(&cache), Precision::Single);
-        let off = single.row(0, 0).iter().zip(whole.row(0, 0).iter()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(off > 0.0 && off < 0.01, "half the digits, the same numbers: {off}");
+        let off =
+            single.row(0, 0).iter().zip(uncached.row(0, 0).iter()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(off > 0.0 && off < 0.01, "half precision differs by {off}");
     }
 
     #[test]
-    fn a_cache_that_cannot_be_written_stops_nothing() {
+    fn extracts_features_if_the_cache_cannot_be_written() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a.png"), encode(&gradient(60, 40), ImageFormat::Png)).unwrap();
         fs::write(dir.path().join("cache"), "a file where a folder should be").unwrap();
@@ -310,15 +348,15 @@ mod tests {
         let extractor = Extractor {
             network: &network,
             backbone: &network.features(None).unwrap(),
-            map: None,
+            map_channels: None,
             preprocess: &preprocess,
             precision: Precision::Single,
             views: Views::ONE,
             cache: Some(&dir.path().join("cache")),
             threads: 1,
         };
-        let image = Photograph { path: dir.path().join("a.png"), class: 0, content: [1; 32] };
-        let (features, trouble) = extractor.run(&[image], &|_| {}).unwrap();
-        assert!(features.len() == 1 && trouble.is_some());
+        let image = Photograph { path: dir.path().join("a.png"), class: 0, content_hash: [1; 32] };
+        let (features, cache_error) = extractor.run(&[image], &|_| {}).unwrap();
+        assert!(features.len() == 1 && cache_error.is_some());
     }
 }

@@ -1,4 +1,5 @@
-//! What is fitted: the head, the last convolution, the temperature, the subspace; and the loop that fits them.
+//! Everything that is fitted: the head, the last convolution, the temperature and the subspace of the OOD detector; and the
+//! optimizer loop that fits them.
 
 pub mod head;
 pub mod last_conv;

@@ -1,5 +1,5 @@
-//! The directions that the training photographs' features span: the right singular vectors of the
-//! matrix of unit rows with the largest singular values, by randomised subspace iteration (Halko,
+//! The subspace of the OOD detector: the principal directions of the training features, which are the right singular
+//! vectors with the largest singular values of the matrix of L2-normalized rows, by randomized subspace iteration (Halko,
 //! Martinsson and Tropp, 2011).
 
 use rand_chacha::ChaCha8Rng;
@@ -7,62 +7,71 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::vision::head::dot;
 
-/// Multiplications by XᵀX; each sharpens the spectrum.
-const ROUNDS: usize = 4;
+/// Number of multiplications by XᵀX; each one separates the singular values further.
+const ITERATIONS: usize = 4;
+/// Fraction of its norm below which the orthogonal remainder of a direction counts as zero.
+const DEPENDENT_BELOW: f32 = 1e-4;
 
-/// `rows`: feature vectors of one width. Gives `[rank, width]`, orthonormal rows; fewer than `rank`
-/// where the rows span less. Lengths do not count, and rows of length 0 are left out.
-pub fn span<'a>(rows: impl Iterator<Item = &'a [f32]>, width: usize, rank: usize, seed: u64) -> Vec<f32> {
-    let units: Vec<Vec<f32>> = rows.filter_map(|row| unit(row.to_vec())).collect();
+/// Returns the `rank` principal directions of `rows` (`[width]` each) as `[rank, width]`, orthonormal rows; fewer than
+/// `rank` if the rows span fewer dimensions. Rows are L2-normalized first; zero rows are skipped. `seed` determines the
+/// random start.
+pub fn principal_directions<'a>(
+    rows: impl Iterator<Item = &'a [f32]>,
+    width: usize,
+    rank: usize,
+    seed: u64,
+) -> Vec<f32> {
+    let units: Vec<Vec<f32>> = rows.filter_map(|row| normalized(row.to_vec())).collect();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let rank = rank.min(width).min(units.len());
-    let mut basis: Vec<Vec<f32>> = (0..rank).map(|_| (0..width).map(|_| sign(&mut rng)).collect()).collect();
-    for _ in 0..ROUNDS {
-        basis = orthonormal(multiply(&units, &basis));
+    let mut basis: Vec<Vec<f32>> = (0..rank).map(|_| (0..width).map(|_| random_sign(&mut rng)).collect()).collect();
+    for _ in 0..ITERATIONS {
+        basis = orthonormalize(multiply(&units, &basis));
     }
     basis.concat()
 }
 
-/// Each direction times XᵀX.
+/// Returns each direction multiplied by XᵀX, where X has the rows `units`.
 fn multiply(units: &[Vec<f32>], basis: &[Vec<f32>]) -> Vec<Vec<f32>> {
     let mut out = vec![vec![0.0; units.first().map_or(0, Vec::len)]; basis.len()];
     for row in units {
         for (to, direction) in out.iter_mut().zip(basis) {
-            add(to, dot(row, direction), row);
+            axpy(dot(row, direction), row, to);
         }
     }
     out
 }
 
-/// Gram and Schmidt, each direction twice for the sake of rounding; what depends on those before it is
-/// left out.
-fn orthonormal(directions: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
-    let mut done: Vec<Vec<f32>> = Vec::with_capacity(directions.len());
+/// Gram–Schmidt orthonormalization, done twice per direction to limit rounding errors. Directions that depend linearly on
+/// earlier ones are dropped.
+fn orthonormalize(directions: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
+    let mut basis: Vec<Vec<f32>> = Vec::with_capacity(directions.len());
     for mut direction in directions {
-        let before = dot(&direction, &direction).sqrt();
+        let norm = dot(&direction, &direction).sqrt();
         for _ in 0..2 {
-            for other in &done {
-                let along = dot(&direction, other);
-                add(&mut direction, -along, other);
+            for other in &basis {
+                let projection = dot(&direction, other);
+                axpy(-projection, other, &mut direction);
             }
         }
-        if dot(&direction, &direction).sqrt() > 1e-4 * before
-            && let Some(direction) = unit(direction)
+        if dot(&direction, &direction).sqrt() > DEPENDENT_BELOW * norm
+            && let Some(direction) = normalized(direction)
         {
-            done.push(direction);
+            basis.push(direction);
         }
     }
-    done
+    basis
 }
 
-/// `to += factor × from`
-fn add(to: &mut [f32], factor: f32, from: &[f32]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to += factor * from;
+/// `y += a · x`
+fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += a * x;
     }
 }
 
-fn unit(mut row: Vec<f32>) -> Option<Vec<f32>> {
+/// Returns `row` divided by its L2 norm; `None` for a zero row.
+fn normalized(mut row: Vec<f32>) -> Option<Vec<f32>> {
     let length = dot(&row, &row).sqrt();
     if length == 0.0 {
         return None;
@@ -71,7 +80,7 @@ fn unit(mut row: Vec<f32>) -> Option<Vec<f32>> {
     Some(row)
 }
 
-fn sign(rng: &mut ChaCha8Rng) -> f32 {
+fn random_sign(rng: &mut ChaCha8Rng) -> f32 {
     if rng.next_u32() & 1 == 0 { -1.0 } else { 1.0 }
 }
 
@@ -81,29 +90,33 @@ mod tests {
     use crate::vision::OodDetector;
 
     #[test]
-    fn the_plane_that_rows_lie_in_is_found() {
-        // Rows in the plane of (1, 1, 0, 0) and (0, 0, 1, −1), of any length.
+    fn finds_the_plane_that_contains_all_rows() {
+        // Rows in the plane of (1, 1, 0, 0) and (0, 0, 1, −1), of different norms.
         let rows: Vec<Vec<f32>> = (1..20)
             .map(|i| {
                 let (a, b) = ((i as f32).sin() * i as f32, (i as f32 * 1.7).cos());
                 vec![a, a, b, -b]
             })
             .collect();
-        let basis = span(rows.iter().map(Vec::as_slice), 4, 4, 1);
-        assert_eq!(basis.len(), 2 * 4, "two directions are all there is");
+        let basis = principal_directions(rows.iter().map(Vec::as_slice), 4, 4, 1);
+        assert_eq!(basis.len(), 2 * 4, "the rows span two dimensions");
         let plane = OodDetector::new(4, basis.clone(), 0.5).unwrap();
         assert!(dot(&basis[..4], &basis[4..]).abs() < 1e-5);
         assert!(plane.similarity(&[2.0, 2.0, 1.0, -1.0]) > 0.9999);
         assert!(plane.similarity(&[1.0, -1.0, 1.0, 1.0]) < 1e-3);
-        assert_eq!(span(rows.iter().map(Vec::as_slice), 4, 4, 1), basis, "the seed decides");
+        assert_eq!(
+            principal_directions(rows.iter().map(Vec::as_slice), 4, 4, 1),
+            basis,
+            "the same seed gives the same basis"
+        );
     }
 
     #[test]
-    fn the_strongest_directions_come_first_and_nothing_spans_nothing() {
+    fn finds_the_largest_singular_vector_and_returns_nothing_for_no_rows() {
         let rows: Vec<Vec<f32>> =
             (0..100).map(|i| if i % 10 == 0 { vec![0.0, 1.0, 0.0] } else { vec![1.0, 0.0, 0.1] }).collect();
-        let basis = span(rows.iter().map(Vec::as_slice), 3, 1, 1);
+        let basis = principal_directions(rows.iter().map(Vec::as_slice), 3, 1, 1);
         assert!(basis[0].abs() > 0.99, "{basis:?}");
-        assert!(span(std::iter::empty(), 3, 2, 1).is_empty());
+        assert!(principal_directions(std::iter::empty(), 3, 2, 1).is_empty());
     }
 }

@@ -1,5 +1,6 @@
-//! `report.html`: one file, no network, that shows what was learned.
+//! `report.html`: the metrics, charts and example images of a run in one self-contained file.
 
+mod cam;
 mod gallery;
 pub mod tensorboard;
 pub mod tensorboard_images;
@@ -12,57 +13,26 @@ use base64::engine::general_purpose::STANDARD;
 use image::RgbImage;
 use image::codecs::jpeg::JpegEncoder;
 
-use gallery::CamPainter;
-pub use gallery::GalleryImage;
+pub use gallery::{Gallery, GalleryImage};
 
 use crate::chart;
 use crate::train::evaluate::{EvaluatedSet, Evaluation, reliability};
-use crate::train::run::outcome::{Trained, grouped};
+use crate::train::optim::sgd::Epoch;
+use crate::train::run::outcome::{Trained, with_separators};
 use crate::train::run::settings::Settings;
 use crate::vision::head::softmax;
-use crate::vision::{BackboneError, Network, Prediction};
+use crate::vision::{Network, Prediction};
 
 const STYLE: &str = include_str!("style.css");
-/// The sheet of the tutorial: six columns, five rows.
-const SHEET: usize = 30;
+/// Columns of a contact sheet.
 pub const SHEET_COLUMNS: u32 = 6;
-const WORST: usize = 12;
-const SEEN_OF_EACH: usize = 2;
-const SEEN_MAX: usize = 20;
-/// With more classes the most frequent mistakes are listed instead of a matrix.
-const MATRIX_MAX: usize = 24;
-const MISTAKES_MAX: usize = 30;
+/// Largest number of classes with a confusion matrix; with more classes the report lists the most frequent confusions.
+const MATRIX_CLASSES_MAX: usize = 24;
+const CONFUSIONS_MAX: usize = 30;
+/// Quality of the thumbnails, 1–100.
 const JPEG_QUALITY: u8 = 82;
 
-/// The photographs of the report.
-pub struct Gallery {
-    pub sheet: Vec<GalleryImage>,
-    worst: Vec<GalleryImage>,
-    /// With the places painted where the class was seen; none where the network does not tell.
-    seen: Option<Vec<GalleryImage>>,
-}
-
-impl Gallery {
-    pub fn choose(
-        settings: &Settings,
-        network: &Network,
-        trained: &Trained,
-        threads: usize,
-    ) -> Result<Self, BackboneError> {
-        let (labels, val, preprocess) = (&trained.labels, &trained.val, settings.preprocess());
-        let sheet = gallery::by_chance(val, SHEET, settings.sgd.seed);
-        let mut best = gallery::best_of_each(val, labels.names().len(), SEEN_OF_EACH);
-        best.truncate(SEEN_MAX);
-        let looker = CamPainter::new(network, trained, &preprocess);
-        Ok(Gallery {
-            sheet: gallery::load(labels, val, &sheet, threads),
-            worst: gallery::load(labels, val, &gallery::worst(val, WORST), threads),
-            seen: looker.map(|looker| looker.paint(labels, val, &best, threads)).transpose()?,
-        })
-    }
-}
-
-/// The whole page.
+/// Returns the HTML page. It loads nothing from the network.
 pub fn html(settings: &Settings, network: &Network, trained: &Trained, gallery: &Gallery) -> String {
     let name = escaped(&settings.name);
     let sections = [
@@ -72,63 +42,63 @@ pub fn html(settings: &Settings, network: &Network, trained: &Trained, gallery: 
         calibration(&trained.val, trained.head.temperature()),
         unknown(trained),
         test(trained),
-        photographs("A look at the validation photographs", SHEET_NOTE, &gallery.sheet, "sheet"),
-        photographs("The worst mistakes", WORST_NOTE, &gallery.worst, "sheet"),
-        seen(gallery.seen.as_deref()),
+        images("Random validation images", SAMPLE_NOTE, &gallery.sample, "sheet"),
+        images("Misclassified images", ERRORS_NOTE, &gallery.errors, "sheet"),
+        class_activation_maps(gallery.cams.as_deref()),
         dataset(trained),
         format!(
-            "<h2>Settings</h2>\n<p>As <code>config.toml</code> beside this page holds them; <code>bloomcast train \
-            --config config.toml --out …</code> repeats the run.</p>\n<pre>{}</pre>\n",
+            "<h2>Settings</h2>\n<p>The content of <code>config.toml</code>; <code>bloomcast train --config config.toml \
+             --out …</code> repeats the run.</p>\n<pre>{}</pre>\n",
             escaped(&settings.to_toml())
         ),
     ];
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" \
-         content=\"width=device-width\">\n<title>{name}: what was learned</title>\n<style>\n{STYLE}</style>\n</head>\n\
+         content=\"width=device-width\">\n<title>{name}: training report</title>\n<style>\n{STYLE}</style>\n</head>\n\
          <body>\n<main>\n{}</main>\n</body>\n</html>\n",
         sections.concat()
     )
 }
 
-const SHEET_NOTE: &str = "By chance. Blue: named right. Red: named wrong, with what it is.";
-const WORST_NOTE: &str = "Named wrong, the surest first: where the labels, or the model, should be looked at.";
+const SAMPLE_NOTE: &str = "A random sample. Blue: correct. Red: wrong, followed by the true class.";
+const ERRORS_NOTE: &str = "The most confident errors first. They point to wrong labels or to weaknesses of the model.";
 
+/// The settings, the sizes and the metrics at a glance.
 fn header(settings: &Settings, network: &Network, trained: &Trained) -> String {
-    let (figures, parameters) = (&trained.val.evaluation, trained.parameters);
-    let cell = |value: String, what: &str| format!("<div><b>{value}</b><span>{what}</span></div>\n");
+    let (evaluation, parameters) = (&trained.val.evaluation, trained.parameters);
+    let cell = |value: String, label: &str| format!("<div><b>{value}</b><span>{label}</span></div>\n");
     let cells = [
-        cell(format!("{:.1} %", figures.accuracy * 100.0), "accuracy of the best class"),
-        cell(format!("{:.4}", figures.loss), "loss (cross-entropy, nats)"),
-        cell(format!("{:.4}", figures.ece), "calibration error"),
-        cell(format!("{:.1} %", figures.unknown * 100.0), "of the flowers rejected as unknown"),
-        cell(trained.dataset.train_images.to_string(), "photographs learned from"),
-        cell(format!("{:.0} s", trained.time.as_secs_f64()), "from start to end"),
+        cell(format!("{:.1} %", evaluation.accuracy * 100.0), "accuracy"),
+        cell(format!("{:.4}", evaluation.loss), "loss (cross-entropy, nats)"),
+        cell(format!("{:.4}", evaluation.ece), "expected calibration error"),
+        cell(format!("{:.1} %", evaluation.unknown * 100.0), "rejected as unknown"),
+        cell(trained.dataset.train_images.to_string(), "training images"),
+        cell(format!("{:.0} s", trained.elapsed.as_secs_f64()), "duration"),
     ];
     format!(
-        "<h1>{}</h1>\n<p class=\"soft\">Recipe {}, seed {}, on {}: {} parameters, {} trained, {} frozen. EvaluatedSet on {} \
-         photographs it did not learn from; they chose the best epoch, the temperature and the threshold of \
-         <i>unknown</i>.</p>\n<div class=\"figures\">\n{}</div>\n",
+        "<h1>{}</h1>\n<p class=\"soft\">Recipe {}, seed {}, on {}: {} parameters, {} trained, {} frozen. Evaluated on {} \
+         validation images, which also select the best epoch, the temperature and the threshold of <i>unknown</i>.</p>\n\
+         <div class=\"figures\">\n{}</div>\n",
         escaped(&settings.name),
         settings.recipe.name(),
         settings.sgd.seed,
         escaped(network.name()),
-        grouped(parameters.total),
-        grouped(parameters.trained),
-        grouped(parameters.total - parameters.trained),
-        figures.images,
+        with_separators(parameters.total),
+        with_separators(parameters.trained),
+        with_separators(parameters.total - parameters.trained),
+        evaluation.images,
         cells.concat()
     )
 }
 
+/// Loss and accuracy over the epochs.
 fn curves(trained: &Trained) -> String {
-    let points = |of: fn(&crate::train::optim::sgd::Epoch) -> f64| {
-        trained.history.iter().map(|e| (e.epoch as f64, of(e))).collect()
-    };
+    let points = |metric: fn(&Epoch) -> f64| trained.history.iter().map(|e| (e.epoch as f64, metric(e))).collect();
     let best = trained.best_epoch();
     let loss = chart::lines(
         "loss over epochs",
         &[
-            chart::Line { name: "learning", class: "train", points: points(|e| f64::from(e.train_loss)) },
+            chart::Line { name: "training", class: "train", points: points(|e| f64::from(e.train_loss)) },
             chart::Line { name: "validation", class: "val", points: points(|e| e.val.loss) },
         ],
         best,
@@ -139,68 +109,71 @@ fn curves(trained: &Trained) -> String {
         best,
     );
     format!(
-        "<h2>How it learned</h2>\n<p>The loss on what it learns from is measured against smoothed labels and, with views by \
-         chance and dropout, on harder photographs: it need not lie below the other.</p>\n<div class=\"pair\">\n\
+        "<h2>Training curves</h2>\n<p>The training loss includes label smoothing, data augmentation and dropout, so it may lie \
+         above the validation loss.</p>\n<div class=\"pair\">\n\
          <div class=\"panel\"><h3>Loss</h3>{loss}</div>\n<div class=\"panel\"><h3>Accuracy</h3>{accuracy}</div>\n</div>\n"
     )
 }
 
-fn confusion(figures: &Evaluation, names: &[String]) -> String {
+/// The confusion matrix, or a list of confusions, and the metrics of each class.
+fn confusion(evaluation: &Evaluation, names: &[String]) -> String {
     let (title, panel) = match names.len() {
-        ..=MATRIX_MAX => ("Rows: what it is. Columns: what it was taken for.", matrix(figures, names)),
-        _ => ("Most often taken for another", mistakes(figures, names)),
+        ..=MATRIX_CLASSES_MAX => ("Rows: true class. Columns: predicted class.", matrix(evaluation, names)),
+        _ => ("Most frequent confusions", confusions(evaluation, names)),
     };
     format!(
-        "<h2>What is taken for what</h2>\n<div class=\"pair\">\n<div class=\"panel\"><h3>{title}</h3>{panel}</div>\n\
-         <div class=\"panel\"><h3>Each class</h3>{}</div>\n</div>\n",
-        classes(figures)
+        "<h2>Confusion matrix</h2>\n<div class=\"pair\">\n<div class=\"panel\"><h3>{title}</h3>{panel}</div>\n\
+         <div class=\"panel\"><h3>Metrics of each class</h3>{}</div>\n</div>\n",
+        class_table(evaluation)
     )
 }
 
-fn matrix(figures: &Evaluation, names: &[String]) -> String {
+fn matrix(evaluation: &Evaluation, names: &[String]) -> String {
     let heads: String = names.iter().map(|name| format!("<th>{}</th>", escaped(name))).collect();
     let mut matrix = format!("<table class=\"matrix\"><tr><th></th>{heads}</tr>\n");
-    for (row, (counts, name)) in figures.confusion.iter().zip(names).enumerate() {
-        let of = counts.iter().sum::<usize>().max(1) as f64;
+    for (row, (counts, name)) in evaluation.confusion.iter().zip(names).enumerate() {
+        let total = counts.iter().sum::<usize>().max(1) as f64;
         let cell = |(column, count): (usize, &usize)| {
-            let share = *count as f64 / of;
-            let (colour, strength) = match row == column {
-                true => ("blue", share * 70.0),
-                false => ("red", (share * 250.0).min(70.0)),
+            let fraction = *count as f64 / total;
+            let (color, opacity) = match row == column {
+                true => ("blue", fraction * 70.0),
+                false => ("red", (fraction * 250.0).min(70.0)),
             };
             let class = if *count == 0 { " class=\"off\"" } else { "" };
             format!(
-                "<td{class} style=\"background: color-mix(in srgb, var(--{colour}) {strength:.0}%, transparent)\" \
+                "<td{class} style=\"background: color-mix(in srgb, var(--{color}) {opacity:.0}%, transparent)\" \
                  title=\"{:.1} %\">{count}</td>",
-                share * 100.0
+                fraction * 100.0
             )
         };
         let cells: String = counts.iter().enumerate().map(cell).collect();
-        writeln!(matrix, "<tr><th>{}</th>{cells}</tr>", escaped(name)).expect("memory takes it");
+        writeln!(matrix, "<tr><th>{}</th>{cells}</tr>", escaped(name)).expect("a String takes any text");
     }
     matrix + "</table>"
 }
 
-/// The largest counts beside the diagonal.
-fn mistakes(figures: &Evaluation, names: &[String]) -> String {
-    let cell = |(row, counts): (usize, &Vec<usize>)| -> Vec<(usize, usize, usize)> {
+/// The largest counts off the diagonal.
+fn confusions(evaluation: &Evaluation, names: &[String]) -> String {
+    let off_diagonal = |(row, counts): (usize, &Vec<usize>)| -> Vec<(usize, usize, usize)> {
         counts.iter().enumerate().filter(|(column, _)| *column != row).map(|(column, n)| (*n, row, column)).collect()
     };
-    let mut all: Vec<_> = figures.confusion.iter().enumerate().flat_map(cell).filter(|(n, ..)| *n > 0).collect();
+    let mut all: Vec<_> =
+        evaluation.confusion.iter().enumerate().flat_map(off_diagonal).filter(|(n, ..)| *n > 0).collect();
     all.sort_by_key(|(n, ..)| std::cmp::Reverse(*n));
-    let mut table = String::from("<table><tr><th>is</th><th>taken for</th><th>photographs</th></tr>\n");
-    for (count, row, column) in all.into_iter().take(MISTAKES_MAX) {
-        let (is, taken_for) = (escaped(&names[row]), escaped(&names[column]));
-        writeln!(table, "<tr><td>{is}</td><td>{taken_for}</td><td>{count}</td></tr>").expect("memory takes it");
+    let mut table = String::from("<table><tr><th>true</th><th>predicted</th><th>images</th></tr>\n");
+    for (count, row, column) in all.into_iter().take(CONFUSIONS_MAX) {
+        let (truth, predicted) = (escaped(&names[row]), escaped(&names[column]));
+        writeln!(table, "<tr><td>{truth}</td><td>{predicted}</td><td>{count}</td></tr>")
+            .expect("a String takes any text");
     }
     table + "</table>"
 }
 
-fn classes(figures: &Evaluation) -> String {
-    let mut table = String::from(
-        "<table><tr><th>class</th><th>photographs</th><th>precision</th><th>recall</th><th>F1</th></tr>\n",
-    );
-    for class in &figures.classes {
+/// A row for each class: number of images, precision, recall and F1.
+fn class_table(evaluation: &Evaluation) -> String {
+    let mut table =
+        String::from("<table><tr><th>class</th><th>images</th><th>precision</th><th>recall</th><th>F1</th></tr>\n");
+    for class in &evaluation.classes {
         writeln!(
             table,
             "<tr><td>{}</td><td>{}</td><td>{:.3}</td><td>{:.3}</td><td>{:.3}</td></tr>",
@@ -210,11 +183,12 @@ fn classes(figures: &Evaluation) -> String {
             class.recall,
             class.f1
         )
-        .expect("memory takes it");
+        .expect("a String takes any text");
     }
     table + "</table>"
 }
 
+/// Reliability diagrams before and after temperature scaling.
 fn calibration(val: &EvaluatedSet, temperature: f32) -> String {
     let classes: Vec<usize> = val.photographs.iter().map(|photograph| photograph.class).collect();
     let before: Vec<Prediction> = val.predictions.iter().map(|after| without_temperature(after, temperature)).collect();
@@ -224,86 +198,92 @@ fn calibration(val: &EvaluatedSet, temperature: f32) -> String {
         format!("<div class=\"panel\"><h3>{title}: calibration error {error:.4}</h3>{chart}</div>\n")
     };
     format!(
-        "<h2>How sure, and how right</h2>\n<p>Of the photographs that are named with 80 %, 80 % should be right: the bars \
-         should end on the line. One temperature for all logits ({temperature:.3}) makes them as honest as it can.</p>\n\
+        "<h2>Calibration</h2>\n<p>Of the images with a confidence of 80 %, 80 % should be correct: the bars should end on the \
+         line. The fitted temperature is {temperature:.3}.</p>\n\
          <div class=\"pair\">\n{}{}</div>\n",
-        panel("Before the temperature", &before),
-        panel("After it", &val.predictions)
+        panel("Before temperature scaling", &before),
+        panel("After temperature scaling", &val.predictions)
     )
 }
 
-/// The temperature divided the logits, which are the logarithms of the probabilities but for a constant.
+/// Undoes temperature scaling: the scaled logits are the logarithms of the probabilities up to a constant.
 fn without_temperature(after: &Prediction, temperature: f32) -> Prediction {
     let logits: Vec<f32> = after.probabilities.iter().map(|p| p.max(f32::MIN_POSITIVE).ln() * temperature).collect();
     Prediction { probabilities: softmax(&logits, 1.0), ..after.clone() }
 }
 
+/// The similarities to the subspace of the OOD detector, and its threshold.
 fn unknown(trained: &Trained) -> String {
     let similarities: Vec<f32> = trained.val.predictions.iter().map(|prediction| prediction.similarity).collect();
     let threshold = trained.ood.threshold();
     format!(
-        "<h2>What it does not know</h2>\n<p>A picture whose features point out of the space that the flowers span is \
-         <i>unknown</i>, however sure the softmax is. The threshold, {threshold:.4}, rejects {:.1} % of these flowers.</p>\n\
+        "<h2>Out-of-distribution detection</h2>\n<p>An image is <i>unknown</i> if the cosine similarity of its features to the \
+         subspace of the training features is below the threshold, for any confidence. The threshold {threshold:.4} rejects \
+         {:.1} % of the validation images.</p>\n\
          <div class=\"panel chart\">{}</div>\n",
         trained.val.evaluation.unknown * 100.0,
         chart::histogram("similarities", &similarities, threshold)
     )
 }
 
+/// The metrics on the test set.
 fn test(trained: &Trained) -> String {
     let Some(test) = &trained.test else { return String::new() };
-    let figures = &test.evaluation;
+    let evaluation = &test.evaluation;
     format!(
-        "<h2>On the test photographs</h2>\n<p>{} photographs that nothing was chosen by, looked at once: accuracy \
-         {:.4}, loss {:.4}, calibration error {:.4}, {:.1} % rejected as unknown.</p>\n<div class=\"panel\">{}</div>\n",
-        figures.images,
-        figures.accuracy,
-        figures.loss,
-        figures.ece,
-        figures.unknown * 100.0,
-        classes(figures)
+        "<h2>Test set</h2>\n<p>{} images that were not used for training or model selection: accuracy {:.4}, loss {:.4}, \
+         expected calibration error {:.4}, {:.1} % rejected as unknown.</p>\n<div class=\"panel\">{}</div>\n",
+        evaluation.images,
+        evaluation.accuracy,
+        evaluation.loss,
+        evaluation.ece,
+        evaluation.unknown * 100.0,
+        class_table(evaluation)
     )
 }
 
-fn photographs(title: &str, note: &str, shown: &[GalleryImage], class: &str) -> String {
-    if shown.is_empty() {
+/// Images in a grid with the style `class`.
+fn images(title: &str, note: &str, images: &[GalleryImage], class: &str) -> String {
+    if images.is_empty() {
         return format!("<h2>{title}</h2>\n<p>None.</p>\n");
     }
-    let figures: Vec<String> = shown.iter().map(figure).collect();
+    let figures: Vec<String> = images.iter().map(figure).collect();
     format!("<h2>{title}</h2>\n<p>{note}</p>\n<div class=\"{class}\">\n{}</div>\n", figures.concat())
 }
 
-fn figure(shown: &GalleryImage) -> String {
-    let class = if shown.right() { "right" } else { "wrong" };
-    let unknown = if shown.known { "" } else { " <small>unknown</small>" };
+fn figure(image: &GalleryImage) -> String {
+    let class = if image.is_correct() { "right" } else { "wrong" };
+    let unknown = if image.known { "" } else { " <small>unknown</small>" };
     format!(
         "<figure><figcaption class=\"{class}\" title=\"{0}\">{0}{unknown}</figcaption><img alt=\"{1}\" title=\"{1}\" \
          src=\"data:image/jpeg;base64,{2}\"></figure>\n",
-        escaped(shown.title_lines().join(" ").trim_end()),
-        escaped(&shown.file),
-        STANDARD.encode(jpeg(&shown.thumbnail))
+        escaped(image.title_lines().join(" ").trim_end()),
+        escaped(&image.file),
+        STANDARD.encode(jpeg(&image.thumbnail))
     )
 }
 
-fn seen(seen: Option<&[GalleryImage]>) -> String {
-    let title = "Where it looks";
-    match seen {
-        Some(seen) => photographs(
+fn class_activation_maps(cams: Option<&[GalleryImage]>) -> String {
+    let title = "Class activation maps";
+    match cams {
+        Some(cams) => images(
             title,
-            "The surest of the classes. Warm places speak for the class, more than for the mean of all; dark ones do not. The \
-             head is linear in the mean over the places, so that this is no estimate: it is what each place adds.",
-            seen,
+            "The most confident correct images of each class. Orange regions contribute to the logit of the class, compared \
+             with the mean over all classes; dark regions do not. The contributions are exact, because the head is linear and \
+             follows global average pooling.",
+            cams,
             "sheet five",
         ),
         None => format!(
-            "<h2>{title}</h2>\n<p>This network does not end in a 1×1 convolution and a mean, so it does not tell.</p>\n"
+            "<h2>{title}</h2>\n<p>Not available: this network does not end in a 1×1 convolution and a mean over all \
+             positions.</p>\n"
         ),
     }
 }
 
+/// The number of images of each class, and the skipped files.
 fn dataset(trained: &Trained) -> String {
-    let mut table =
-        String::from("<table><tr><th>class</th><th>learned from</th><th>measured on</th><th>tested on</th></tr>\n");
+    let mut table = String::from("<table><tr><th>class</th><th>training</th><th>validation</th><th>test</th></tr>\n");
     let test = |class: usize| match &trained.test {
         Some(test) => test.evaluation.classes[class].support.to_string(),
         None => "–".into(),
@@ -311,30 +291,32 @@ fn dataset(trained: &Trained) -> String {
     for (class, name) in trained.labels.names().iter().enumerate() {
         let (train, val) = (trained.train_images[class], trained.val.evaluation.classes[class].support);
         writeln!(table, "<tr><td>{}</td><td>{train}</td><td>{val}</td><td>{}</td></tr>", escaped(name), test(class))
-            .expect("memory takes it");
+            .expect("a String takes any text");
     }
-    let left_out: Vec<String> =
-        trained.left_out.iter().map(|finding| format!("{}: {}\n", finding.file.display(), finding.problem)).collect();
-    let list = match left_out.len() {
-        0 => "<p>Nothing was left out.</p>\n".into(),
+    let skipped: Vec<String> =
+        trained.skipped.iter().map(|problem| format!("{}: {}\n", problem.file.display(), problem.problem)).collect();
+    let list = match skipped.len() {
+        0 => "<p>No files were skipped.</p>\n".into(),
         n => format!(
-            "<details open><summary>{n} files were left out</summary><pre>{}</pre></details>\n",
-            escaped(&left_out.concat())
+            "<details open><summary>{n} files were skipped</summary><pre>{}</pre></details>\n",
+            escaped(&skipped.concat())
         ),
     };
     format!(
-        "<h2>What the dataset held</h2>\n<div class=\"panel\">{table}</table></div>\n{list}<p class=\"soft\">Fingerprint of the \
-         photographs: <code>{}</code></p>\n",
+        "<h2>Dataset</h2>\n<div class=\"panel\">{table}</table></div>\n{list}<p class=\"soft\">Fingerprint of the images: \
+         <code>{}</code></p>\n",
         trained.dataset.sha256
     )
 }
 
+/// Encodes a thumbnail.
 fn jpeg(image: &RgbImage) -> Vec<u8> {
     let mut bytes = Cursor::new(Vec::new());
-    JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY).encode_image(image).expect("memory takes a small JPEG");
+    JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY).encode_image(image).expect("a thumbnail can be encoded");
     bytes.into_inner()
 }
 
+/// Escapes text for HTML.
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
@@ -349,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_temperature_can_be_taken_out_again() {
+    fn undoes_temperature_scaling() {
         let after = Prediction { probabilities: softmax(&[2.0, 0.5, -1.0], 1.7), similarity: 1.0, known: true };
         let before = without_temperature(&after, 1.7).probabilities;
         for (got, expected) in before.iter().zip(softmax(&[2.0, 0.5, -1.0], 1.0)) {

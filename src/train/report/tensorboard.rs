@@ -1,4 +1,4 @@
-//! Events as TensorBoard reads them: protocol buffers in records with masked CRC-32C sums
+//! Event files of TensorBoard: protocol buffers in records with masked CRC-32C checksums
 //! (`tensorflow/core/util/event.proto`, `tensorflow/core/framework/summary.proto`, `tensorflow/core/lib/io/record_writer.h`).
 
 use std::fs::File;
@@ -10,10 +10,11 @@ use crc::{CRC_32_ISCSI, Crc};
 use image::{ImageFormat, RgbImage};
 use prost::Message;
 
-/// What TensorBoard looks for in a file's name.
+/// The file name prefix that TensorBoard searches for.
 pub const PREFIX: &str = "events.out.tfevents.";
 
-const SUM: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
+/// CRC-32C (Castagnoli).
+const CRC: Crc<u32> = Crc::<u32>::new(&CRC_32_ISCSI);
 
 #[derive(Clone, PartialEq, Message)]
 struct Event {
@@ -41,11 +42,11 @@ struct Value {
     #[prost(float, optional, tag = "2")]
     simple_value: Option<f32>,
     #[prost(message, optional, tag = "4")]
-    image: Option<Picture>,
+    image: Option<Image>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Picture {
+struct Image {
     #[prost(int32, tag = "1")]
     height: i32,
     #[prost(int32, tag = "2")]
@@ -58,18 +59,21 @@ struct Picture {
     encoded_image_string: Vec<u8>,
 }
 
-/// A file of events, written as they happen.
-pub struct Events {
+/// Appends events to a file.
+pub struct EventWriter {
     path: PathBuf,
     file: File,
 }
 
-impl Events {
-    /// A new file in `folder`, named by the time.
-    pub fn create(folder: &Path, at: SystemTime) -> io::Result<Self> {
-        let seconds = at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+impl EventWriter {
+    /// Creates a file in `folder`, named by the time `created_at`.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be written.
+    pub fn create(folder: &Path, created_at: SystemTime) -> io::Result<Self> {
+        let seconds = created_at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let path = folder.join(format!("{PREFIX}{seconds}.bloomcast"));
-        let mut events = Events { file: File::create(&path)?, path };
+        let mut events = EventWriter { file: File::create(&path)?, path };
         events.write(0, Some("brain.Event:2".into()), None)?;
         Ok(events)
     }
@@ -78,22 +82,30 @@ impl Events {
         &self.path
     }
 
-    pub fn scalars(&mut self, step: usize, scalars: &[(&str, f64)]) -> io::Result<()> {
+    /// Writes tagged values.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be written.
+    pub fn write_scalars(&mut self, step: usize, scalars: &[(&str, f64)]) -> io::Result<()> {
         let value =
             |(tag, value): &(&str, f64)| Value { tag: (*tag).into(), simple_value: Some(*value as f32), image: None };
         self.write(step, None, Some(Summary { value: scalars.iter().map(value).collect() }))
     }
 
-    pub fn image(&mut self, step: usize, tag: &str, image: &RgbImage) -> io::Result<()> {
+    /// Writes an image as PNG.
+    ///
+    /// # Errors
+    /// Fails if the image cannot be encoded or the file cannot be written.
+    pub fn write_image(&mut self, step: usize, tag: &str, image: &RgbImage) -> io::Result<()> {
         let mut png = Cursor::new(Vec::new());
         image.write_to(&mut png, ImageFormat::Png).map_err(io::Error::other)?;
-        let picture = Picture {
+        let image = Image {
             height: image.height() as i32,
             width: image.width() as i32,
             colorspace: 3,
             encoded_image_string: png.into_inner(),
         };
-        let value = Value { tag: tag.into(), simple_value: None, image: Some(picture) };
+        let value = Value { tag: tag.into(), simple_value: None, image: Some(image) };
         self.write(step, None, Some(Summary { value: vec![value] }))
     }
 
@@ -104,30 +116,31 @@ impl Events {
     }
 }
 
-/// Length, its sum, the bytes, their sum; all little-endian.
+/// Returns a record: length, checksum of the length, data, checksum of the data; little-endian.
 fn record(bytes: &[u8]) -> Vec<u8> {
     let length = (bytes.len() as u64).to_le_bytes();
-    [&length[..], &masked_sum(&length).to_le_bytes(), bytes, &masked_sum(bytes).to_le_bytes()].concat()
+    [&length[..], &masked_crc(&length).to_le_bytes(), bytes, &masked_crc(bytes).to_le_bytes()].concat()
 }
 
-/// A sum over bytes that hold sums says little: it is turned and moved (`tensorflow/core/lib/hash/crc32c.h`).
-fn masked_sum(bytes: &[u8]) -> u32 {
-    SUM.checksum(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
+/// Returns the CRC rotated and offset, because the CRC of data that contains CRCs is weak
+/// (`tensorflow/core/lib/hash/crc32c.h`).
+fn masked_crc(bytes: &[u8]) -> u32 {
+    CRC.checksum(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Splits a file into its events, and checks every sum.
+    /// Decodes the events of a file and checks all checksums.
     fn read(bytes: &[u8]) -> Vec<Event> {
         let (mut at, mut events) = (0, Vec::new());
-        let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let crc = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
         while at < bytes.len() {
             let length = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
-            assert_eq!(number(at + 8), masked_sum(&bytes[at..at + 8]));
+            assert_eq!(crc(at + 8), masked_crc(&bytes[at..at + 8]));
             let event = &bytes[at + 12..at + 12 + length];
-            assert_eq!(number(at + 12 + length), masked_sum(event));
+            assert_eq!(crc(at + 12 + length), masked_crc(event));
             events.push(Event::decode(event).unwrap());
             at += 16 + length;
         }
@@ -135,17 +148,17 @@ mod tests {
     }
 
     #[test]
-    fn the_sum_is_castagnolis() {
+    fn the_checksum_is_crc_32c() {
         // RFC 3720, B.4: 32 bytes of zeros.
-        assert_eq!(SUM.checksum(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(CRC.checksum(&[0; 32]), 0x8a91_36aa);
     }
 
     #[test]
-    fn what_is_written_can_be_read() {
+    fn written_events_can_be_decoded() {
         let dir = tempfile::tempdir().unwrap();
-        let mut events = Events::create(dir.path(), UNIX_EPOCH + std::time::Duration::from_secs(17)).unwrap();
-        events.scalars(3, &[("loss/train", 0.5), ("loss/val", 0.25)]).unwrap();
-        events.image(3, "confusion", &RgbImage::new(4, 2)).unwrap();
+        let mut events = EventWriter::create(dir.path(), UNIX_EPOCH + std::time::Duration::from_secs(17)).unwrap();
+        events.write_scalars(3, &[("loss/train", 0.5), ("loss/val", 0.25)]).unwrap();
+        events.write_image(3, "confusion", &RgbImage::new(4, 2)).unwrap();
         assert_eq!(events.path(), dir.path().join("events.out.tfevents.17.bloomcast"));
         let read = read(&std::fs::read(events.path()).unwrap());
         assert_eq!(read[0].file_version.as_deref(), Some("brain.Event:2"));

@@ -1,59 +1,42 @@
-//! A training run: what it is given beside its settings, and what it gives.
+//! The result of a training run.
 
 use std::fmt;
-use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::DatasetRef;
-use crate::train::data::photographs::Finding;
+use crate::train::data::photographs::DatasetProblem;
 use crate::train::evaluate::EvaluatedSet;
-use crate::train::features::device::Choice;
 use crate::train::optim::sgd::Epoch;
 use crate::vision::{Head, Labels, LastConvWeights, OodDetector};
 
-/// What a run needs beside its settings. The device may change the last digits of what is learned, the rest nothing.
-#[derive(Debug, Clone)]
-pub struct RunOptions {
-    /// Where the run is written.
-    pub out: PathBuf,
-    /// Whether a run that is there may be replaced.
-    pub overwrite: bool,
-    /// Where features are kept from run to run; nowhere where it is none.
-    pub cache: Option<PathBuf>,
-    pub threads: usize,
-    /// What computes the features.
-    pub device: Choice,
-    /// When the run is said to have happened; its version follows from it.
-    pub created_at: SystemTime,
-}
-
-/// What a run gave.
+/// A trained and calibrated model with its evaluation.
 #[derive(Debug)]
 pub struct Trained {
     pub labels: Labels,
     pub parameters: Parameters,
-    /// Photographs of each class that were learned from.
+    /// Number of training images of each class.
     pub train_images: Vec<usize>,
-    /// What was learned from and measured on.
+    /// Fingerprint and sizes of the training and validation sets.
     pub dataset: DatasetRef,
     pub val: EvaluatedSet,
-    /// On photographs that had no part in it.
+    /// Evaluation on the test set, if there is one.
     pub test: Option<EvaluatedSet>,
     pub history: Vec<Epoch>,
     pub head: Head,
     pub ood: OodDetector,
-    /// A fine-tuned last convolution.
+    /// The last convolution, if it is fine-tuned.
     pub last_conv: Option<LastConvWeights>,
-    /// Features of a photograph of each class, for the self-test.
-    pub examples: Vec<Vec<f32>>,
-    /// What is not used, and why.
-    pub left_out: Vec<Finding>,
-    pub time: Duration,
+    /// Feature vectors for the self-test of the bundle, at least one: `[width]` each.
+    pub self_test_features: Vec<Vec<f32>>,
+    /// Image files that are not used.
+    pub skipped: Vec<DatasetProblem>,
+    /// Duration of the run, up to the writing of its results.
+    pub elapsed: Duration,
 }
 
-/// Numbers in the network and the head.
+/// Parameter counts of the backbone with the head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Parameters {
     pub total: usize,
@@ -61,7 +44,7 @@ pub struct Parameters {
 }
 
 impl Trained {
-    /// The epoch whose numbers were kept, from 1.
+    /// Returns the epoch, from 1, whose parameters are kept.
     pub fn best_epoch(&self) -> usize {
         self.history.iter().rev().find(|epoch| epoch.best).map_or(0, |epoch| epoch.epoch)
     }
@@ -70,22 +53,22 @@ impl Trained {
 impl fmt::Display for Trained {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Parameters { total, trained } = self.parameters;
-        let (images, seconds) = (self.dataset.train_images, self.time.as_secs_f64());
-        let [total, trained, frozen] = [total, trained, total - trained].map(grouped);
+        let (images, seconds) = (self.dataset.train_images, self.elapsed.as_secs_f64());
+        let [total, trained, frozen] = [total, trained, total - trained].map(with_separators);
         writeln!(f, "{total} parameters, {trained} trained, {frozen} frozen")?;
-        writeln!(f, "learned from {images} photographs in {seconds:.1} s, measured on others:\n")?;
+        writeln!(f, "trained on {images} images in {seconds:.1} s; evaluation on the validation set:\n")?;
         self.val.evaluation.fmt(f)?;
         if let Some(test) = &self.test {
-            writeln!(f, "on the test photographs, which had no part in it:\n")?;
+            writeln!(f, "evaluation on the test set:\n")?;
             test.evaluation.fmt(f)?;
         }
         Ok(())
     }
 }
 
-/// 2264389 → 2,264,389
-pub fn grouped(number: usize) -> String {
-    let digits = number.to_string();
+/// Formats with thousands separators: 2264389 → 2,264,389.
+pub fn with_separators(value: usize) -> String {
+    let digits = value.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {
         if i > 0 && (digits.len() - i).is_multiple_of(3) {
@@ -101,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_grouped() {
-        assert_eq!([5, 418_565, 2_264_389].map(grouped), ["5", "418,565", "2,264,389"]);
+    fn formats_thousands_separators() {
+        assert_eq!([5, 418_565, 2_264_389].map(with_separators), ["5", "418,565", "2,264,389"]);
     }
 }

@@ -1,94 +1,96 @@
-//! What a run is asked for, as `config.toml` holds it, and the recipes by name.
+//! The settings of a run, as `config.toml` holds them, and the named recipes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::manifest::check_name;
 use crate::system::hash::sha256_hex;
-use crate::train::optim::sgd::{Optimiser, Schedule, Sgd};
+use crate::train::optim::sgd::{Optimizer, Schedule, Sgd};
 use crate::vision::backbone;
 use crate::vision::{BackboneError, Preprocess};
 use crate::zoo;
 
-/// More views of a photograph than this teach nothing new.
+/// Largest number of views of an image.
 pub const VIEWS_MAX: usize = 64;
 
-/// Of the photographs, where no others are named to measure on.
+/// Fraction of the dataset that is split off for validation by default.
 pub const DEFAULT_VAL_FRACTION: f64 = 0.2;
 
-/// Everything that decides what a run gives, beside the photographs.
+/// Everything besides the images that the result of a run depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
     /// The model's name.
     pub name: String,
     pub recipe: Recipe,
-    /// Photographs to learn from, a folder a class.
+    /// Training images, one folder per class.
     pub dataset: PathBuf,
-    /// Photographs to measure on, the same classes; a share of the dataset where there is none.
+    /// Validation images of the same classes; `None` splits off `val_fraction` of the dataset.
     pub val: Option<PathBuf>,
-    /// That share, 0–1; a photograph's content alone decides whether it belongs to it.
+    /// Fraction of the dataset that is split off for validation, above 0 and below 1. The assignment depends on the content
+    /// of an image alone.
     pub val_fraction: f64,
-    /// Photographs that are looked at once, when all is decided.
+    /// Test images of the same classes, evaluated once after training.
     pub test: Option<PathBuf>,
-    /// What of the network is trained beside the head.
+    /// Which layers are trained besides the head.
     pub fine_tune: FineTune,
-    /// Views of each photograph: as it is, mirrored, others by chance.
+    /// Views of each training image, 1–64: the original, the horizontal flip, and random augmentations.
     pub views: usize,
-    /// Share of the validation photographs that the unknown rule may reject, 0–1.
+    /// Fraction of the validation images that the OOD threshold rejects as unknown, 0–1.
     pub reject: f32,
-    /// Whether the bundle carries the backbone.
+    /// Whether the bundle contains the backbone.
     pub embed_backbone: bool,
-    /// The network; the one inside the program where there is none.
+    /// The backbone; `None` selects the built-in one.
     pub backbone: Option<BackboneFile>,
     pub sgd: Sgd,
 }
 
-/// A network in a file.
+/// A backbone in an ONNX file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BackboneFile {
     pub file: PathBuf,
-    /// The tensor that a head looks at; found by itself where there is none.
+    /// The tensor with the features; `None` selects the input of the last matrix product.
     pub feature: Option<String>,
     pub preprocess: Preprocess,
 }
 
-/// How a network's input is made of pixels.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum Scale {
-    /// x / 127.5 − 1: Keras's MobileNetV2, InceptionV3, Xception
+/// The normalization of pixel values that a backbone was trained with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PreprocessPreset {
+    /// `x / 127.5 − 1`: Keras's MobileNetV2, InceptionV3 and Xception.
     Keras,
-    /// (x / 255 − mean) / deviation of ImageNet: torchvision's networks
+    /// `(x / 255 − mean) / std` with the ImageNet mean and std: torchvision's networks.
     Torchvision,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+/// The layers that are trained besides the head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FineTune {
-    /// The head alone.
+    /// The head only.
     None,
-    /// The last convolution with its normalisation, and the head.
+    /// The last convolution with its batch normalization, and the head.
     LastConv,
 }
 
-/// The four runs of the tutorial that this program grew from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+/// Named settings: the four runs of the flower classification tutorial that the trainer reproduces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Recipe {
-    /// The head alone, on the photographs as they are: seconds
+    /// The head only, on the original images.
     Frozen,
-    /// The head alone, on other views of them as well
+    /// The head only, with data augmentation.
     Augmentation,
-    /// The last convolution as well: the best that was found
+    /// The last convolution and the head, with data augmentation.
     LastConv,
-    /// The same with a small learning rate
+    /// [`Recipe::LastConv`] with a small learning rate.
     LastConvSlow,
 }
 
+/// Why settings are rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
     #[error("{path}: {reason}")]
@@ -98,12 +100,17 @@ pub enum SettingsError {
 }
 
 impl BackboneFile {
-    /// A file, or a network of the zoo by its name, fetched to `folder`. Its preprocessing is `scale`, or what the zoo says
-    /// of its hash; its size is what the file fixes, or `size`, or the usual.
+    /// Finds the backbone `named`: a path, or the name of a network in the zoo that was fetched to `folder`. The
+    /// normalization is `preset`, or that of the zoo's entry with the file's SHA-256; the input size is the one in the file,
+    /// or `size` (pixels), or the default of the normalization.
+    ///
+    /// # Errors
+    /// Fails if the file is missing or is not a usable network, if its normalization is not known, or if `size` contradicts
+    /// the file.
     pub fn find(
         named: &str,
         feature: Option<String>,
-        scale: Option<Scale>,
+        preset: Option<PreprocessPreset>,
         size: Option<u32>,
         folder: Option<&Path>,
     ) -> Result<Self, BackboneError> {
@@ -113,22 +120,22 @@ impl BackboneFile {
             _ => named.into(),
         };
         if zoo::named(named).is_some() && !file.is_file() {
-            return Err(failed(format!("{} is not there; `bloomcast backbone fetch {named}`", file.display())));
+            return Err(failed(format!("{} does not exist; run `bloomcast backbone fetch {named}`", file.display())));
         }
         let onnx = backbone::read_file(&file)?;
         let info = backbone::inspect(named, &onnx, feature.as_deref())?;
         let known = zoo::with_sha256(&sha256_hex(&onnx)).map(|published| published.preprocess);
-        let scaled = scale.map(|scale| match scale {
-            Scale::Keras => Preprocess::mobilenet_v2(),
-            Scale::Torchvision => Preprocess::torchvision(224),
+        let preset = preset.map(|preset| match preset {
+            PreprocessPreset::Keras => Preprocess::mobilenet_v2(),
+            PreprocessPreset::Torchvision => Preprocess::torchvision(224),
         });
-        let preprocess = scaled
+        let preprocess = preset
             .or(known)
-            .ok_or_else(|| failed("not known by its hash; say how its input is made with --preprocess".into()))?;
-        if let (Some(fixed), Some(asked)) = (info.size, size)
-            && fixed != asked
+            .ok_or_else(|| failed("its SHA-256 is not listed; set its normalization with --preprocess".into()))?;
+        if let (Some(fixed), Some(requested)) = (info.size, size)
+            && fixed != requested
         {
-            return Err(failed(format!("looks at {fixed} pixels, not {asked}")));
+            return Err(failed(format!("the file fixes the input size to {fixed} pixels, expected {requested}")));
         }
         let size = info.size.or(size).unwrap_or(preprocess.size);
         let preprocess = Preprocess { size, layout: info.layout, ..preprocess };
@@ -138,9 +145,10 @@ impl BackboneFile {
 }
 
 impl Recipe {
-    /// The best that was found, and what is done where no recipe is named.
+    /// The recipe with the best validation loss, and the default.
     pub const BEST: Self = Recipe::LastConv;
 
+    /// Returns the name on the command line and in `config.toml`.
     pub fn name(self) -> &'static str {
         match self {
             Recipe::Frozen => "frozen",
@@ -150,14 +158,15 @@ impl Recipe {
         }
     }
 
-    /// Found on the five flowers' validation set; the README tells what each reaches.
+    /// Returns the settings for `dataset`. The hyperparameters were tuned on the validation set of TensorFlow's
+    /// `flower_photos`; the README lists the results.
     pub fn settings(self, dataset: PathBuf) -> Settings {
         let head = Sgd {
             seed: 1,
             epochs: 60,
             patience: 0,
             batch: 64,
-            optimiser: Optimiser::Sgd,
+            optimizer: Optimizer::Sgd,
             learning_rate: 0.01,
             schedule: Schedule::Cosine,
             warm_up: 0,
@@ -172,7 +181,7 @@ impl Recipe {
         };
         let conv = Sgd {
             epochs: 40,
-            optimiser: Optimiser::Adam,
+            optimizer: Optimizer::Adam,
             learning_rate: 2e-3,
             weight_decay: 0.7,
             dropout: 0.2,
@@ -202,48 +211,58 @@ impl Recipe {
 }
 
 impl Settings {
-    /// Reads what [`Settings::to_toml`] wrote.
+    /// Reads a file that [`Settings::to_toml`] wrote.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be read or parsed, or has unknown or missing keys.
     pub fn read(path: &Path) -> Result<Self, SettingsError> {
         let failed = |reason: String| SettingsError::File { path: path.into(), reason };
         let text = fs::read_to_string(path).map_err(|e| failed(e.to_string()))?;
         toml::from_str(&text).map_err(|e| failed(e.to_string().trim_end().to_owned()))
     }
 
-    /// How the network's input is made.
+    /// Returns the preprocessing of the backbone.
     pub fn preprocess(&self) -> Preprocess {
         self.backbone.as_ref().map_or_else(Preprocess::mobilenet_v2, |named| named.preprocess.clone())
     }
 
+    /// Returns the content of `config.toml`.
+    ///
+    /// # Panics
+    /// Panics if a path is not UTF-8; [`Settings::check`] rejects that.
     pub fn to_toml(&self) -> String {
-        toml::to_string_pretty(self).expect("settings can be written as TOML")
+        toml::to_string_pretty(self).expect("settings with UTF-8 paths serialize to TOML")
     }
 
-    /// Refuses what cannot be trained with, by name.
+    /// Checks all values.
+    ///
+    /// # Errors
+    /// Names the first key whose value is out of range.
     pub fn check(&self) -> Result<(), SettingsError> {
-        let wrong = |key, given: &str, expected| Err(SettingsError::Value { key, given: given.into(), expected });
+        let invalid = |key, given: &str, expected| Err(SettingsError::Value { key, given: given.into(), expected });
         if let Err(expected) = check_name(&self.name) {
-            return wrong("name", &self.name, expected.to_string());
+            return invalid("name", &self.name, expected.to_string());
         }
         let paths =
             [Some(&self.dataset), self.val.as_ref(), self.test.as_ref(), self.backbone.as_ref().map(|b| &b.file)];
         if let Some(path) = paths.into_iter().flatten().find(|path| path.to_str().is_none()) {
-            return wrong("path", &path.display().to_string(), "UTF-8, which config.toml can hold".into());
+            return invalid("path", &path.display().to_string(), "UTF-8".into());
         }
         if let Some(named) = &self.backbone {
             if let Err(error) = named.preprocess.check() {
-                return wrong("backbone.preprocess", &error.to_string(), "what a network may take".into());
+                return invalid("backbone.preprocess", &error.to_string(), "a valid preprocessing".into());
             }
             let name = named.file.file_stem().unwrap_or_default().to_string_lossy();
             if let Err(expected) = check_name(&name) {
-                return wrong("backbone.file", &name, format!("a file called by {expected}"));
+                return invalid("backbone.file", &name, format!("a file name of {expected}"));
             }
         }
-        self.check_numbers()
+        self.check_ranges()
     }
 
-    fn check_numbers(&self) -> Result<(), SettingsError> {
+    fn check_ranges(&self) -> Result<(), SettingsError> {
         let sgd = &self.sgd;
-        let share = |value: f32| (0.0..=1.0).contains(&value);
+        let unit = |value: f32| (0.0..=1.0).contains(&value);
         let positive = |value: f32| value.is_finite() && value > 0.0;
         let not_negative = |value: f32| value.is_finite() && value >= 0.0;
         let checks: [(&'static str, bool, String, &'static str); 13] = [
@@ -251,20 +270,20 @@ impl Settings {
                 "val_fraction",
                 0.0 < self.val_fraction && self.val_fraction < 1.0,
                 self.val_fraction.to_string(),
-                "a share between 0 and 1",
+                "a fraction between 0 and 1",
             ),
             ("views", (1..=VIEWS_MAX).contains(&self.views), self.views.to_string(), "1 to 64"),
-            ("reject", share(self.reject), self.reject.to_string(), "0 to 1"),
+            ("reject", unit(self.reject), self.reject.to_string(), "0 to 1"),
             ("sgd.epochs", (1..=100_000).contains(&sgd.epochs), sgd.epochs.to_string(), "1 to 100000"),
             ("sgd.batch", (1..=100_000).contains(&sgd.batch), sgd.batch.to_string(), "1 to 100000"),
             ("sgd.learning_rate", positive(sgd.learning_rate), sgd.learning_rate.to_string(), "a number above 0"),
             ("sgd.warm_up", sgd.warm_up <= sgd.epochs, sgd.warm_up.to_string(), "at most the epochs"),
             ("sgd.step_epochs", sgd.step_epochs > 0, sgd.step_epochs.to_string(), "1 or above"),
             ("sgd.step_factor", positive(sgd.step_factor), sgd.step_factor.to_string(), "a number above 0"),
-            ("sgd.momentum", share(sgd.momentum), sgd.momentum.to_string(), "0 to 1"),
+            ("sgd.momentum", unit(sgd.momentum), sgd.momentum.to_string(), "0 to 1"),
             ("sgd.weight_decay", not_negative(sgd.weight_decay), sgd.weight_decay.to_string(), "0 or above"),
-            ("sgd.label_smoothing", share(sgd.label_smoothing), sgd.label_smoothing.to_string(), "0 to 1"),
-            ("sgd.dropout", share(sgd.dropout) && sgd.dropout < 1.0, sgd.dropout.to_string(), "0 to below 1"),
+            ("sgd.label_smoothing", unit(sgd.label_smoothing), sgd.label_smoothing.to_string(), "0 to 1"),
+            ("sgd.dropout", unit(sgd.dropout) && sgd.dropout < 1.0, sgd.dropout.to_string(), "0 to below 1"),
         ];
         match checks.into_iter().find(|(_, good, ..)| !good) {
             None => Ok(()),
@@ -278,7 +297,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read() {
+    fn round_trips_through_toml() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.toml");
         for recipe in [Recipe::Frozen, Recipe::Augmentation, Recipe::LastConv, Recipe::LastConvSlow] {
@@ -293,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_setting_is_named() {
+    fn names_the_invalid_setting() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.toml");
         let text = Recipe::Frozen.settings("photos".into()).to_toml();

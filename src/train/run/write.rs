@@ -1,41 +1,52 @@
-//! What a run writes into its folder, as it goes: the settings first, the bundle last, so that a bundle that
-//! is there belongs to a run that is finished.
+//! Stage 5: writes the run's folder. The settings are written first and the bundle last, so a folder with a bundle holds a
+//! finished run.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
+use humantime::format_rfc3339_millis;
 use serde::{Deserialize, Serialize};
 
+use crate::bundle::manifest::FORMAT;
 use crate::bundle::selftest::SelfTestError;
 use crate::bundle::tensors;
-use crate::bundle::{Bundle, BundleError, Contents, Manifest, SelfTest};
+use crate::bundle::{BackboneRef, Bundle, BundleError, Contents, Manifest, Metrics, SelfTest, Unknown, UnknownRule};
 use crate::train::evaluate::Evaluation;
 use crate::train::optim::sgd::{Epoch, ParamGroup};
-use crate::train::report::tensorboard::{self, Events};
+use crate::train::report::tensorboard::{self, EventWriter};
 use crate::train::report::tensorboard_images;
 use crate::train::report::{self, Gallery};
-use crate::train::run::outcome::{Parameters, RunOptions, Trained};
+use crate::train::run::options::RunOptions;
+use crate::train::run::outcome::{Parameters, Trained};
 use crate::train::run::settings::{Recipe, Settings};
 use crate::vision::backbone::Device;
 use crate::vision::{BackboneError, Classifier, Network, test_pattern};
 
+/// The bundle in the folder of a run.
 pub const MODEL: &str = "model.bloom";
+/// The metrics, as JSON ([`RunMetrics`]).
 pub const METRICS: &str = "metrics.json";
+/// The settings, as TOML ([`Settings`]).
 pub const CONFIG: &str = "config.toml";
+/// The report, as HTML.
 pub const REPORT: &str = "report.html";
+/// The folder of the checkpoint with the best validation loss.
 const CHECKPOINTS: &str = "checkpoints";
-/// Drawn for the self-test, so that nobody's photographs travel: wider than high, and higher than wide.
+/// Widths and heights of the test patterns in the self-test, in pixels: landscape and portrait. Generated images keep the
+/// users' photographs out of the bundle.
 const SELF_TEST_SIZES: [(u32, u32); 2] = [(320, 240), (97, 131)];
 
+/// Why a run's folder cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum RunWriterError {
     #[error("{path}: {reason}")]
     Io { path: PathBuf, reason: String },
-    #[error("{0}: holds a finished run; name another folder, or --overwrite it")]
-    There(PathBuf),
-    #[error("{folder}: holds {file}, which is no run's; name another folder")]
-    NoRun { folder: PathBuf, file: PathBuf },
+    #[error("{0}: holds a finished run; choose another folder, or replace it with --overwrite")]
+    FinishedRun(PathBuf),
+    #[error("{folder}: holds {file}, which is not part of a run; choose another folder")]
+    UnknownFile { folder: PathBuf, file: PathBuf },
     #[error(transparent)]
     Backbone(#[from] BackboneError),
     #[error(transparent)]
@@ -44,66 +55,79 @@ pub enum RunWriterError {
     SelfTest(#[from] SelfTestError),
 }
 
-/// The figures of a finished run, as `metrics.json` holds them.
+/// The content of `metrics.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct RunFigures {
+pub struct RunMetrics {
     pub name: String,
     pub recipe: Recipe,
     pub seed: u64,
+    /// Duration of the run, up to the writing of its results.
     pub seconds: f64,
-    /// What computed the features.
+    /// The device that extracted the features.
     pub device: Device,
     pub train_images: usize,
     pub parameters: Parameters,
-    /// The epoch whose numbers were kept.
+    /// The epoch, from 1, whose parameters are kept.
     pub best_epoch: usize,
-    /// Of the photographs that it was measured on.
+    /// Fingerprint of the validation set, in hexadecimal.
     pub val_sha256: String,
     pub val: Evaluation,
     pub test: Option<Evaluation>,
     pub epochs: Vec<Epoch>,
 }
 
-/// The folder of a run.
+/// Writes the folder of a run.
 pub struct RunWriter {
     folder: PathBuf,
     settings: Settings,
     threads: usize,
-    events: Events,
+    created_at: SystemTime,
+    events: EventWriter,
 }
 
 impl RunWriter {
-    /// Refuses a folder whose content would be lost: a finished run, or files that are no run's.
+    /// Checks that a run can be written to `folder`.
+    ///
+    /// # Errors
+    /// Fails if the folder holds a finished run and `overwrite` is false, or if it holds files that are not part of a run.
     pub fn check(folder: &Path, overwrite: bool) -> Result<(), RunWriterError> {
         if folder.join(MODEL).exists() && !overwrite {
-            return Err(RunWriterError::There(folder.into()));
+            return Err(RunWriterError::FinishedRun(folder.into()));
         }
-        let is_run = |name: &str| [CONFIG, CHECKPOINTS].contains(&name) || is_result(name);
+        let is_run_file = |name: &str| [CONFIG, CHECKPOINTS].contains(&name) || is_result(name);
         if folder.exists() {
             for entry in at(folder, fs::read_dir(folder))? {
                 let name = at(folder, entry)?.file_name();
-                if !is_run(&name.to_string_lossy()) {
-                    return Err(RunWriterError::NoRun { folder: folder.into(), file: name.into() });
+                if !is_run_file(&name.to_string_lossy()) {
+                    return Err(RunWriterError::UnknownFile { folder: folder.into(), file: name.into() });
                 }
             }
         }
         Ok(())
     }
 
-    /// Makes the folder, clears what an earlier run left there, and writes the settings.
-    pub fn begin(settings: &Settings, surroundings: &RunOptions) -> Result<Self, RunWriterError> {
-        let folder = surroundings.out.clone();
+    /// Creates the folder, removes the files of an earlier run, and writes the settings.
+    ///
+    /// # Errors
+    /// Fails if a file cannot be removed or written.
+    pub fn begin(settings: &Settings, options: &RunOptions) -> Result<Self, RunWriterError> {
+        let folder = options.out.clone();
         let checkpoints = folder.join(CHECKPOINTS);
         at(&checkpoints, fs::create_dir_all(&checkpoints))?;
         remove(&folder, is_result)?;
         remove(&checkpoints, is_checkpoint)?;
         let config = folder.join(CONFIG);
         at(&config, fs::write(&config, settings.to_toml()))?;
-        let events = at(&folder, Events::create(&folder, surroundings.created_at))?;
-        Ok(RunWriter { folder, settings: settings.clone(), threads: surroundings.threads, events })
+        let events = at(&folder, EventWriter::create(&folder, options.created_at))?;
+        let (threads, created_at) = (options.threads, options.created_at);
+        Ok(RunWriter { folder, settings: settings.clone(), threads, created_at, events })
     }
 
-    /// Notes an epoch; keeps its numbers where it is the best so far, and drops those of the one before.
+    /// Logs the metrics of an epoch. If it is the best so far, writes a checkpoint of its parameters and removes the previous
+    /// one.
+    ///
+    /// # Errors
+    /// Fails if a file cannot be written or removed.
     pub fn epoch(&mut self, epoch: &Epoch, groups: &[ParamGroup]) -> Result<(), RunWriterError> {
         let scalars = [
             ("loss/train", f64::from(epoch.train_loss)),
@@ -111,24 +135,27 @@ impl RunWriter {
             ("accuracy/val", epoch.val.accuracy),
             ("learning_rate", f64::from(epoch.learning_rate)),
         ];
-        let noted = self.events.scalars(epoch.epoch, &scalars);
-        at(self.events.path(), noted)?;
+        let written = self.events.write_scalars(epoch.epoch, &scalars);
+        at(self.events.path(), written)?;
         if epoch.best {
             let name = format!("epoch-{:03}-val-loss-{:.4}.safetensors", epoch.epoch, epoch.val.loss);
             let tensors: Vec<_> = groups.iter().map(|g| (g.name, vec![g.values.len()], g.values.as_slice())).collect();
             self.write(&format!("{CHECKPOINTS}/{name}"), &tensors::to_bytes(&tensors))?;
-            remove(&self.folder.join(CHECKPOINTS), |there| is_checkpoint(there) && there != name)?;
+            remove(&self.folder.join(CHECKPOINTS), |other| is_checkpoint(other) && other != name)?;
         }
         Ok(())
     }
 
-    /// Writes what there is to say of the run, and then the bundle.
-    pub fn finish(mut self, network: &Network, manifest: Manifest, trained: &Trained) -> Result<(), RunWriterError> {
-        let figures = RunFigures {
+    /// Writes the metrics, the report, the images for TensorBoard, and finally the bundle with its self-test.
+    ///
+    /// # Errors
+    /// Fails if a file cannot be written, or if the network fails.
+    pub fn finish(mut self, network: &Network, trained: &Trained) -> Result<(), RunWriterError> {
+        let metrics = RunMetrics {
             name: self.settings.name.clone(),
             recipe: self.settings.recipe,
             seed: self.settings.sgd.seed,
-            seconds: trained.time.as_secs_f64(),
+            seconds: trained.elapsed.as_secs_f64(),
             device: network.device(),
             train_images: trained.train_images.iter().sum(),
             parameters: trained.parameters,
@@ -138,12 +165,16 @@ impl RunWriter {
             test: trained.test.as_ref().map(|test| test.evaluation.clone()),
             epochs: trained.history.clone(),
         };
-        let json = serde_json::to_string_pretty(&figures).expect("figures can be written as JSON");
+        let json = serde_json::to_string_pretty(&metrics).expect("metrics serialize to JSON");
         self.write(METRICS, (json + "\n").as_bytes())?;
-        let gallery = Gallery::choose(&self.settings, network, trained, self.threads)?;
+        let gallery = Gallery::load(&self.settings, network, trained, self.threads)?;
         self.write(REPORT, report::html(&self.settings, network, trained, &gallery).as_bytes())?;
-        let drawn = self.draw(trained, &gallery);
-        at(self.events.path(), drawn)?;
+        let written = self.write_images(trained, &gallery);
+        at(self.events.path(), written)?;
+        self.write_bundle(network, trained)
+    }
+
+    fn write_bundle(&self, network: &Network, trained: &Trained) -> Result<(), RunWriterError> {
         let parts = Contents {
             head: trained.head.clone(),
             ood: trained.ood.clone(),
@@ -151,20 +182,21 @@ impl RunWriter {
             backbone: self.settings.embed_backbone.then(|| network.onnx().to_vec()),
             self_test: None,
         };
-        let mut bundle = Bundle::new(manifest, parts);
-        // As the devices will answer, whatever computed the features.
+        let mut bundle = Bundle::new(manifest(&self.settings, self.created_at, network, trained), parts);
+        // The expected outputs are those of a CPU, as on the devices, also if a GPU extracted the features.
         let mut classifier = Classifier::new(&bundle.backbone(&network.on(Device::Cpu))?, bundle.classifier_params())?;
         let images = SELF_TEST_SIZES.map(|(width, height)| test_pattern::jpeg(width, height)).to_vec();
-        bundle.set_self_test(SelfTest::record(&mut classifier, trained.examples.clone(), images)?);
+        bundle.set_self_test(SelfTest::record(&mut classifier, trained.self_test_features.clone(), images)?);
         Ok(bundle.write(&self.folder.join(MODEL))?)
     }
 
-    /// The pictures for TensorBoard.
-    fn draw(&mut self, trained: &Trained, gallery: &Gallery) -> io::Result<()> {
+    /// Writes the images for TensorBoard.
+    fn write_images(&mut self, trained: &Trained, gallery: &Gallery) -> io::Result<()> {
         let step = trained.best_epoch();
-        let confusion = tensorboard_images::confusion(&trained.labels, &trained.val.evaluation.confusion);
-        self.events.image(step, "confusion", &confusion)?;
-        self.events.image(step, "predictions", &tensorboard_images::sheet(&gallery.sheet, report::SHEET_COLUMNS))
+        let confusion = tensorboard_images::confusion_matrix(&trained.labels, &trained.val.evaluation.confusion);
+        self.events.write_image(step, "confusion", &confusion)?;
+        let sheet = tensorboard_images::contact_sheet(&gallery.sample, report::SHEET_COLUMNS);
+        self.events.write_image(step, "predictions", &sheet)
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RunWriterError> {
@@ -173,16 +205,53 @@ impl RunWriter {
     }
 }
 
-/// What a run writes beside its settings and checkpoints; the bundle may stand there in part.
+/// Returns the manifest of the trained model, without its members.
+fn manifest(settings: &Settings, created_at: SystemTime, network: &Network, trained: &Trained) -> Manifest {
+    let evaluation = &trained.val.evaluation;
+    let created_at = format_rfc3339_millis(created_at).to_string();
+    Manifest {
+        format: FORMAT,
+        name: settings.name.clone(),
+        version: version(&created_at),
+        created_at,
+        classes: trained.labels.clone(),
+        backbone: BackboneRef {
+            name: network.name().into(),
+            sha256: network.sha256().into(),
+            feature: network.info().feature.clone(),
+            width: trained.head.width(),
+        },
+        preprocess: settings.preprocess(),
+        temperature: trained.head.temperature(),
+        unknown: Unknown {
+            rule: UnknownRule::CosineSubspace,
+            threshold: trained.ood.threshold(),
+            rejected_share: evaluation.unknown as f32,
+        },
+        dataset: trained.dataset.clone(),
+        metrics: Metrics { accuracy: evaluation.accuracy, loss: evaluation.loss, ece: evaluation.ece },
+        seed: settings.sgd.seed,
+        program: format!("bloomcast {}", env!("CARGO_PKG_VERSION")),
+        members: Default::default(),
+    }
+}
+
+/// Returns the digits of the date and time: `2026-01-02T03:04:05.678Z` → 20260102030405.
+fn version(created_at: &str) -> u64 {
+    let digits = created_at.bytes().filter(u8::is_ascii_digit).take(14);
+    digits.fold(0, |version, digit| version * 10 + u64::from(digit - b'0'))
+}
+
+/// Returns whether `name` is a file that a run writes besides its settings and checkpoints, or a partial bundle.
 fn is_result(name: &str) -> bool {
-    [METRICS, REPORT].contains(&name) || [MODEL, tensorboard::PREFIX].iter().any(|begin| name.starts_with(begin))
+    [METRICS, REPORT].contains(&name) || [MODEL, tensorboard::PREFIX].iter().any(|prefix| name.starts_with(prefix))
 }
 
 fn is_checkpoint(name: &str) -> bool {
     name.starts_with("epoch-") && name.ends_with(".safetensors")
 }
 
-/// Removes the files of a folder whose names are `unwanted`.
+/// Removes the files in `folder` for whose names `unwanted` returns true.
 fn remove(folder: &Path, unwanted: impl Fn(&str) -> bool) -> Result<(), RunWriterError> {
     for entry in at(folder, fs::read_dir(folder))? {
         let path = at(folder, entry)?.path();
@@ -193,6 +262,18 @@ fn remove(folder: &Path, unwanted: impl Fn(&str) -> bool) -> Result<(), RunWrite
     Ok(())
 }
 
+/// Adds the path to an I/O error.
 fn at<T>(path: &Path, result: io::Result<T>) -> Result<T, RunWriterError> {
     result.map_err(|e| RunWriterError::Io { path: path.into(), reason: e.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_timestamps_in_order() {
+        assert_eq!(version("2026-01-02T03:04:05.678Z"), 20_260_102_030_405);
+        assert!(version("2026-01-02T03:04:05.678Z") < version("2026-10-02T03:04:05.000Z"));
+    }
 }

@@ -1,11 +1,17 @@
-//! The same work on many things, on all cores, the results in the order of the things.
+//! A parallel map over indices, with results in the order of the indices.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-/// Runs `work` for every number below `count` on `threads` threads, each with a state of its own from
-/// `init`. `progress` is told how many are done, from whichever thread did the last one. The first error
-/// of a thread ends that thread, and is given back once all have ended.
+/// Returns `work(state, i)` for every `i` below `count`, in order, computed by `threads` threads (at least one, at most
+/// `count`) named `{name}-{n}`. Each thread makes its own state with `init`. `progress` is called after each item with the
+/// number of finished items, on the thread that finished it.
+///
+/// # Errors
+/// The first error of `init` or `work` ends its thread; it is returned after all threads have ended.
+///
+/// # Panics
+/// Panics if the system cannot start a thread, or if `init`, `work` or `progress` panics.
 pub fn map<S, T: Send, E: Send>(
     count: usize,
     threads: usize,
@@ -31,7 +37,7 @@ pub fn map<S, T: Send, E: Send>(
         let workers: Vec<_> = (0..threads.clamp(1, count.max(1)))
             .map(|n| {
                 let builder = thread::Builder::new().name(format!("{name}-{n}"));
-                builder.spawn_scoped(scope, worker).expect("the system gives a core a thread")
+                builder.spawn_scoped(scope, worker).expect("the system can start a thread")
             })
             .collect();
         let mut all = Vec::with_capacity(count);
@@ -49,15 +55,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn results_are_in_order_whatever_the_threads_and_errors_are_given_back() {
+    fn returns_results_in_order_for_any_number_of_threads_and_returns_errors() {
         for threads in [0, 1, 2, 7] {
-            let told = AtomicUsize::new(0);
-            let tell = |done: usize| {
-                told.fetch_max(done, Ordering::Relaxed);
+            let reported = AtomicUsize::new(0);
+            let progress = |done: usize| {
+                reported.fetch_max(done, Ordering::Relaxed);
             };
-            let squares = map(50, threads, "test", || Ok::<_, ()>(()), |(), i| Ok(i * i), &tell);
+            let squares = map(50, threads, "test", || Ok::<_, ()>(()), |(), i| Ok(i * i), &progress);
             assert_eq!(squares, Ok((0..50).map(|i| i * i).collect()));
-            assert_eq!(told.into_inner(), 50);
+            assert_eq!(reported.into_inner(), 50);
         }
         let failed = map(50, 2, "test", || Ok(()), |(), i| if i == 30 { Err(i) } else { Ok(i) }, &|_| {});
         assert_eq!(failed, Err(30));

@@ -1,0 +1,186 @@
+//! Stage 4: calibrates the fitted model on the validation set, and evaluates it on the validation and test sets.
+
+use std::convert::Infallible;
+use std::mem::take;
+use std::time::Duration;
+
+use crate::bundle::DatasetRef;
+use crate::train::data::augment::Views;
+use crate::train::data::dataset::fingerprint;
+use crate::train::data::photographs::Photographs;
+use crate::train::evaluate::EvaluatedSet;
+use crate::train::features::{Features, Precision};
+use crate::train::optim::{ood, temperature};
+use crate::train::parallel;
+use crate::train::run::extract::{ExtractedFeatures, extract_set};
+use crate::train::run::fit::FittedModel;
+use crate::train::run::load::{Datasets, Pretrained};
+use crate::train::run::outcome::{Parameters, Trained};
+use crate::train::run::settings::FineTune;
+use crate::train::run::{Progress, RunContext, TrainError};
+use crate::vision::classifier::ClassifierParams;
+use crate::vision::head::{argmax, linear};
+use crate::vision::ood::OodError;
+use crate::vision::{Head, LastConvWeights, Network, OodDetector, Prediction};
+
+/// Directions of the OOD detector's subspace. With fewer, it accepts more out-of-distribution images; more only enlarge the
+/// bundle.
+const RANK: usize = 128;
+
+/// Fits the temperature and the threshold of the OOD detector on the validation set, and evaluates the result on it.
+pub(super) fn calibrate(
+    context: RunContext<'_>,
+    pretrained: &Pretrained,
+    features: ExtractedFeatures,
+    fitted: FittedModel,
+) -> Result<Trained, TrainError> {
+    let FittedModel { last_conv, head_weight, head_bias, history } = fitted;
+    let ExtractedFeatures { train, val, skipped } = features;
+    let labels = pretrained.labels.clone();
+    let train_rows = final_features(context, &train, last_conv.as_ref());
+    let val_rows = final_features(context, &val, last_conv.as_ref());
+    let (train_classes, val_classes) = (train.classes(), val.classes());
+    let head = calibrated_head(head_weight, head_bias, &val_rows, &val_classes)?;
+    let ood = fit_ood_detector(context, &train_rows, &val_rows)?;
+    let params = ClassifierParams { labels, head, ood, preprocess: context.settings.preprocess() };
+    let predictions: Vec<Prediction> = val_rows.iter().map(|row| params.predict(row)).collect();
+    let self_test_features = least_confident_correct(&val_rows, &predictions, &val_classes);
+    let ClassifierParams { labels, head, ood, .. } = params;
+    let val = EvaluatedSet::new(&labels, val.images, predictions);
+    let contents = train.images.iter().chain(&val.photographs).map(|image| (image.class, &image.content_hash));
+    let dataset = DatasetRef {
+        sha256: fingerprint(&labels, contents),
+        train_images: train.len(),
+        val_images: val.photographs.len(),
+    };
+    let class_len = |class| train_classes.iter().filter(|other| **other == class).count();
+    Ok(Trained {
+        parameters: count_parameters(context.settings.fine_tune, &pretrained.network, &head),
+        dataset,
+        train_images: (0..labels.names().len()).map(class_len).collect(),
+        labels,
+        val,
+        test: None,
+        history,
+        head,
+        ood,
+        last_conv,
+        self_test_features,
+        skipped,
+        elapsed: Duration::ZERO,
+    })
+}
+
+/// Evaluates the model on the test set, if there is one. Images that are also in the training or validation set are skipped.
+pub(super) fn evaluate_test_set(
+    context: RunContext<'_>,
+    pretrained: &Pretrained,
+    datasets: &Datasets,
+    trained: &mut Trained,
+) -> Result<(), TrainError> {
+    let (Some(dataset), Some(path)) = (&datasets.test, &context.settings.test) else { return Ok(()) };
+    let used = [&datasets.train.kept[..], &datasets.val.kept].concat();
+    let used = Photographs { kept: used, skipped: Vec::new() };
+    let photographs = Photographs::read(dataset, context.options.threads, &|_| {});
+    let photographs = photographs.dedup(None).dedup(Some(&used));
+    let total = photographs.kept.len();
+    let progress = |done| (context.progress)(Progress::Features { done, total });
+    let (mut features, _) =
+        extract_set(context, pretrained, &photographs.kept, Views::ONE, Precision::Single, &progress)?;
+    let skipped = [photographs.skipped, take(&mut features.skipped)].concat();
+    context.expect_all_classes(&pretrained.labels, &features.images, path, "testing", &skipped)?;
+    trained.skipped.extend(skipped);
+    let rows = final_features(context, &features, trained.last_conv.as_ref());
+    let params = ClassifierParams {
+        labels: trained.labels.clone(),
+        head: trained.head.clone(),
+        ood: trained.ood.clone(),
+        preprocess: context.settings.preprocess(),
+    };
+    let predictions = rows.iter().map(|row| params.predict(row)).collect();
+    trained.test = Some(EvaluatedSet::new(&trained.labels, features.images, predictions));
+    Ok(())
+}
+
+/// Returns the feature vector of each original image: `[width]` each. `last_conv` is applied to feature maps.
+fn final_features(context: RunContext<'_>, features: &Features, last_conv: Option<&LastConvWeights>) -> Vec<Vec<f32>> {
+    let row = |(): &mut (), i: usize| {
+        let row = features.row(i, 0);
+        Ok::<_, Infallible>(last_conv.map_or_else(|| row.to_vec(), |last_conv| last_conv.features(&row)))
+    };
+    let Ok(rows) = parallel::map(features.len(), context.options.threads, "last-conv", || Ok(()), row, &|_| {});
+    rows
+}
+
+/// Returns the head with the temperature that minimizes the validation loss.
+fn calibrated_head(
+    weight: Vec<f32>,
+    bias: Vec<f32>,
+    val: &[Vec<f32>],
+    val_classes: &[usize],
+) -> Result<Head, TrainError> {
+    let width = val.first().map_or(0, Vec::len);
+    let logits: Vec<Vec<f32>> = val.iter().map(|row| linear(&weight, &bias, row)).collect();
+    Ok(Head::new(width, weight, bias, temperature::fit(&logits, val_classes))?)
+}
+
+/// Returns the OOD detector with the subspace of the training set, and the threshold that rejects the fraction
+/// [`Settings::reject`](crate::train::Settings::reject) of the validation set.
+fn fit_ood_detector(context: RunContext<'_>, train: &[Vec<f32>], val: &[Vec<f32>]) -> Result<OodDetector, OodError> {
+    let width = train.first().map_or(0, Vec::len);
+    // A subspace of nearly all dimensions contains nearly every feature vector.
+    let rank = RANK.min(width / 2).max(1);
+    let rows = train.iter().map(Vec::as_slice);
+    let basis = ood::principal_directions(rows, width, rank, context.settings.sgd.seed);
+    let detector = OodDetector::new(width, basis, 0.0)?;
+    let mut similarities: Vec<f32> = val.iter().map(|row| detector.similarity(row)).collect();
+    similarities.sort_by(f32::total_cmp);
+    detector.with_threshold(threshold(&similarities, context.settings.reject))
+}
+
+/// Returns a threshold that rejects the fraction `reject` (0–1) of `similarities` (sorted, at least one). It is the midpoint
+/// between the last rejected and the first accepted one, so that rounding on another machine changes neither.
+fn threshold(similarities: &[f32], reject: f32) -> f32 {
+    let rejected = ((reject * similarities.len() as f32) as usize).min(similarities.len() - 1);
+    let first_accepted = similarities[rejected];
+    let last_rejected = rejected.checked_sub(1).map_or(first_accepted * 0.98, |last| similarities[last]);
+    f32::midpoint(last_rejected, first_accepted)
+}
+
+/// Returns, for each class, the features of the correct image with the lowest confidence, which is the most sensitive to
+/// a change of the model: `[width]` each, at least one.
+fn least_confident_correct(features: &[Vec<f32>], predictions: &[Prediction], classes: &[usize]) -> Vec<Vec<f32>> {
+    let of_class = |class: usize| {
+        let correct = |i: &usize| classes[*i] == class && argmax(&predictions[*i].probabilities) == class;
+        let confidence = |i: &usize| predictions[*i].probabilities[class];
+        (0..features.len()).filter(correct).min_by(|a, b| confidence(a).total_cmp(&confidence(b)))
+    };
+    let count = predictions.first().map_or(0, |prediction| prediction.probabilities.len());
+    let chosen: Vec<usize> = (0..count).filter_map(of_class).collect();
+    // A model without a correct prediction still needs a self-test.
+    let chosen = if chosen.is_empty() { vec![0] } else { chosen };
+    chosen.into_iter().map(|i| features[i].clone()).collect()
+}
+
+fn count_parameters(fine_tune: FineTune, network: &Network, head: &Head) -> Parameters {
+    let head = head.weight().len() + head.bias().len();
+    let last_conv = match (fine_tune, &network.info().last_conv) {
+        // The batch normalization has a gain and a shift per channel.
+        (FineTune::LastConv, Some(conv)) => conv.weights.weight().len() + 2 * conv.weights.outputs(),
+        _ => 0,
+    };
+    Parameters { total: network.info().parameters + head, trained: last_conv + head }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threshold_is_the_midpoint_of_two_similarities() {
+        let sorted = [0.5, 0.75, 0.8, 0.9];
+        assert_eq!(threshold(&sorted, 0.25), 0.625);
+        assert_eq!(threshold(&sorted, 0.5), 0.775);
+        assert!((0.48..0.5).contains(&threshold(&sorted, 0.0)) && (0.8..0.9).contains(&threshold(&sorted, 1.0)));
+    }
+}

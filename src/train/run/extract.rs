@@ -1,0 +1,95 @@
+//! Stage 2: extracts the features of the training and validation sets.
+
+use std::io;
+use std::mem::take;
+
+use crate::system::memory;
+use crate::train::data::augment::Views;
+use crate::train::data::photographs::{DatasetProblem, Photograph};
+use crate::train::features::{Extractor, Features, Precision};
+use crate::train::run::load::{Datasets, Pretrained};
+use crate::train::run::settings::FineTune;
+use crate::train::run::{Progress, RunContext, TrainError};
+use crate::vision::BackboneError;
+
+/// The output of the frozen layers for both sets: feature vectors, or the feature maps before the last convolution.
+pub(super) struct ExtractedFeatures {
+    pub train: Features,
+    pub val: Features,
+    /// All image files that are not used so far.
+    pub skipped: Vec<DatasetProblem>,
+}
+
+/// Extracts the features of both sets, with augmented views of the training set, and checks that every class still has
+/// images. Fails early if the features do not fit into memory.
+pub(super) fn extract(
+    context: RunContext<'_>,
+    pretrained: &Pretrained,
+    datasets: &Datasets,
+) -> Result<ExtractedFeatures, TrainError> {
+    let (settings, labels) = (context.settings, &pretrained.labels);
+    let Datasets { train, val, .. } = datasets;
+    let views = Views { count: settings.views, seed: settings.sgd.seed };
+    let precision = match settings.fine_tune {
+        FineTune::None => Precision::Single,
+        FineTune::LastConv => Precision::Half,
+    };
+    let bytes = train.kept.len() * views.count * precision.bytes() + val.kept.len() * Precision::Single.bytes();
+    expect_memory((bytes * pretrained.backbone.width()) as u64)?;
+    let total = train.kept.len() + val.kept.len();
+    let progress =
+        |before: usize| move |done: usize| (context.progress)(Progress::Features { done: before + done, total });
+    let (mut train_features, cache_error) =
+        extract_set(context, pretrained, &train.kept, views, precision, &progress(0))?;
+    let (mut val_features, val_cache_error) =
+        extract_set(context, pretrained, &val.kept, Views::ONE, Precision::Single, &progress(train.kept.len()))?;
+    let skipped = [
+        train.skipped.clone(),
+        take(&mut train_features.skipped),
+        val.skipped.clone(),
+        take(&mut val_features.skipped),
+    ]
+    .concat();
+    context.expect_all_classes(labels, &train_features.images, &settings.dataset, "training", &skipped)?;
+    context.expect_all_classes(labels, &val_features.images, context.val_path(), "validation", &skipped)?;
+    if let Some(error) = cache_error.or(val_cache_error) {
+        (context.progress)(Progress::Warning(format!("features are not cached: {error}")));
+    }
+    Ok(ExtractedFeatures { train: train_features, val: val_features, skipped })
+}
+
+/// Fails if fewer than `bytes` of memory are available.
+fn expect_memory(bytes: u64) -> Result<(), TrainError> {
+    match memory::available() {
+        Some(available) if bytes > available => {
+            Err(TrainError::InsufficientMemory { needed: bytes >> 20, available: available >> 20 })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Extracts the features of `images`. The second value is the first error of the cache, if any.
+pub(super) fn extract_set(
+    context: RunContext<'_>,
+    pretrained: &Pretrained,
+    images: &[Photograph],
+    views: Views,
+    precision: Precision,
+    progress: &(dyn Fn(usize) + Sync),
+) -> Result<(Features, Option<io::Error>), BackboneError> {
+    let map_channels = match context.settings.fine_tune {
+        FineTune::None => None,
+        FineTune::LastConv => Some(pretrained.network.last_conv()?.weights.inputs()),
+    };
+    let extractor = Extractor {
+        network: &pretrained.network,
+        backbone: &pretrained.backbone,
+        map_channels,
+        preprocess: &context.settings.preprocess(),
+        precision,
+        views,
+        cache: context.options.cache.as_deref(),
+        threads: context.options.threads,
+    };
+    extractor.run(images, progress)
+}

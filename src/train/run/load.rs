@@ -1,0 +1,123 @@
+//! Stage 1: loads the datasets, the network and the backbone.
+
+use std::path::Path;
+
+use crate::bundle::archive::FILE_BYTES_MAX;
+use crate::train::data::dataset::{Dataset, DatasetError};
+use crate::train::data::photographs::{DatasetProblem, Photograph, Photographs};
+use crate::train::features::device::{self, Selected};
+use crate::train::run::settings::FineTune;
+use crate::train::run::{Progress, RunContext, TrainError};
+use crate::vision::{Backbone, Labels, Network};
+
+/// Upper bound on the size of a bundle's members besides an embedded network, in bytes.
+const OTHER_MEMBERS_MAX: u64 = 16 << 20;
+
+/// The pretrained network, and the classes to train it for.
+pub(super) struct Pretrained {
+    pub labels: Labels,
+    pub network: Network,
+    /// The frozen layers: up to the features, or up to the last convolution if that is fine-tuned.
+    pub backbone: Backbone,
+}
+
+/// The datasets of a run, all with the same classes. The training and validation sets have no image in common.
+pub(super) struct Datasets {
+    pub train: Photographs,
+    pub val: Photographs,
+    pub test: Option<Dataset>,
+}
+
+/// Loads everything that a run reads, except the test images, and checks that every class has training and validation
+/// images.
+pub(super) fn load(context: RunContext<'_>) -> Result<(Pretrained, Datasets), TrainError> {
+    let settings = context.settings;
+    let dataset = Dataset::read(&settings.dataset)?;
+    let pretrained = load_network(context, dataset.classes.clone())?;
+    let labels = &pretrained.labels;
+    let test = settings.test.as_deref().map(|path| read_with_classes(path, labels)).transpose()?;
+    let (train, val) = load_photographs(context, &dataset, labels)?;
+    Ok((pretrained, Datasets { train, val, test }))
+}
+
+fn load_network(context: RunContext<'_>, labels: Labels) -> Result<Pretrained, TrainError> {
+    let settings = context.settings;
+    let network = match &settings.backbone {
+        None => Network::built_in()?,
+        Some(named) => Network::from_file(&named.file, &named.preprocess, named.feature.as_deref())?,
+    };
+    if settings.embed_backbone && network.onnx().len() as u64 > FILE_BYTES_MAX - OTHER_MEMBERS_MAX {
+        return Err(TrainError::TooLargeToEmbed { name: network.name().into(), bytes: network.onnx().len() });
+    }
+    let build = |network: &Network| match settings.fine_tune {
+        FineTune::None => network.features(None),
+        FineTune::LastConv => network.feature_maps(),
+    };
+    let Selected { network, backbone, fallback } = device::select(network, context.options.device, &build)?;
+    if let Some(reason) = fallback {
+        (context.progress)(Progress::Warning(reason.to_string()));
+    }
+    Ok(Pretrained { labels, network, backbone })
+}
+
+/// Reads the dataset at `path`, which must have the classes `labels`.
+fn read_with_classes(path: &Path, labels: &Labels) -> Result<Dataset, DatasetError> {
+    let dataset = Dataset::read(path)?;
+    dataset.expect_classes(labels, path)?;
+    Ok(dataset)
+}
+
+/// Returns the training and validation sets, without duplicates.
+fn load_photographs(
+    context: RunContext<'_>,
+    dataset: &Dataset,
+    labels: &Labels,
+) -> Result<(Photographs, Photographs), TrainError> {
+    let settings = context.settings;
+    let read = |set: &Dataset| {
+        let total = set.images.len();
+        let progress = |done| (context.progress)(Progress::Read { done, total });
+        Photographs::read(set, context.options.threads, &progress).dedup(None)
+    };
+    let (train, val) = match &settings.val {
+        Some(path) => {
+            let val = read(&read_with_classes(path, labels)?);
+            (read(dataset).dedup(Some(&val)), val)
+        }
+        None => read(dataset).split(settings.val_fraction),
+    };
+    let skipped = [&train.skipped[..], &val.skipped].concat();
+    context.expect_all_classes(labels, &train.kept, &settings.dataset, "training", &skipped)?;
+    context.expect_all_classes(labels, &val.kept, context.val_path(), "validation", &skipped)?;
+    Ok((train, val))
+}
+
+impl RunContext<'_> {
+    /// Returns the folder that the validation images come from.
+    pub(super) fn val_path(&self) -> &Path {
+        self.settings.val.as_ref().unwrap_or(&self.settings.dataset)
+    }
+
+    /// Checks that `images` has an image of each class. `path`, `purpose` and one of the `skipped` files are named in the
+    /// error.
+    pub(super) fn expect_all_classes(
+        &self,
+        labels: &Labels,
+        images: &[Photograph],
+        path: &Path,
+        purpose: &'static str,
+        skipped: &[DatasetProblem],
+    ) -> Result<(), TrainError> {
+        let has_image = |class: &usize| images.iter().any(|photograph| photograph.class == *class);
+        let Some(missing) = (0..labels.names().len()).find(|class| !has_image(class)) else {
+            return Ok(());
+        };
+        let class = labels.name(Some(missing)).to_owned();
+        let hint = match skipped.iter().find(|problem| problem.file.parent() == Some(&path.join(&class))) {
+            Some(problem) => format!("; for example, {}: {}", problem.file.display(), problem.problem),
+            None if self.settings.val.is_none() => "; add images, or change --val-fraction or --val".into(),
+            None => String::new(),
+        };
+        Err(TrainError::NoImagesLeft { path: path.into(), class, purpose, hint })
+    }
+}
