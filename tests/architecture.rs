@@ -241,7 +241,9 @@ fn the_kernels_know_no_tract_no_environment_and_no_global() {
             assert!(KERNELS_DEPENDENCIES.contains(&name.as_str()), "crates/kernels depends on {name}");
         }
     }
-    let files = sources("crates/kernels/src");
+    let mut files = sources("crates/kernels/src");
+    // The tests print a seed and may take it from the environment.
+    files.retain(|(file, _)| !file.ends_with("/test_util.rs"));
     assert!(files.len() > 5);
     for (file, text) in files {
         let tokens = tokens(&text);
@@ -258,27 +260,24 @@ fn the_kernels_know_no_tract_no_environment_and_no_global() {
 #[test]
 fn errors_are_typed() {
     for (file, text) in sources("src").into_iter().chain(sources("crates/kernels/src")) {
-        let tokens = tokens(&text);
-        let code = tokens.iter().position(|token| token == "tests").unwrap_or(tokens.len());
-        for window in tokens[..code].windows(3) {
-            assert!(
-                !(window[0] == "," && window[1] == "String" && window[2] == ">" && in_result(&tokens, window)),
-                "{file}"
-            );
+        // Helpers of tests may shorten what they check to a text.
+        let tokens = tokens(text.split("#[cfg(test)]\nmod tests").next().unwrap());
+        for (i, window) in tokens.windows(3).enumerate() {
+            let is_string = window[0] == "," && window[1] == "String" && window[2] == ">";
+            assert!(!(is_string && closes_a_result(&tokens, i)), "{file} has a Result<_, String>");
         }
     }
 }
 
-/// Whether the type argument `, String>` closes a `Result<…>`.
-fn in_result(tokens: &[String], window: &[String]) -> bool {
-    let at = (window.as_ptr() as usize - tokens.as_ptr() as usize) / size_of::<String>();
+/// Whether the type argument before the token at `end` is one of a `Result<…>`.
+fn closes_a_result(tokens: &[String], end: usize) -> bool {
     let mut nesting = 0;
-    for i in (0..at).rev() {
+    for i in (0..end).rev() {
         match tokens[i].as_str() {
-            ">" if i > 0 && tokens[i - 1] != "-" => nesting += 1,
+            ">" if i > 0 && tokens[i - 1] != "-" && tokens[i - 1] != "=" => nesting += 1,
             "<" if nesting > 0 => nesting -= 1,
             "<" => return i > 0 && tokens[i - 1] == "Result",
-            ";" => return false,
+            ";" | "{" => return false,
             _ => {}
         }
     }
