@@ -1,15 +1,14 @@
-# The targets a person needs. `make demo` on a fresh machine sets up, builds, and shows the program at work.
+# Targets for users and developers. `make demo` installs the build dependencies, builds, and runs the demonstration.
 
 CARGO ?= cargo
 BIN := target/release/bloomcast
 HOST = $(shell rustc -vV | sed -n 's/^host: //p')
-# A build with more than this machine's Rust is refused by Cargo itself (rust-version in Cargo.toml).
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-# What a bare Debian or Raspberry Pi OS lacks: a linker, libclang for the bindings of the camera, a broker and
-# its clients for the tests, and openssl, which must be able to read our keys.
+# Build and test dependencies on Debian and Raspberry Pi OS: a linker, libclang for the camera bindings, a broker and its clients
+# for the tests, and openssl, with which a test reads the keys.
 PACKAGES := build-essential pkg-config libclang-dev mosquitto mosquitto-clients openssl
 
-# Installs those of these packages that are missing.
+# Installs the packages of a list that are missing.
 install = missing=; for package in $(1); do \
 	  dpkg-query -W -f='$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed || missing="$$missing $$package"; done; \
 	[ -z "$$missing" ] || { echo "installing$$missing"; $(SUDO) apt-get update -qq && \
@@ -20,23 +19,23 @@ install = missing=; for package in $(1); do \
 
 all: build
 
-# Does nothing where all is there.
+# Installs missing packages.
 setup:
 	@command -v $(CARGO) >/dev/null || { echo "error: cargo is missing; install Rust from https://rustup.rs" >&2; exit 1; }
-	@command -v dpkg-query >/dev/null || { echo "setup: no Debian: install yourself: $(PACKAGES)"; exit 0; }; \
+	@command -v dpkg-query >/dev/null || { echo "setup: not a Debian system: install these packages yourself: $(PACKAGES)"; exit 0; }; \
 	$(call install,$(PACKAGES))
 
 build: setup
 	$(CARGO) build --release --locked
 
-# Photographs are looked for in ../shared/flowers/val, then fetched; where neither works, Debian's desktop
-# backgrounds must do.
+# The photographs come from ../shared/flowers/val or a download. If neither works, Debian's package mate-backgrounds is
+# installed and used.
 demo: build
 	@$(BIN) demo 2>target/demo-error || { status=$$?; cat target/demo-error >&2; \
 	  grep -q 'no photographs' target/demo-error && command -v apt-get >/dev/null || exit $$status; \
 	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mate-backgrounds >/dev/null && $(BIN) demo; }
 
-# Unit tests and whole-program tests; a test that lacks its photographs says `skipped:` and is counted here.
+# Unit tests and whole-program tests. A test without its photographs prints `skipped:`; their number is printed at the end.
 test: setup
 	@mkdir -p target; \
 	{ $(CARGO) test --release --locked --workspace 2>&1; echo $$? >target/test-status; } | tee target/test-log; \
@@ -49,11 +48,11 @@ lint: setup
 	$(CARGO) clippy --release --locked --no-default-features -- -D warnings
 	$(CARGO) clippy --release --locked --features cuda -- -D warnings
 
-# The kernels' tests, where every access to memory is checked. Nightly; all is compiled anew for it.
+# The kernels' tests under AddressSanitizer. Needs a nightly compiler and compiles everything again.
 sanitize: setup
 	RUSTFLAGS=-Zsanitizer=address $(CARGO) +nightly test --locked -p bloomcast-kernels --lib --tests --target $(HOST) --target-dir target/sanitized
 
-# What may be linked, by deny.toml.
+# Checks the licences and sources of the dependencies (deny.toml).
 licences: setup
 	@command -v cargo-deny >/dev/null || $(CARGO) install --quiet --locked cargo-deny@0.20.2
 	$(CARGO) deny check bans licenses sources
@@ -61,7 +60,8 @@ licences: setup
 doc: setup
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --locked --workspace --no-deps --document-private-items
 
-# Ten minutes, beginning with what earlier runs found interesting (fuzz/corpus.tar.gz); what breaks is kept in fuzz/artifacts.
+# Fuzzes the bundle reader for ten minutes, starting with the corpus of earlier runs (fuzz/corpus.tar.gz). Failing inputs are in
+# fuzz/artifacts.
 FUZZ_SECONDS ?= 600
 fuzz: setup
 	@command -v cargo-fuzz >/dev/null || $(CARGO) install --quiet --locked cargo-fuzz@0.13.2
@@ -70,14 +70,14 @@ fuzz: setup
 
 # ---- Packages, in target/debian.
 
-# For this machine's kind of processor; the others from what was built for them.
-CARGO_DEB = command -v cargo-deb >/dev/null || $(CARGO) install --quiet --locked cargo-deb@3.8.0; $(BIN) papers target/papers
+# For this machine's architecture.
+CARGO_DEB = command -v cargo-deb >/dev/null || $(CARGO) install --quiet --locked cargo-deb@3.8.0; $(BIN) manpages target/manpages
 deb: build
 	@$(CARGO_DEB)
 	$(CARGO) deb --no-build --locked --strip --output target/debian/
 	systemd/check-package target/debian/bloomcast_*_$$(dpkg --print-architecture).deb
 
-# The same, with Debian's own checks besides.
+# The same, with lintian.
 deb-check:
 	@$(call install,lintian)
 	$(MAKE) deb
@@ -87,15 +87,15 @@ deb-arm64 deb-armhf: deb-%: build %
 	CARGO_TARGET_DIR=target/cross $(CARGO) deb --no-build --locked --strip --target $(TRIPLE_$*) --output target/debian/
 	systemd/check-package target/debian/bloomcast_*_$*.deb
 
-# ---- ARM, with Debian's own compiler and no container. (With one: `cross build --release --target $(TRIPLE_arm64)`.)
+# ---- ARM, cross-compiled with Debian's compiler, without a container. (With one: `cross build --release --target $(TRIPLE_arm64)`.)
 export CROSS_CONFIG := cross.toml
 TRIPLE_arm64 := aarch64-unknown-linux-gnu
 TRIPLE_armhf := armv7-unknown-linux-gnueabihf
 GNU_arm64 := aarch64-linux-gnu
 GNU_armhf := arm-linux-gnueabihf
-# As Cargo and bindgen spell a triple in the names of variables.
+# The target triple in the spelling of Cargo's environment variables.
 upper = $(shell echo $(subst -,_,$(TRIPLE_$(1))) | tr a-z A-Z)
-# $(call for,arm64,build): what Debian's cargo is told for ARM.
+# $(call for,arm64,build): runs a command of Debian's cargo for ARM.
 for = RUSTC=/usr/bin/rustc CARGO_TARGET_DIR=target/cross CARGO_TARGET_$(call upper,$(1))_LINKER=$(GNU_$(1))-gcc \
   CARGO_TARGET_$(call upper,$(1))_RUSTFLAGS="-L $(CURDIR)/target/cross/std-$(1)/lib" \
   CARGO_TARGET_$(call upper,$(1))_RUNNER="$(EMULATOR)" \
@@ -107,7 +107,8 @@ arm64 armhf: setup
 	cross/std $@ target/cross/std-$@
 	$(call for,$@,build)
 
-# The program for ARM, run by an emulator, gives what this machine's own gives; and each kernel what tract gives there.
+# Runs the ARM program in an emulator and compares its results with the native program's; runs the kernels' tests, which compare
+# with a reference, on ARM.
 arm64-smoke: build arm64
 	@$(call install,qemu-user-static)
 	$(call for,arm64,test -p bloomcast-kernels)
@@ -115,8 +116,8 @@ arm64-smoke: build arm64
 	BLOOMCAST_FOREIGN="$(EMULATOR) target/cross/$(TRIPLE_arm64)/release/bloomcast" \
 	  $(CARGO) test --release --locked --test program foreign:: -- --nocapture
 
-# A virtual Raspberry Pi: Debian for arm64 with systemd, mosquitto and a virtual camera, where the package is installed as the README
-# says, and proves what only a whole machine can show. Its disk is made once, in target/device.
+# System test on a virtual device: Debian for arm64 with systemd, mosquitto and a virtual camera. The package is installed with the
+# commands of the README. The disk is created once, in target/device.
 vm-test: build deb-arm64
 	@$(call install,qemu-system-arm qemu-utils qemu-user-static binfmt-support arch-test mmdebstrap e2fsprogs jq)
 	$(SUDO) tests/device/root target/device
@@ -126,25 +127,26 @@ vm-test: build deb-arm64
 bench: setup
 	$(CARGO) bench --locked
 
-# Times ONNX Runtime, LiteRT and bloomcast on the same network, in turns; they are installed into target/peers.
+# Compares the time of ONNX Runtime, LiteRT and bloomcast on the same network, in alternation; installs the former into target/peers.
 peers: build
 	@[ -x target/peers/bin/python ] || { $(PYTHON) -m venv target/peers && \
 	  target/peers/bin/pip install --quiet --disable-pip-version-check -r benches/peers/requirements.txt; }
 	target/peers/bin/python benches/peers/run.py
 
-# Counts the instructions of a frame, tract's operators beside each set of kernels; for ARM too, by an emulator.
+# Counts the instructions of a frame with tract's operators and with each set of kernels, here and, in an emulator, on ARM.
 FRAME ?= $(firstword $(wildcard ../shared/flowers/val/roses/*.jpg) docs/report.jpg)
 instructions: build arm64
 	@$(call install,valgrind qemu-user)
 	benches/instructions/run $(BIN) $(FRAME) target/cross/$(TRIPLE_arm64)/release/bloomcast /usr/$(GNU_arm64)
 
-# Trains the model inside the program anew: the best recipe.
+# Trains the built-in model again, with the default recipe.
 model: build
 	$(BIN) train ../shared/flowers/train --val ../shared/flowers/val --out runs/flowers --overwrite
 	cp runs/flowers/model.bloom models/flowers.bloom
 
-# Other networks for the tests, in target/backbones: EfficientNet-Lite0 with its real weights, its channels first and last,
-# and ONNX's graph of ResNet50. `make backbones-keras` adds Keras's ResNet50, InceptionV3 and Xception (TensorFlow is a large download).
+# Other backbones for the tests, in target/backbones: EfficientNet-Lite0 with its published weights, channels first and last,
+# and ONNX's graph of ResNet50. `make backbones-keras` adds Keras's ResNet50, InceptionV3 and Xception (TensorFlow is a large
+# download).
 PYTHON ?= python3
 BACKBONES := target/backbones
 backbones: $(addprefix $(BACKBONES)/,efficientnet_lite0.onnx efficientnet_lite0_channels_last.onnx light_resnet50.onnx)

@@ -23,7 +23,7 @@ WEIGHTS = Source(
 )
 DEFAULT_OUT = Path(__file__).resolve().parent / "mobilenet_v2_1.0_224.onnx"
 
-# The input, then the outputs, each without its first dimension, the batch.
+# The input, then the outputs; shapes without the batch dimension.
 INTERFACE = {"image": (3, 224, 224), "features": (1280,), "last_conv_input": (320, 7, 7)}
 EPSILON = 1e-3  # Keras's MobileNetV2 sets this on every batch normalisation
 PAD_ALL_ROUND = [1, 1, 1, 1]  # ONNX order: top, left, bottom, right

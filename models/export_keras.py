@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Export the true graphs of Keras's ResNet50, InceptionV3 and Xception as ONNX, with random weights, for the tests.
+"""Export the graphs of Keras's ResNet50, InceptionV3 and Xception as ONNX, with random weights, for the tests.
 
 Usage: python models/export_keras.py --out FOLDER
 """
@@ -21,18 +21,18 @@ NETWORKS = {
 
 
 def randomise(model):
-    """Give biases and statistics the look of trained ones: zeros would be left out of the graph."""
-    chances = np.random.default_rng(7)
+    """Set biases and statistics to random values: the export would remove zeros from the graph."""
+    rng = np.random.default_rng(7)
     for weight in model.weights:
         kind = weight.path.split("/")[-1]
         if kind in ("bias", "beta", "moving_mean"):
-            weight.assign(chances.normal(0, 0.05, weight.shape))
+            weight.assign(rng.normal(0, 0.05, weight.shape))
         elif kind in ("gamma", "moving_variance"):
-            weight.assign(chances.uniform(0.9, 1.1, weight.shape))
+            weight.assign(rng.uniform(0.9, 1.1, weight.shape))
 
 
 def main():
-    """Write every network that is not there yet."""
+    """Write every network whose file does not exist."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the ONNX files")
     folder = parser.parse_args().out
@@ -43,7 +43,7 @@ def main():
         keras.utils.set_random_seed(1)
         model = getattr(keras.applications, network)(weights=None)
         randomise(model)
-        # A model that was never called has no input to export.
+        # Keras can export a model only after it was called once.
         model(np.zeros((1, size, size, 3), np.float32))
         model.export(path, format="onnx", verbose=False)
         print(path)

@@ -1,4 +1,4 @@
-"""MobileNetV2 as a LiteRT model: the very weights of the ONNX file, channels last, clips fused, as its own converter lays it out."""
+"""Converts MobileNetV2 from the ONNX file to a LiteRT model: the same weights, channels last, ReLU6 fused, as its converter does."""
 
 import flatbuffers
 import numpy as np
@@ -12,10 +12,10 @@ RELU6, NO_ACTIVATION = tflite.ActivationFunctionType.RELU6, tflite.ActivationFun
 
 
 class Model:
-    """Tensors, buffers and operators on their way into a flatbuffer."""
+    """Collects the tensors, buffers and operators of a model and writes them as a FlatBuffer."""
 
     def __init__(self):
-        """Begin an empty model; the first buffer is the empty one that the format asks for."""
+        """Start an empty model; the first buffer is empty, as the format requires."""
         self.fb = flatbuffers.Builder(16 << 20)
         self.buffers, self.tensors, self.operators, self.codes = [b""], [], [], []
 
@@ -34,9 +34,9 @@ class Model:
             self.codes.append(code)
         self.operators.append((self.codes.index(code), inputs, output, options_kind, options))
 
-    def vector(self, numbers):
+    def vector(self, integers):
         """Write a vector of 32-bit integers."""
-        return self.fb.CreateNumpyVector(np.array(numbers, np.int32))
+        return self.fb.CreateNumpyVector(np.array(integers, np.int32))
 
     def offsets(self, start, offsets):
         """Write a vector of tables."""
@@ -46,7 +46,7 @@ class Model:
         return self.fb.EndVector()
 
     def finish(self, inputs, outputs):
-        """Write it all; gives the file's bytes."""
+        """Write the model and return the bytes of the file."""
         fb = self.fb
         buffers = []
         for data in self.buffers:
@@ -103,7 +103,7 @@ class Model:
 
 
 def convolution(depthwise, stride, activation):
-    """Give what writes a convolution's options."""
+    """Return a function that writes the options of a convolution."""
 
     def options(fb):
         kind = "DepthwiseConv2DOptions" if depthwise else "Conv2DOptions"
@@ -122,8 +122,8 @@ def convolution(depthwise, stride, activation):
     return options
 
 
-def plain(kind, **values):
-    """Give what writes other options."""
+def options_table(kind, **values):
+    """Return a function that writes the options table `kind` with these values."""
 
     def options(fb):
         getattr(tflite, f"{kind}Start")(fb)
@@ -135,7 +135,7 @@ def plain(kind, **values):
 
 
 def build(path, output):
-    """Read the ONNX file up to `output`; gives a LiteRT model's bytes."""
+    """Convert the ONNX file up to the tensor `output`; return the bytes of a LiteRT model."""
     graph = onnx.load(path).graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     model, at, shapes = Model(), {}, {}
@@ -164,11 +164,11 @@ def build(path, output):
         elif kind == "Add":
             shapes[out] = shapes[x]
             at[out] = model.tensor(out, shapes[out])
-            options = plain("AddOptions", FusedActivationFunction=NO_ACTIVATION)
+            options = options_table("AddOptions", FusedActivationFunction=NO_ACTIVATION)
             model.operator(Code.ADD, [at[name] for name in node.input], at[out], tflite.BuiltinOptions.AddOptions, options)
         elif kind == "GlobalAveragePool":
             axes = np.array([1, 2], np.int32)
             axes = model.tensor("axes", axes.shape, axes, tflite.TensorType.INT32)
             at[output] = model.tensor(output, [1, shapes[x][3]])
-            model.operator(Code.MEAN, [at[x], axes], at[output], tflite.BuiltinOptions.ReducerOptions, plain("ReducerOptions", KeepDims=False))
+            model.operator(Code.MEAN, [at[x], axes], at[output], tflite.BuiltinOptions.ReducerOptions, options_table("ReducerOptions", KeepDims=False))
     return model.finish([source], [at[output]])
