@@ -17,22 +17,33 @@ const WARM_UP: usize = 5;
 /// An error of the benchmark.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
+    /// The network of the bundle cannot be loaded.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    /// The backbone cannot be run.
     #[error(transparent)]
     Backbone(#[from] BackboneError),
+    /// The threads of the kernels cannot be started.
     #[error("cannot start threads: {0}")]
     Threads(std::io::Error),
+    /// The image cannot be read or decoded.
     #[error("{file}: {source}")]
-    Image { file: String, source: DecodeError },
+    Image {
+        /// Path of the image, or `test pattern`.
+        file: String,
+        /// The cause.
+        source: DecodeError,
+    },
 }
 
 /// The result of a benchmark; its JSON is the output of `bloomcast bench --json`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BenchReport {
+    /// Number of threads that compute a frame.
     pub threads: usize,
     /// Name of the kernels' instruction set; `tract` if tract computes all layers.
     pub kernels: &'static str,
+    /// Times of the stages of a frame.
     pub stages: StageReport,
     /// Repeated runs of the backbone without other work in between.
     pub backbone_alone: TimingStats,
@@ -46,28 +57,39 @@ pub struct BenchReport {
 /// The time of a layer of the backbone.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LayerReport {
+    /// Name of the layer, as in [`LayerProfile::name`].
     pub what: String,
+    /// Number of multiply-adds per frame.
     pub multiply_adds: u64,
+    /// Median time, in milliseconds.
     pub median_ms: f64,
-    /// Fraction of the peak of as many cores as there are threads.
+    /// Fraction of the peak of as many cores as there are threads, 0–1.
     pub share_of_peak: f64,
 }
 
 /// The times of the stages of a frame.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StageReport {
+    /// Decoding of the image.
     pub decode: TimingStats,
+    /// Preprocessing.
     pub preprocess: TimingStats,
+    /// The backbone.
     pub backbone: TimingStats,
+    /// The head and out-of-distribution detection.
     pub head: TimingStats,
+    /// The whole frame, as in [`StageTimes::frame`].
     pub frame: TimingStats,
 }
 
 /// Statistics of repeated measurements of a time.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TimingStats {
+    /// Median, in milliseconds.
     pub median_ms: f64,
+    /// 99th percentile, in milliseconds.
     pub p99_ms: f64,
+    /// Number of measurements.
     pub runs: usize,
 }
 

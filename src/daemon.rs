@@ -68,14 +68,19 @@ pub enum DaemonError {
     Camera(#[from] CameraError),
     /// A thread cannot be started.
     #[error("cannot start the thread {name}: {source}")]
-    Thread { name: &'static str, source: std::io::Error },
-    /// A thread panicked.
+    Thread {
+        /// Name of the thread.
+        name: &'static str,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A thread panicked; its name.
     #[error("the thread {0} panicked; see the message above")]
     Panicked(&'static str),
 }
 
 impl DaemonError {
-    /// Whether a changed configuration can mend it; a thread or the store's disk is not of that kind.
+    /// Returns whether a changed configuration can correct the error; false for an error of a thread or of the store.
     pub fn is_configuration(&self) -> bool {
         match self {
             DaemonError::Thread { .. } | DaemonError::Panicked(_) | DaemonError::Model(ModelError::Store(_)) => false,
@@ -97,9 +102,9 @@ pub enum StopReason {
     Reload(Box<Config>),
 }
 
-/// A daemon that has stopped, with what its successor continues.
+/// A daemon that has stopped, with the state that its successor continues.
 pub struct StoppedDaemon {
-    /// Why it stopped.
+    /// The reason why it stopped.
     pub reason: StopReason,
     counters: Arc<Counters>,
     /// Events, and answers of the update agent, that the broker has not acknowledged.
@@ -110,7 +115,7 @@ pub struct StoppedDaemon {
 }
 
 impl StoppedDaemon {
-    /// Logs what is lost, and the counters; returns these.
+    /// Logs the lost messages and the counters; returns the counters.
     pub fn close(self) -> Arc<Counters> {
         if !self.outbox.is_empty() {
             error!("{} events were not acknowledged by the broker and are lost", self.outbox.len());
@@ -138,16 +143,16 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Loads the active model and checks what can be checked without camera and broker. The store is changed as a start
-    /// requires: a trial begins or, after a crash, is rolled back.
+    /// Loads the active model and checks the configuration, without opening the camera or a connection to the broker. The store
+    /// is changed as a start requires: a trial begins or, after a crash, is rolled back.
     ///
     /// # Errors
-    /// The model, the keys or the camera's settings cannot be used, or threads cannot be started.
+    /// If the model, the keys or the camera's settings cannot be used, or threads cannot be started.
     pub fn prepare(config: Config) -> Result<Self, DaemonError> {
         Self::with_store(config, Store::new)
     }
 
-    /// Does the same without changing the store.
+    /// As [`Daemon::prepare`], without changing the store.
     ///
     /// # Errors
     /// As [`Daemon::prepare`].
@@ -165,7 +170,7 @@ impl Daemon {
         let loader = ModelLoader::new(&config.models, config.kernels, open).with_thread_pool(thread_pool);
         let active = loader.active_model()?;
         let labels = active.loaded.classifier.labels().clone();
-        // Other models come and go where something was installed: thresholds for their classes are not an error there.
+        // A device with a used store may switch between models: thresholds for classes of another one are not an error.
         let rules = match active.state == State::default() {
             true => config.update.policy.rules(&labels)?,
             false => config.update.policy.rules_for_known(&labels),
@@ -194,12 +199,12 @@ impl Daemon {
         self
     }
 
-    /// Name and version of the active model.
+    /// Returns the name and version of the active model.
     pub fn model(&self) -> String {
         self.active.loaded.model.identity().to_string()
     }
 
-    /// The classes of the active model.
+    /// Returns the classes of the active model.
     pub fn labels(&self) -> &Labels {
         self.active.loaded.classifier.labels()
     }
@@ -207,7 +212,7 @@ impl Daemon {
     /// Waits for one frame, at most `camera.stall_ms`, and classifies it.
     ///
     /// # Errors
-    /// The camera gives no frame that can be classified.
+    /// If the camera gives no frame that can be classified.
     pub fn try_camera(&mut self) -> Result<(), DaemonError> {
         self.source.open()?;
         let stall = self.config.camera.stall;
@@ -231,7 +236,7 @@ impl Daemon {
     /// Runs until `stop` is ready or the camera has no more frames. `on_classified` is called for each classified frame.
     ///
     /// # Errors
-    /// A thread cannot be started, or panicked.
+    /// If a thread cannot be started, or panics.
     pub fn run(
         self,
         stop: impl Future<Output = StopReason>,
@@ -244,7 +249,7 @@ impl Daemon {
         stopped
     }
 
-    /// Does the same on a runtime that outlives the daemon.
+    /// As [`Daemon::run`], on a runtime that outlives the daemon.
     ///
     /// # Errors
     /// As [`Daemon::run`].
@@ -326,13 +331,17 @@ type EventQueue = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
 /// cannot be prepared again is replaced by one with the configuration before.
 ///
 /// # Errors
-/// The first daemon cannot be prepared, or a running one fails.
+/// If the first daemon cannot be prepared, or a running one fails.
 pub fn run_with_reloads(
     runtime: &Runtime,
     mut config: Config,
     mut next: impl AsyncFnMut() -> StopReason,
 ) -> Result<Arc<Counters>, DaemonError> {
     let mut daemon = Daemon::prepare(config.clone())?;
+    match config.kernels {
+        Some(isa) => info!("kernels: {}, threads: {}", isa.name(), config.threads),
+        None => info!("kernels: tract"),
+    }
     loop {
         info!("ready: the model {} has the classes {}", daemon.model(), daemon.labels().names().join(", "));
         let stopped = daemon.run_on(runtime, next(), Box::new(|_| {}))?;
@@ -451,7 +460,7 @@ impl Stage {
 /// Creates the runtime of a daemon: one thread, the caller's.
 ///
 /// # Errors
-/// The system gives no event queue.
+/// If the system cannot create the runtime's event queue (epoll).
 pub fn runtime() -> Result<Runtime, DaemonError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|source| DaemonError::Thread { name: "mqtt", source })

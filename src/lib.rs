@@ -19,10 +19,11 @@
 //! - [`mqtt`] encodes and delivers; no stage waits for it, and events wait in its outbox for the broker.
 //! - [`update`] deploys models to devices and rolls them back.
 //! - [`config`] holds the parsed configuration.
-//! - [`train`] trains and evaluates models; [`zoo`], `fetch` and [`bench`] belong to the workstation too.
+//! - [`train`] trains and evaluates models; [`zoo`], `fetch` and [`mod@bench`] belong to the workstation too.
 //! - [`daemon`] starts the threads of the stages and joins them; `demo` shows it at work.
 
 #![forbid(unsafe_code)]
+#![deny(missing_docs)]
 
 pub mod bench;
 pub mod bundle;

@@ -1,4 +1,4 @@
-//! Parses, sets up the log, dispatches, and turns errors into exit codes.
+//! Parses the command line, runs the command, prints its error and returns its exit code.
 
 mod cli;
 
@@ -10,7 +10,7 @@ fn main() -> ExitCode {
     let command = cli::Cli::parse();
     match command.run() {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read what was written has seen enough.
+        // The reader of standard output has closed it.
         Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
         Err(failure) => {
             // Each error names its cause itself.

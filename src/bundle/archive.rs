@@ -12,24 +12,41 @@ pub const MEMBERS_MAX: usize = 8;
 /// An error of reading or writing the container of a bundle.
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
+    /// The file cannot be read or written.
     #[error("{0}")]
     Io(#[from] io::Error),
+    /// The file is larger than [`FILE_BYTES_MAX`].
     #[error("larger than the {FILE_BYTES_MAX} bytes allowed")]
     TooLarge,
+    /// The file is not a tar, is truncated, or has no members; the reason.
     #[error("not a bundle: {0}")]
     Tar(String),
+    /// A member is not a regular file, or its name has a path separator or begins with a dot; the name.
     #[error("{0}: not the name of a plain file")]
     Name(String),
+    /// Two members have the same name; the name.
     #[error("duplicate member {0}")]
     Duplicate(String),
+    /// There are more than [`MEMBERS_MAX`] members.
     #[error("more members than the {MEMBERS_MAX} allowed")]
     TooMany,
+    /// A member is not part of the format, or is in the wrong place; its name.
     #[error("{0}: unknown member, or in the wrong order")]
     Unexpected(String),
+    /// A required member is missing; its name.
     #[error("{0} is missing")]
     Missing(String),
+    /// A member is larger than allowed.
     #[error("{name}: {bytes} bytes, expected at most {max}")]
-    LargeMember { name: &'static str, bytes: usize, max: usize },
+    LargeMember {
+        /// Name of the member.
+        name: &'static str,
+        /// Size of the member, in bytes.
+        bytes: usize,
+        /// Largest allowed size, in bytes.
+        max: usize,
+    },
+    /// The bytes are not those that [`pack`] writes for these members; the offset of the first difference.
     #[error("not a canonical tar: unexpected content at byte {0}")]
     NotCanonical(usize),
 }

@@ -23,21 +23,27 @@ pub const FORMAT: u32 = 1;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// [`FORMAT`]
+    /// Version of the format, [`FORMAT`].
     pub format: u32,
+    /// Name of the model, as [`check_name`] allows it.
     pub name: String,
     /// Increases with every model. By default the time of training, `YYYYMMDDhhmmss` in UTC.
     pub version: u64,
     /// Time of training, RFC 3339, UTC.
     pub created_at: String,
+    /// Names of the classes, in the order of the head's outputs.
     pub classes: Labels,
+    /// The network that the model was trained on.
     pub backbone: BackboneRef,
+    /// Preprocessing that the head was trained with.
     pub preprocess: Preprocess,
     /// Divisor of the logits, above 0; fitted on the validation set.
     pub temperature: f32,
+    /// Parameters of the out-of-distribution detection.
     pub unknown: Unknown,
+    /// The dataset of the training.
     pub dataset: DatasetRef,
-    /// On the validation set.
+    /// Metrics on the validation set.
     pub metrics: Metrics,
     /// Seed of the training's random numbers.
     pub seed: u64,
@@ -50,9 +56,11 @@ pub struct Manifest {
 /// The identity of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
+    /// Name of the model.
     pub name: String,
+    /// Version of the model.
     pub version: u64,
-    /// Of the bundle file, 64 lower-case hexadecimal digits.
+    /// SHA-256 of the bundle file, 64 lower-case hexadecimal digits.
     pub sha256: String,
 }
 
@@ -66,8 +74,9 @@ impl fmt::Display for Identity {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BackboneRef {
+    /// Name of the network, as [`check_name`] allows it.
     pub name: String,
-    /// Of the ONNX file, 64 lower-case hexadecimal digits.
+    /// SHA-256 of the ONNX file, 64 lower-case hexadecimal digits.
     pub sha256: String,
     /// Name of the feature tensor, the head's input.
     pub feature: String,
@@ -79,6 +88,7 @@ pub struct BackboneRef {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Unknown {
+    /// Similarity measure.
     pub rule: UnknownRule,
     /// Similarity below which an image is unknown, 0–1.
     pub threshold: f32,
@@ -98,9 +108,11 @@ pub enum UnknownRule {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DatasetRef {
-    /// Over the classes and the contents of the files, in order.
+    /// SHA-256 over the classes and the contents of the files, in order.
     pub sha256: String,
+    /// Number of images in the training set.
     pub train_images: usize,
+    /// Number of images in the validation set.
     pub val_images: usize,
 }
 
@@ -120,7 +132,9 @@ pub struct Metrics {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Member {
+    /// SHA-256 of the content, 64 lower-case hexadecimal digits.
     pub sha256: String,
+    /// Size of the content, in bytes.
     pub bytes: usize,
 }
 
@@ -133,12 +147,21 @@ impl Member {
 /// An error of the manifest.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestError {
+    /// The JSON is invalid, or a field is missing, unknown or of another type.
     #[error("{0}")]
     Json(#[from] serde_json::Error),
+    /// The format is not [`FORMAT`]; its version.
     #[error("format {0}, this program reads {FORMAT}")]
     Format(u32),
+    /// The name of the model or of the network is invalid.
     #[error("{key}: expected {source}")]
-    Name { key: &'static str, source: InvalidName },
+    Name {
+        /// Key of the field.
+        key: &'static str,
+        /// The expected form.
+        source: InvalidName,
+    },
+    /// A parameter of the preprocessing is out of range.
     #[error("{0}")]
     Preprocess(#[from] PreprocessError),
 }
@@ -146,13 +169,23 @@ pub enum ManifestError {
 /// A difference between the members of a bundle and the manifest's list.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemberError {
+    /// The manifest does not list a member; its name.
     #[error("{NAME} does not list the member {0}")]
     Unlisted(String),
+    /// A member has another size or hash than listed.
     #[error(
         "{name} was altered: {} bytes with sha256 {}, {NAME} lists {} bytes with {}",
         .found.bytes, .found.sha256, .listed.bytes, .listed.sha256
     )]
-    Altered { name: String, found: Member, listed: Member },
+    Altered {
+        /// Name of the member.
+        name: String,
+        /// Actual hash and size.
+        found: Member,
+        /// Hash and size in the manifest.
+        listed: Member,
+    },
+    /// A listed member is not in the bundle; its name.
     #[error("{NAME} lists the member {0}, which is missing")]
     Missing(String),
 }

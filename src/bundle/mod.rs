@@ -41,15 +41,36 @@ const SELF_TEST: &str = "selftest.safetensors";
 /// The members in their required order; with another order there would be two files with the same signature.
 const ORDER: [&str; 6] = [manifest::NAME, manifest::SIGNATURE, HEAD, LAST_CONV, BACKBONE, SELF_TEST];
 
-/// An error of a bundle; `file` is its name in messages.
+/// An error of a bundle.
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
+    /// The file cannot be read or written, or its container is invalid.
     #[error("model {file}: {source}")]
-    Archive { file: String, source: ArchiveError },
+    Archive {
+        /// Path or name of the bundle.
+        file: String,
+        /// The cause.
+        source: ArchiveError,
+    },
+    /// The container is valid, its contents are not.
     #[error("model {file}: {source}")]
-    Content { file: String, source: Box<ContentError> },
+    Content {
+        /// Path or name of the bundle.
+        file: String,
+        /// The cause.
+        source: Box<ContentError>,
+    },
+    /// The available network is not the one that the model was trained on.
     #[error("model {file} was made for the backbone {expected}, this one is {actual}")]
-    OtherBackbone { file: String, expected: String, actual: String },
+    OtherBackbone {
+        /// Path or name of the bundle.
+        file: String,
+        /// Name and SHA-256 of the network that the model was trained on.
+        expected: String,
+        /// Name and SHA-256 of the available network.
+        actual: String,
+    },
+    /// The network cannot be loaded or compiled.
     #[error(transparent)]
     Backbone(#[from] BackboneError),
 }
@@ -57,23 +78,55 @@ pub enum BundleError {
 /// An error of the contents of a bundle, whose container is valid.
 #[derive(Debug, thiserror::Error)]
 pub enum ContentError {
+    /// The signature is invalid or does not match the manifest.
     #[error("{member}: {0}", member = manifest::SIGNATURE)]
     Signature(#[from] SignatureError),
+    /// The manifest is invalid.
     #[error("{member}: {0}", member = manifest::NAME)]
     Manifest(#[from] ManifestError),
+    /// The members differ from the manifest's list.
     #[error(transparent)]
     Member(#[from] MemberError),
+    /// A safetensors member is invalid.
     #[error("{member}: {source}")]
-    Tensors { member: &'static str, source: TensorError },
+    Tensors {
+        /// Name of the member.
+        member: &'static str,
+        /// The cause.
+        source: TensorError,
+    },
+    /// The fine-tuned last convolution does not have as many outputs as the head has inputs.
     #[error("{LAST_CONV} gives {outputs} features, {HEAD} takes {width}")]
-    LastConvWidth { outputs: usize, width: usize },
+    LastConvWidth {
+        /// Output channels of the convolution.
+        outputs: usize,
+        /// Length of the head's feature vector.
+        width: usize,
+    },
+    /// The backbone does not have as many features as the head has inputs.
     #[error("the backbone gives {outputs} features, {HEAD} takes {width}")]
-    BackboneWidth { outputs: usize, width: usize },
+    BackboneWidth {
+        /// Number of features of the backbone.
+        outputs: usize,
+        /// Length of the head's feature vector.
+        width: usize,
+    },
+    /// The head does not have as many classes as the manifest has class names.
     #[error("{HEAD} has {classes} classes, {member} names {names}", member = manifest::NAME)]
-    Classes { classes: usize, names: usize },
-    /// Both are SHA-256.
+    Classes {
+        /// Number of the head's classes.
+        classes: usize,
+        /// Number of class names in the manifest.
+        names: usize,
+    },
+    /// The backbone in the bundle is not the one that the model was trained on.
     #[error("{BACKBONE} has the sha256 {actual:.12}…, expected {expected:.12}… of the backbone in the manifest")]
-    OtherBackbone { actual: String, expected: String },
+    OtherBackbone {
+        /// SHA-256 of the backbone in the bundle, 64 lower-case hexadecimal digits.
+        actual: String,
+        /// SHA-256 of the backbone in the manifest, 64 lower-case hexadecimal digits.
+        expected: String,
+    },
 }
 
 /// A model: a validated bundle, or one that was just trained.
@@ -99,12 +152,15 @@ pub struct Bundle {
 /// The contents of a bundle besides its manifest.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Contents {
+    /// The classification head.
     pub head: Head,
+    /// The out-of-distribution detector.
     pub ood: OodDetector,
     /// A fine-tuned last convolution; `None` for the backbone's own.
     pub last_conv: Option<LastConvWeights>,
     /// The ONNX file of the backbone; `None` if devices have it.
     pub backbone: Option<Vec<u8>>,
+    /// The self-test; `None` if the bundle has no such member.
     pub self_test: Option<SelfTest>,
 }
 
@@ -309,7 +365,10 @@ impl From<ContentError> for ReadError {
     }
 }
 
-/// Writes a bundle file of these members, after setting the manifest's list of members.
+/// Returns the bytes of a bundle file with these members, after setting the manifest's list of members.
+///
+/// # Panics
+/// As [`archive::pack`].
 pub fn assemble(manifest: &Manifest, members: &[(&str, &[u8])]) -> Vec<u8> {
     let mut manifest = manifest.clone();
     manifest.set_members(members);

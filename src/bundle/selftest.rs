@@ -12,9 +12,11 @@ use crate::vision::{BackboneError, Classifier, Prediction};
 
 /// Largest difference to the outputs of the trainer's machine: other processors add in another order.
 const TOLERANCE: f32 = 2e-3;
-/// Most inputs of a self-test, and largest image file.
+/// Most feature vectors of a self-test.
 const FEATURES_MAX: usize = 16;
+/// Most images of a self-test.
 const IMAGES_MAX: usize = 4;
+/// Largest image file of a self-test, in bytes.
 const IMAGE_BYTES_MAX: usize = 1 << 20;
 
 /// Inputs and expected outputs.
@@ -31,7 +33,7 @@ pub struct SelfTest {
 /// The output of a model for one input, before the threshold for unknown is applied.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SelfTestOutput {
-    /// `[classes]`
+    /// `[classes]`, 0–1, calibrated, summing to 1.
     pub probabilities: Vec<f32>,
     /// Cosine of the angle to the subspace of the classes, 0–1.
     pub similarity: f32,
@@ -40,10 +42,25 @@ pub struct SelfTestOutput {
 /// A failure of a self-test.
 #[derive(Debug, thiserror::Error)]
 pub enum SelfTestError {
+    /// An output differs from the expected one by more than the tolerance.
     #[error("the self-test's {input}: it gives {got}, expected {expected} as on the trainer's machine")]
-    Mismatch { input: String, got: String, expected: String },
+    Mismatch {
+        /// Kind and index of the input.
+        input: String,
+        /// Best class, its probability and the similarity on this machine.
+        got: String,
+        /// Best class, its probability and the similarity on the trainer's machine.
+        expected: String,
+    },
+    /// An image cannot be decoded.
     #[error("the self-test's {input}: {source}")]
-    Image { input: String, source: DecodeError },
+    Image {
+        /// Kind and index of the input.
+        input: String,
+        /// The cause.
+        source: DecodeError,
+    },
+    /// The backbone fails.
     #[error(transparent)]
     Backbone(#[from] BackboneError),
 }

@@ -22,12 +22,26 @@ const KEYS_MAX: usize = 64;
 /// An error of a key file.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
+    /// A file or folder cannot be read or written, or a file is not a valid key.
     #[error("{path}: {reason}")]
-    File { path: PathBuf, reason: String },
+    File {
+        /// Path of the file or folder.
+        path: PathBuf,
+        /// The cause.
+        reason: String,
+    },
+    /// A file of a new key pair exists already; its path.
     #[error("{0}: already exists; a key is never overwritten")]
     AlreadyExists(PathBuf),
+    /// The group or other users may access a private key.
     #[error("{path}: other users may read the key (mode {mode:03o}), expected `chmod 600`")]
-    Permissions { path: PathBuf, mode: u32 },
+    Permissions {
+        /// Path of the key file.
+        path: PathBuf,
+        /// Permission bits of the file.
+        mode: u32,
+    },
+    /// The system's random number generator fails; its message.
     #[error("cannot get random numbers from the system: {0}")]
     Random(String),
 }
@@ -133,10 +147,13 @@ pub struct DetachedSignature {
 /// An error of a [`DetachedSignature`].
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SignatureError {
+    /// The signature is not [`DetachedSignature::BYTES`] long, or not hexadecimal; its length in bytes.
     #[error("{0} bytes, expected {len}", len = DetachedSignature::BYTES)]
     Length(usize),
+    /// The first 32 bytes are not a public Ed25519 key.
     #[error("its first 32 bytes are not an Ed25519 key")]
     Key,
+    /// The signature does not match the message and the key.
     #[error("does not fit: the content, the signature or the key was altered")]
     Altered,
 }
@@ -199,12 +216,20 @@ pub struct Keyring(Vec<(String, PublicKey)>);
 /// The reason why a signer is not trusted.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UntrustedSigner {
+    /// The bundle has no signature.
     #[error("it is not signed")]
     Unsigned,
+    /// The keyring is empty.
     #[error("no key is trusted here")]
     NoKeys,
+    /// The key of the signer is not in the keyring.
     #[error("it is signed by the key {signer}, which is not trusted here; trusted: {trusted}")]
-    UnknownKey { signer: String, trusted: String },
+    UnknownKey {
+        /// Id of the signer's key.
+        signer: String,
+        /// Names and ids of the trusted keys.
+        trusted: String,
+    },
 }
 
 impl Keyring {

@@ -12,20 +12,41 @@ use crate::vision::{Head, LastConvWeights, OodDetector};
 /// An error of the tensors in a member of a bundle.
 #[derive(Debug, thiserror::Error)]
 pub enum TensorError {
+    /// The member is not valid safetensors, or lacks a tensor.
     #[error("{0}")]
     Format(#[from] safetensors::SafeTensorError),
+    /// A tensor has another shape or data type than expected.
     #[error("tensor `{name}` is {got:?} {dtype:?}, expected {expected} F32")]
-    Shape { name: &'static str, got: Vec<usize>, dtype: Dtype, expected: String },
+    Shape {
+        /// Name of the tensor.
+        name: &'static str,
+        /// Actual shape.
+        got: Vec<usize>,
+        /// Actual data type.
+        dtype: Dtype,
+        /// Expected shape.
+        expected: String,
+    },
+    /// The parameters of the head are invalid.
     #[error("{0}")]
     Head(#[from] HeadError),
+    /// The parameters of the out-of-distribution detection are invalid.
     #[error("{0}")]
     Ood(#[from] OodError),
+    /// The weights of the last convolution are invalid.
     #[error("{0}")]
     LastConv(#[from] LastConvError),
+    /// The self-test has too few or too many inputs, a too large image, or does not fit the head.
     #[error(
         "expected 1 to 16 feature vectors of {width} values, 1 to 4 images and an output of {classes} classes for each"
     )]
-    SelfTest { classes: usize, width: usize },
+    SelfTest {
+        /// Number of the head's classes.
+        classes: usize,
+        /// Length of the head's feature vector.
+        width: usize,
+    },
+    /// A value of the self-test is not finite.
     #[error("has a value that is not finite")]
     NotFinite,
 }

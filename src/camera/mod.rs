@@ -48,11 +48,11 @@ impl fmt::Display for PixelFormat {
 /// The video to request from the camera; the nearest format that the camera offers is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CaptureOptions {
-    /// Pixels.
+    /// Width, in pixels.
     pub width: u32,
-    /// Pixels.
+    /// Height, in pixels.
     pub height: u32,
-    /// Frames a second.
+    /// Frame rate, in frames per second.
     pub fps: u32,
     /// Pixel format.
     pub format: PixelFormat,
@@ -85,7 +85,7 @@ impl SourceOptions {
     /// Creates the source, which is opened later. A replay keeps `pace` itself.
     ///
     /// # Errors
-    /// There is no image to replay, or the program was built without V4L2.
+    /// If there is no image to replay, or the program was built without V4L2.
     pub fn create(&self, pace: &Pace) -> Result<Box<dyn FrameSource>, CameraError> {
         match self {
             #[cfg(feature = "camera")]
@@ -138,25 +138,57 @@ pub trait FrameSource: Send {
 pub enum CameraError {
     /// The device cannot be opened or configured.
     #[error("{path}: cannot open the camera: {reason}")]
-    Open { path: String, reason: String },
+    Open {
+        /// Path of the device.
+        path: String,
+        /// The cause.
+        reason: String,
+    },
     /// The device offers no format in which this program can read frames.
     #[error("{path}: the camera offers no supported pixel format{requested} (it offers: {offered})")]
-    Format { path: String, requested: String, offered: String },
+    Format {
+        /// Path of the device.
+        path: String,
+        /// The configured format, as a part of the message; may be empty.
+        requested: String,
+        /// The formats and sizes that the device offers.
+        offered: String,
+    },
     /// The device failed while it was read.
     #[error("{path}: the camera stopped: {reason}")]
-    Read { path: String, reason: String },
+    Read {
+        /// Path of the device.
+        path: String,
+        /// The cause.
+        reason: String,
+    },
     /// The capture command cannot be started.
     #[error("{command}: cannot start: {reason}")]
-    Spawn { command: String, reason: String },
+    Spawn {
+        /// The command.
+        command: String,
+        /// The cause.
+        reason: String,
+    },
     /// The capture command ended.
     #[error("{command}: ended{reason}")]
-    Exited { command: String, reason: String },
+    Exited {
+        /// The command.
+        command: String,
+        /// Exit status and last line of standard error, as a suffix of the message; may be empty.
+        reason: String,
+    },
     /// No frame for this many milliseconds.
     #[error("no frame for {0} ms")]
     Stalled(u128),
     /// The images to replay cannot be listed.
     #[error("{path}: {reason}")]
-    Replay { path: PathBuf, reason: String },
+    Replay {
+        /// Path of the folder, list or image.
+        path: PathBuf,
+        /// The cause.
+        reason: String,
+    },
     /// The source ended before its first frame.
     #[error("the source ended without a frame")]
     Ended,
@@ -165,7 +197,12 @@ pub enum CameraError {
     Broken(String),
     /// A thread of the source cannot be started.
     #[error("cannot start the thread {name}: {reason}")]
-    Thread { name: &'static str, reason: String },
+    Thread {
+        /// Name of the thread.
+        name: &'static str,
+        /// The cause.
+        reason: String,
+    },
     /// The program was built without V4L2.
     #[error("camera.source is \"v4l2\", but this program was built without the feature `camera`")]
     NotBuilt,

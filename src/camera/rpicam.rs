@@ -17,11 +17,11 @@ use crate::frame::{Frame, Picture};
 pub struct RpicamOptions {
     /// The program, `rpicam-vid` or one that takes the same arguments.
     pub command: String,
-    /// Pixels.
+    /// Width, in pixels.
     pub width: u32,
-    /// Pixels.
+    /// Height, in pixels.
     pub height: u32,
-    /// Frames a second.
+    /// Frame rate, in frames per second.
     pub fps: u32,
     /// The largest JPEG, in bytes; a larger one is an error.
     pub frame_bytes_max: usize,

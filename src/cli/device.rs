@@ -110,10 +110,6 @@ pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
     let runtime = daemon::runtime()?;
     // Before the model is loaded: no signal is missed from now on.
     let mut signals = runtime.block_on(async { Signals::new() }).context("cannot wait for signals")?;
-    match config.kernels {
-        Some(isa) => tracing::info!("kernels: {}, threads: {}", isa.name(), config.threads),
-        None => tracing::info!("kernels: tract"),
-    }
     daemon::run_with_reloads(&runtime, config, async || signals.next(args).await).map_err(failure)?;
     // A drop would wait for a pending name lookup.
     runtime.shutdown_background();

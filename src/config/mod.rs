@@ -1,8 +1,8 @@
 //! The configuration: the defaults inside the program, under a file, under `BLOOMCAST__…` variables, under flags. It is
 //! validated and parsed once.
 //!
-//! `systemd/bloomcast.toml` has every setting with its default and its reason. A key that is not there is refused with its name
-//! and line.
+//! `systemd/bloomcast.toml` has every setting with its default and its reason. The error for an unknown key has its name and
+//! line.
 
 mod layers;
 mod settings;
@@ -34,7 +34,7 @@ use settings::{Settings, Source};
 /// Every setting with its default and its reason.
 pub const DEFAULTS: &str = include_str!("../../systemd/bloomcast.toml");
 
-/// The longest time of a setting: one hour.
+/// The longest time of a setting, in milliseconds: one hour.
 const MS_MAX: u64 = 3_600_000;
 
 /// An error in the configuration.
@@ -42,19 +42,43 @@ const MS_MAX: u64 = 3_600_000;
 pub enum ConfigError {
     /// A file cannot be read.
     #[error("{path}: {reason}")]
-    Read { path: PathBuf, reason: String },
-    /// A key that does not exist.
+    Read {
+        /// Path of the file.
+        path: PathBuf,
+        /// The cause.
+        reason: String,
+    },
+    /// A key does not exist.
     #[error("{place}: unknown setting `{key}`{hint}")]
-    Unknown { place: String, key: String, hint: String },
-    /// A file that is not TOML.
+    Unknown {
+        /// File and line, variable or flag.
+        place: String,
+        /// The unknown key.
+        key: String,
+        /// The most similar key, as a suffix of the message; may be empty.
+        hint: String,
+    },
+    /// A file is not valid TOML.
     #[error("{place}: {reason}")]
-    Syntax { place: String, reason: String },
-    /// A value of the wrong type.
+    Syntax {
+        /// File and line.
+        place: String,
+        /// The cause.
+        reason: String,
+    },
+    /// A value has the wrong type; key, place and cause.
     #[error("{0}")]
     Value(String),
-    /// A value outside of its range.
+    /// A value is outside of its range.
     #[error("{key} = {value}: {reason}")]
-    Invalid { key: &'static str, value: String, reason: String },
+    Invalid {
+        /// Key of the setting.
+        key: &'static str,
+        /// The value as text.
+        value: String,
+        /// The expected range or form.
+        reason: String,
+    },
 }
 
 impl ConfigError {
@@ -95,9 +119,9 @@ pub struct Config {
 pub struct CameraConfig {
     /// Name in messages.
     pub name: String,
-    /// Where frames come from.
+    /// Source of the frames.
     pub source: SourceOptions,
-    /// Interval between two classified frames.
+    /// Interval between two classified frames, in milliseconds; 0 classifies every frame.
     pub interval_ms: u64,
     /// Difference up to which a frame equals the previous one, in grey levels; 0 classifies every frame.
     pub still_threshold: f32,
@@ -133,7 +157,7 @@ pub enum LogLevel {
 }
 
 impl CameraConfig {
-    /// Options of the camera's supervisor. A replay has a pace of its own.
+    /// Returns the options of the camera's supervisor. A replay has a pace of its own.
     pub fn supervisor(&self, pace: &Pace) -> SupervisorOptions {
         let is_replay = matches!(self.source, SourceOptions::Replay { .. });
         SupervisorOptions {
@@ -149,7 +173,7 @@ impl Config {
     /// Reads the layers: the defaults, `file`, the process's environment, then `overrides`, each `key=value`.
     ///
     /// # Errors
-    /// A file cannot be read, a key is unknown, a value has the wrong type or is out of range.
+    /// If a file cannot be read, a key is unknown, or a value has the wrong type or is out of range.
     pub fn load(file: Option<&Path>, overrides: &[String]) -> Result<Self, ConfigError> {
         // A variable that is not UTF-8 is not a setting.
         let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
@@ -407,8 +431,10 @@ mod tests {
         fs::write(&path, text).unwrap();
         let environment = environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
         let overrides: Vec<String> = overrides.iter().map(|o| (*o).to_owned()).collect();
-        Config::layered(Some(&path), environment, &overrides)
-            .map_err(|e| e.to_string().replace(&path.display().to_string(), "b.toml"))
+        let short = |text: String| text.replace(&path.display().to_string(), "b.toml");
+        let mut config = Config::layered(Some(&path), environment, &overrides).map_err(|e| short(e.to_string()))?;
+        config.warnings = config.warnings.into_iter().map(short).collect();
+        Ok(config)
     }
 
     #[test]

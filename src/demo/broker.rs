@@ -15,8 +15,13 @@ const START_TIMEOUT: Duration = Duration::from_secs(5);
 pub enum BrokerError {
     /// The port cannot be bound.
     #[error("port {port} of 127.0.0.1: {source}")]
-    Port { port: u16, source: std::io::Error },
-    /// The broker accepts no connections.
+    Port {
+        /// The requested port.
+        port: u16,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The broker accepts no connections; its port.
     #[error("no connection accepted on port {0} of 127.0.0.1 within {timeout} s", timeout = START_TIMEOUT.as_secs())]
     NotListening(u16),
     /// The broker's thread cannot be started.

@@ -29,20 +29,28 @@ use photographs::Photographs;
 const GRACE: Duration = Duration::from_secs(2);
 const DEVICE: &str = "demo";
 
+/// An error of the demo.
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
+    /// There are no photographs, or their list cannot be written.
     #[error(transparent)]
     Photographs(#[from] photographs::PhotographsError),
+    /// The broker cannot be started.
     #[error("the demo's broker: {0}")]
     Broker(#[from] broker::BrokerError),
+    /// The subscriber cannot connect, or its connection is closed.
     #[error("the demo's subscriber: {0}")]
     Subscriber(#[from] ClientError),
+    /// A setting of the demo's daemon is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The daemon cannot be prepared, or fails.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
+    /// The output cannot be written, or the daemon's thread cannot be started.
     #[error("cannot write: {0}")]
     Output(#[from] io::Error),
+    /// The classes of the events differ from the replayed folders; both sequences.
     #[error("the events do not follow the photographs: {0}")]
     Sequence(String),
 }
@@ -54,9 +62,9 @@ pub struct Options {
     pub frames: Option<PathBuf>,
     /// Port of the broker on 127.0.0.1; 0 chooses a free one.
     pub port: u16,
-    /// Photographs of each class.
+    /// Largest number of photographs of each class.
     pub per_class: usize,
-    /// Interval between two photographs.
+    /// Interval between two photographs, in milliseconds.
     pub interval_ms: u64,
 }
 
@@ -81,7 +89,8 @@ struct Outcome {
 /// Replays the photographs and prints the received events.
 ///
 /// # Errors
-/// The broker, the daemon or the subscriber fails, or the events do not follow the folders that were replayed.
+/// If there are no photographs, the broker, the daemon or the subscriber fails, `out` cannot be written, or the events do not
+/// follow the folders that were replayed.
 pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
     let labels = Bundle::built_in()
         .map_err(|e| DaemonError::Model(Refusal::from(e).into()))?

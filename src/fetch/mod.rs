@@ -21,9 +21,9 @@ const ATTEMPTS: usize = 5;
 pub struct Download {
     /// HTTP or HTTPS address.
     pub url: String,
-    /// Size, bytes.
+    /// Size, in bytes.
     pub bytes: u64,
-    /// SHA-256, in hexadecimal.
+    /// SHA-256, 64 hexadecimal digits.
     pub sha256: String,
 }
 
@@ -32,22 +32,49 @@ pub struct Download {
 pub enum FetchError {
     /// The server cannot be reached, answers with an error, or closes the connection early.
     #[error("{url}: {reason}")]
-    Http { url: String, reason: String },
+    Http {
+        /// Address of the file.
+        url: String,
+        /// HTTP status or cause.
+        reason: String,
+    },
     /// A local file cannot be read or written.
     #[error("{path}: {source}")]
-    Io { path: PathBuf, source: io::Error },
+    Io {
+        /// Path of the file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
     /// The downloaded file has another size or checksum.
     #[error("{path} from {url}: got {got}, expected {expected}")]
-    Mismatch { path: PathBuf, url: String, got: String, expected: String },
+    Mismatch {
+        /// Path of the downloaded file.
+        path: PathBuf,
+        /// Address of the file.
+        url: String,
+        /// Actual size and SHA-256.
+        got: String,
+        /// Listed size and SHA-256.
+        expected: String,
+    },
     /// The server's file is not longer than the partial download (HTTP status 416).
     #[error("{url}: range not satisfiable: the server's file is shorter than the partial download")]
-    RangeNotSatisfiable { url: String },
-    /// Another process holds the lock of the partial download.
+    RangeNotSatisfiable {
+        /// Address of the file.
+        url: String,
+    },
+    /// Another process holds the lock of the partial download; its path.
     #[error("{0}: another download writes it")]
     Busy(PathBuf),
     /// The archive cannot be unpacked.
     #[error("{path}: {reason}")]
-    Unpack { path: PathBuf, reason: String },
+    Unpack {
+        /// Path of the archive.
+        path: PathBuf,
+        /// The cause.
+        reason: String,
+    },
 }
 
 /// Downloads to `to`, through a file beside it with the extension `part`, from which a later call resumes. Calls `progress`

@@ -34,16 +34,29 @@ pub struct Message {
 /// An error of the connection to the broker.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// No SUBACK in time.
+    /// The SUBACK does not arrive within 10 s.
     #[error("broker {broker}: no answer to the subscription within {} s", CONNECT_TIMEOUT.as_secs())]
-    Timeout { broker: String },
-    /// The connection failed.
+    Timeout {
+        /// Host and port of the broker.
+        broker: String,
+    },
+    /// The connection fails or is closed.
     #[error("broker {broker}: {reason}")]
-    Connection { broker: String, reason: String },
+    Connection {
+        /// Host and port of the broker.
+        broker: String,
+        /// The cause.
+        reason: String,
+    },
     /// The broker refuses a filter.
     #[error("broker {broker}: the broker refuses the subscription to {filter}")]
-    Subscription { broker: String, filter: String },
-    /// No thread.
+    Subscription {
+        /// Host and port of the broker.
+        broker: String,
+        /// The refused filter.
+        filter: String,
+    },
+    /// The client's thread cannot be started.
     #[error("cannot start the MQTT client thread: {0}")]
     Thread(std::io::Error),
 }
@@ -68,7 +81,8 @@ impl Client {
     /// Connects, subscribes with QoS 1 and waits for the SUBACK.
     ///
     /// # Errors
-    /// No connection or SUBACK in time, or a refused filter.
+    /// If the connection fails, the SUBACK does not arrive in time, the broker refuses a filter, or the thread cannot be
+    /// started.
     pub fn connect(access: &BrokerAccess, filters: &[String]) -> Result<Self, ClientError> {
         let mut options = access.options(format!("bloomcast-{:x}", fastrand::u64(..)), INCOMING_BYTES_MAX);
         options.set_inflight(WAITING_MAX as u16);
@@ -104,10 +118,10 @@ impl Client {
         }
     }
 
-    /// Waits for the next message, at most `wait`.
+    /// Waits for the next message, at most `wait`; `None` if no message arrives in this time.
     ///
     /// # Errors
-    /// The connection is closed.
+    /// If the connection is closed.
     pub fn next(&mut self, wait: Duration) -> Result<Option<Message>, ClientError> {
         if let Some(message) = self.early.pop_front() {
             return Ok(Some(message));
@@ -137,7 +151,7 @@ impl Drop for Client {
     }
 }
 
-/// Forwards what arrives until the connection breaks or the receiver is dropped.
+/// Forwards received packets until the connection breaks or the receiver is dropped.
 fn forward(mut connection: Connection, incoming: &SyncSender<Incoming>) {
     for event in connection.iter() {
         let message = match event {

@@ -85,6 +85,9 @@ impl Connection {
     }
 
     /// Returns the next event of the connection.
+    ///
+    /// # Errors
+    /// If the connection is broken.
     pub async fn next(&mut self) -> Result<Event, Disconnected> {
         match self.events.recv().await {
             Some(Ok(event)) => {
@@ -97,6 +100,9 @@ impl Connection {
     }
 
     /// Waits for the broker's CONNACK.
+    ///
+    /// # Errors
+    /// As [`Self::next`].
     pub async fn accepted(&mut self) -> Result<(), Disconnected> {
         loop {
             if let Event::Incoming(Packet::ConnAck(_)) = self.next().await? {
@@ -105,6 +111,10 @@ impl Connection {
         }
     }
 
+    /// Subscribes with QoS 1.
+    ///
+    /// # Errors
+    /// If the client's queue is full or closed.
     pub fn subscribe(&mut self, filter: String) -> Result<(), Disconnected> {
         self.subscribing.push_back(filter.clone());
         Ok(self.client.try_subscribe(filter, QoS::AtLeastOnce)?)
@@ -131,6 +141,9 @@ impl Connection {
     }
 
     /// Publishes with QoS 1. A message that is too large is logged and dropped.
+    ///
+    /// # Errors
+    /// If the client's queue is full or closed.
     pub fn publish(
         &mut self,
         topic: &str,
@@ -159,6 +172,7 @@ impl Connection {
         self.sent.remove(&id)
     }
 
+    /// Returns whether a message like this is queued or in flight.
     pub fn is_in_flight(&self, message: InFlight) -> bool {
         self.queued.contains(&message) || self.sent.values().any(|sent| *sent == message)
     }

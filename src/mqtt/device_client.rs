@@ -1,6 +1,6 @@
 //! A device's MQTT client: keeps a connection to the broker, publishes, receives commands.
 //!
-//! Each connection has a clean session, so that the outbox alone knows which messages the broker has not acknowledged. A
+//! Each connection has a clean session, so that only the outbox tracks which messages the broker has not acknowledged. A
 //! connection begins with the retained messages (discovery, model, state, then `online`: a subscriber that sees `online` can
 //! rely on the rest) and ends with `offline`, published by the client or by its last will.
 
@@ -148,7 +148,7 @@ impl Announcements {
     }
 }
 
-/// A connection that ended, and how long it had lasted.
+/// A connection that ended, and its duration.
 struct Broken {
     error: Disconnected,
     lasted: Duration,
@@ -207,7 +207,7 @@ impl DeviceClient {
         Connection::open(&self.options, &self.topics)
     }
 
-    /// Drains the outboxes on the present connection. If there is none, or it breaks, connects again while messages are left;
+    /// Drains the outboxes on the present connection. Without one, or if it breaks, connects again while messages are left;
     /// the caller bounds the time.
     async fn shut_down(&mut self, connection: Option<Connection>) {
         if let Some(mut connection) = connection
@@ -255,7 +255,7 @@ impl DeviceClient {
 
     /// Publishes the last state, the remaining events and answers, and `offline`; waits for the acknowledgements; disconnects.
     async fn drain(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
-        // The value knows whether it was read; the channel's sender may be gone by now.
+        // `Ref::has_changed` also works after the sender was dropped, unlike `Receiver::has_changed`.
         if self.state.borrow().has_changed() {
             self.publish_state(connection)?;
         }

@@ -9,23 +9,23 @@ use tokio::sync::Notify;
 /// Limits of the waiting messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OutboxLimits {
-    /// Messages.
+    /// Most messages.
     pub entries_max: usize,
-    /// Bytes of all payloads together.
+    /// Largest sum of the payload sizes, in bytes.
     pub bytes_max: usize,
 }
 
-/// A message's number; each has the next one.
+/// The sequence number of a message; it increases by 1 with each message.
 pub type Sequence = u64;
 
 /// A message that waits or is in flight.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Its number.
+    /// Its sequence number.
     pub sequence: Sequence,
-    /// Where it is published.
+    /// Its topic.
     pub topic: String,
-    /// Its content.
+    /// Its payload.
     pub payload: Vec<u8>,
 }
 
@@ -75,13 +75,13 @@ impl Outbox {
         dropped
     }
 
-    /// Moves all messages of another outbox to the end of this one; returns how many were dropped.
+    /// Moves all messages of another outbox to the end of this one; returns the number of dropped messages.
     pub fn append(&self, other: &Outbox) -> usize {
         let entries = std::mem::take(&mut *other.lock()).entries;
         entries.into_iter().map(|entry| self.push(entry.topic, entry.payload).len()).sum()
     }
 
-    /// Returns the oldest message that is not in flight, which it is from now on.
+    /// Marks the oldest message that is not in flight as in flight and returns it.
     pub fn take_next(&self) -> Option<Entry> {
         let mut queue = self.lock();
         let entry = queue.entries.get(queue.sent).cloned()?;
@@ -104,12 +104,12 @@ impl Outbox {
         self.lock().sent = 0;
     }
 
-    /// Whether no message waits or is in flight.
+    /// Returns whether no message waits or is in flight.
     pub fn is_empty(&self) -> bool {
         self.lock().entries.is_empty()
     }
 
-    /// Messages that wait or are in flight.
+    /// Returns the number of messages that wait or are in flight.
     pub fn len(&self) -> usize {
         self.lock().entries.len()
     }

@@ -2,7 +2,7 @@
 
 use crate::vision_stage::Setting;
 
-/// A message under `…/set/` that is not a setting.
+/// An error of a message under `…/set/`.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettingError {
     /// The topic's last level is not a setting.
@@ -12,10 +12,15 @@ pub enum SettingError {
     Name,
     /// The payload is not a value of the setting.
     #[error("{got:?}: expected {expected}")]
-    Value { got: String, expected: &'static str },
+    Value {
+        /// The payload as text, at most 32 characters.
+        got: String,
+        /// Description of the valid values.
+        expected: &'static str,
+    },
 }
 
-/// The longest time of a setting: one hour.
+/// The longest time of a setting, in milliseconds: one hour.
 const MS_MAX: u64 = 3_600_000;
 /// Characters of a wrong value that are logged.
 const SHOWN_CHARS_MAX: usize = 32;
@@ -23,7 +28,7 @@ const SHOWN_CHARS_MAX: usize = 32;
 /// Parses a setting. `name` is the topic's last level, `payload` the value as text.
 ///
 /// # Errors
-/// Unknown name, or a value that is not in the setting's range.
+/// If the name is unknown, or the value is not in the setting's range.
 pub fn parse(name: &str, payload: &[u8]) -> Result<Setting, SettingError> {
     let text = String::from_utf8_lossy(payload);
     let text = text.trim();

@@ -14,10 +14,10 @@ pub const PREFIX_BYTES_MAX: usize = 128;
 /// A name or prefix that cannot be used in topics.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TopicError {
-    /// A device name.
+    /// A device name is invalid.
     #[error("expected 1 to {NAME_BYTES_MAX} letters (a–z, A–Z), digits, - or _")]
     Name,
-    /// A topic prefix.
+    /// A topic prefix is invalid.
     #[error(
         "expected 1 to {PREFIX_BYTES_MAX} bytes, non-empty levels, without +, #, $ at the start or control characters"
     )]
@@ -25,10 +25,10 @@ pub enum TopicError {
 }
 
 impl DeviceName {
-    /// Checks a name.
+    /// Validates a name and creates it.
     ///
     /// # Errors
-    /// It is empty, too long, or has other characters than letters, digits, `-` and `_`.
+    /// If it is empty, too long, or has other characters than ASCII letters, digits, `-` and `_`.
     pub fn new(name: &str) -> Result<Self, TopicError> {
         let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(allowed) {
@@ -52,7 +52,7 @@ impl fmt::Display for DeviceName {
 /// Checks the prefix of topics: non-empty levels without wildcards.
 ///
 /// # Errors
-/// It cannot be the beginning of a topic.
+/// If it cannot be the beginning of a topic.
 pub fn check_prefix(prefix: &str) -> Result<(), TopicError> {
     let forbidden = |c: char| c == '+' || c == '#' || c.is_control();
     let empty_level = prefix.split('/').any(str::is_empty);
@@ -85,7 +85,7 @@ pub struct Topics {
 }
 
 impl Topics {
-    /// `base` and `discovery_prefix` are prefixes that [`check_prefix`] accepts.
+    /// Creates the topics of a device. `base` and `discovery_prefix` are prefixes that [`check_prefix`] accepts.
     pub fn new(base: &str, discovery_prefix: &str, device: DeviceName) -> Self {
         Topics {
             base: base.into(),

@@ -11,6 +11,7 @@ use crate::train::run::write::{METRICS, MODEL, RunMetrics};
 /// Finished runs, by ascending validation loss.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
+    /// The runs, sorted by validation loss.
     pub runs: Vec<FinishedRun>,
     /// Whether all runs have the same validation set. If not, their metrics are not comparable.
     pub same_photographs: bool,
@@ -19,8 +20,11 @@ pub struct Comparison {
 /// The folder of a finished run and its content.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct FinishedRun {
+    /// Path of the folder.
     pub folder: PathBuf,
+    /// Size of the bundle, in bytes.
     pub bundle_bytes: u64,
+    /// The content of `metrics.json`.
     #[serde(rename = "figures")]
     pub metrics: RunMetrics,
 }

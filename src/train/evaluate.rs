@@ -19,6 +19,7 @@ const BINS: usize = 15;
 /// rejects.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
+    /// Number of images.
     pub images: usize,
     /// Fraction of images whose top class is correct, 0–1.
     pub accuracy: f64,
@@ -28,6 +29,7 @@ pub struct Evaluation {
     pub ece: f64,
     /// Fraction of images rejected as unknown, 0–1.
     pub unknown: f64,
+    /// Metrics of each class, in the order of the labels.
     pub classes: Vec<ClassMetrics>,
     /// Counts `[true class][predicted class]`.
     pub confusion: Vec<Vec<usize>>,
@@ -36,24 +38,34 @@ pub struct Evaluation {
 /// The metrics of one class; precision, recall and F1 are 0–1.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ClassMetrics {
+    /// Name of the class.
     pub class: String,
     /// Number of images of this class.
     pub support: usize,
+    /// Fraction of the images predicted as this class that belong to it; 0 if no image is predicted as it.
     pub precision: f64,
+    /// Fraction of the images of this class that are predicted as it; 0 if the class has no images.
     pub recall: f64,
+    /// Harmonic mean of precision and recall; 0 if no image is correct.
     pub f1: f64,
 }
 
 /// Labeled images with a model's predictions and their evaluation, in the same order.
 #[derive(Debug, Clone)]
 pub struct EvaluatedSet {
+    /// The images with their true classes.
     pub photographs: Vec<Photograph>,
+    /// The prediction for each image.
     pub predictions: Vec<Prediction>,
+    /// The metrics of the predictions.
     pub evaluation: Evaluation,
 }
 
 impl EvaluatedSet {
     /// Evaluates `predictions`, one for each of `photographs`.
+    ///
+    /// # Panics
+    /// Panics if a true or a top class is not an index into `labels`, or if a prediction has too few probabilities.
     pub fn new(labels: &Labels, photographs: Vec<Photograph>, predictions: Vec<Prediction>) -> Self {
         let classes: Vec<usize> = photographs.iter().map(|photograph| photograph.class).collect();
         let evaluation = Evaluation::new(labels, &predictions, &classes);
@@ -71,6 +83,10 @@ impl EvaluatedSet {
 ///
 /// # Errors
 /// Fails if `network` does not fit the model, or cannot run.
+///
+/// # Panics
+/// Panics if a thread cannot be started, or if `dataset` has more classes than the model; [`Dataset::expect_classes`]
+/// rejects that.
 pub fn evaluate(
     bundle: &Bundle,
     network: &Network,
@@ -100,6 +116,9 @@ pub fn evaluate(
 
 impl Evaluation {
     /// Computes the metrics of `predictions`; `classes` holds the true class of each image.
+    ///
+    /// # Panics
+    /// Panics if a true or a top class is not an index into `labels`, or if a prediction has too few probabilities.
     pub fn new(labels: &Labels, predictions: &[Prediction], classes: &[usize]) -> Self {
         let count = labels.names().len();
         let images = predictions.len();
@@ -164,6 +183,9 @@ fn ratio(part: usize, whole: usize) -> f64 {
 /// Returns the reliability diagram and the expected calibration error (Naeini et al., 2015). The diagram has for each of 15
 /// equal-width confidence bins the mean confidence, the accuracy and the number of images; the error is the mean absolute
 /// difference of confidence and accuracy, weighted by the number of images. `classes` holds the true class of each image.
+///
+/// # Panics
+/// Panics if a prediction has no probabilities.
 pub fn reliability(predictions: &[Prediction], classes: &[usize]) -> (Vec<(f64, f64, usize)>, f64) {
     let mut sums = [(0.0f64, 0usize, 0usize); BINS];
     for (prediction, class) in predictions.iter().zip(classes) {

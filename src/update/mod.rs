@@ -1,19 +1,18 @@
-//! New models on devices: the workstation offers one and sends it in pieces, the device lets it prove itself,
-//! lets it decide on trial, and answers.
+//! Model updates: the workstation offers a model and sends it in chunks; the device validates it, activates it on trial,
+//! and answers.
 //!
 //! ```text
-//! workstation                          device
-//! gate ── offer ─────────────────────▶ receive: version, busy?
-//! delivery ── chunks ────────────────▶ transfer
-//!          ◀───────────── progress ──
-//!                                      signature, proof (self-test, speed, memory), store, swap
-//!          ◀─── accepted | refused ──
-//!                                      trial: errors, panics, speed
-//!          ◀ confirmed | rolled-back ─
+//! workstation                             device
+//! preflight ── offer ───────────────────▶ agent: version, no other transfer
+//! delivery ─── chunks ──────────────────▶ transfer
+//!           ◀─────────────── progress ──
+//!                                         admission (signature, memory, self-test, processor time), store, swap
+//!           ◀───── accepted | refused ──
+//!                                         trial: errors, panics, processor time
+//!           ◀─ confirmed | rolled-back ──
 //! ```
 //!
-//! Nothing that comes over MQTT is believed that no trusted key has signed: neither a model nor an order to
-//! take one back or to go to an older one.
+//! The device accepts a model, and a command to roll back or to install an older model, only if a trusted key signed it.
 
 pub mod device;
 pub mod protocol;

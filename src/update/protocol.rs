@@ -1,4 +1,4 @@
-//! The messages between workstation and device. A reader ignores fields that it does not know.
+//! The messages between workstation and device. A reader ignores unknown fields.
 
 use std::fmt;
 
@@ -10,19 +10,19 @@ use crate::bundle::signature::{DetachedSignature, Keyring, PrivateKey, Signature
 use crate::bundle::{Identity, Manifest, Metrics};
 use crate::mqtt::message::SCHEMA;
 
-/// A message that is not of the protocol.
+/// An error of parsing a message.
 #[derive(Debug, thiserror::Error)]
 pub enum ProtocolError {
-    /// Not JSON, or a field is missing or of another type.
+    /// The message is not JSON, or a field is missing or of another type.
     #[error("{0}")]
     Json(#[from] serde_json::Error),
-    /// Another schema.
+    /// The message has another schema than [`SCHEMA`]; its version.
     #[error("schema {0}, this program reads {SCHEMA}")]
     Schema(u32),
-    /// A malformed name.
+    /// The name of the model is malformed; the expected form.
     #[error("name: expected {0}")]
     Name(String),
-    /// A malformed hash.
+    /// The hash of the model is malformed.
     #[error("sha256: expected 64 hexadecimal digits")]
     Sha256,
 }
@@ -30,16 +30,21 @@ pub enum ProtocolError {
 /// A command that is not authorised.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CommandError {
-    /// DetachedSignature for another generation of the store.
+    /// The command is signed for another generation of the store.
     #[error("the order is for generation {signed}, this is {present}")]
-    Generation { signed: u64, present: u64 },
-    /// Not a signature.
+    Generation {
+        /// Generation that the command is valid for.
+        signed: u64,
+        /// Present generation of the store.
+        present: u64,
+    },
+    /// The signature is not in the expected encoding.
     #[error("the order's signature: {0}")]
     Malformed(SignatureError),
-    /// A signature of something else.
+    /// The signature is of another action, device or model.
     #[error("the order's signature {0}")]
     Signature(SignatureError),
-    /// A key that is not trusted.
+    /// The command is signed by a key that is not trusted.
     #[error("the order: {0}")]
     Untrusted(#[from] UntrustedSigner),
 }
@@ -83,11 +88,11 @@ pub struct ModelStatus {
     pub network: NetworkRef,
     /// SHA-256 of the dataset that it was trained and evaluated on.
     pub dataset: String,
-    /// Its figures on the validation set.
+    /// Its metrics on the validation set.
     pub metrics: Metrics,
-    /// Id of the key that signed it.
+    /// Id of the key that signed it; `None` if it is not signed.
     pub signed_by: Option<String>,
-    /// Where it was loaded from.
+    /// Its origin.
     pub source: ModelSource,
     /// Whether it is on trial.
     pub trial: bool,
@@ -109,9 +114,9 @@ pub struct Offer {
     /// Name, version and SHA-256 of the model.
     #[serde(flatten)]
     pub model: Identity,
-    /// Size of the bundle.
+    /// Size of the bundle, in bytes.
     pub bytes: u64,
-    /// Size of each chunk but the last.
+    /// Size of each chunk but the last, in bytes.
     pub chunk_bytes: u32,
     /// Permits a model that is not newer, or was rolled back.
     pub force: Option<SignedCommand>,
@@ -121,7 +126,7 @@ impl Offer {
     /// Parses an offer.
     ///
     /// # Errors
-    /// It is not JSON of this schema, or the name or SHA-256 is malformed.
+    /// If the payload is not JSON of this schema, or the name or SHA-256 is malformed.
     pub fn read(payload: &[u8]) -> Result<Self, ProtocolError> {
         let offer: Self = serde_json::from_slice(payload)?;
         expect_schema(offer.schema)?;
@@ -133,7 +138,7 @@ impl Offer {
         Ok(offer)
     }
 
-    /// Number of chunks.
+    /// Returns the number of chunks.
     pub fn chunks(&self) -> u32 {
         u32::try_from(self.bytes.div_ceil(u64::from(self.chunk_bytes.max(1)))).unwrap_or(u32::MAX)
     }
@@ -154,7 +159,7 @@ impl RollbackRequest {
     /// Parses a request.
     ///
     /// # Errors
-    /// It is not JSON of this schema.
+    /// If the payload is not JSON of this schema.
     pub fn read(payload: &[u8]) -> Result<Self, ProtocolError> {
         let rollback: Self = serde_json::from_slice(payload)?;
         expect_schema(rollback.schema).map(|()| rollback)
@@ -208,9 +213,9 @@ impl fmt::Display for UpdateStatus {
 /// The end of a trial: after this many frames or this time, whichever comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrialLimits {
-    /// Frames.
+    /// Number of classified frames.
     pub frames: u32,
-    /// Seconds.
+    /// Time since the start of the trial, in seconds.
     pub seconds: u64,
 }
 
@@ -221,11 +226,11 @@ pub struct Answer {
     pub schema: u32,
     /// Name of the device.
     pub device: String,
-    /// The offer or request that it answers; `None` if there was none.
+    /// Id of the offer or request that it answers; `None` for an answer without a request.
     pub transfer: Option<Uuid>,
     /// The state of the update.
     pub answer: UpdateStatus,
-    /// Why it was refused or rolled back.
+    /// Reason of a refusal or a rollback.
     pub reason: Option<String>,
     /// Name, version and SHA-256 of the model.
     #[serde(flatten)]
@@ -264,7 +269,7 @@ impl SignedCommand {
     /// Verifies the command.
     ///
     /// # Errors
-    /// It is for another generation, another action, device or model, or not signed by a trusted key.
+    /// If it is for another generation, action, device or model, or not signed by a trusted key.
     pub fn check(
         &self,
         trusted: &Keyring,

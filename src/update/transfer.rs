@@ -15,9 +15,9 @@ const IDLE_MAX: Duration = Duration::from_secs(15);
 pub const PROGRESS_EVERY: u32 = 4;
 /// Bytes of the transfer's id, with which a chunk's payload begins.
 const ID_BYTES: usize = 16;
-/// The smallest chunk.
+/// The smallest chunk, in bytes.
 pub const CHUNK_BYTES_MIN: u32 = 256;
-/// The largest chunk, which fits the largest packet that a device accepts.
+/// The largest chunk, in bytes; it fits the largest packet that a device accepts.
 const CHUNK_BYTES_MAX: u32 = INCOMING_BYTES_MAX as u32 / 2;
 
 /// The result of a chunk.
@@ -40,8 +40,13 @@ pub enum ChunkResult {
 pub enum OfferError {
     /// The bundle is empty or too large.
     #[error("{bytes} bytes, model.offer_bytes_max allows {bytes_max}")]
-    Size { bytes: u64, bytes_max: u64 },
-    /// The chunks are too small or too large.
+    Size {
+        /// Offered size, in bytes.
+        bytes: u64,
+        /// Largest allowed size, in bytes.
+        bytes_max: u64,
+    },
+    /// The chunks are too small or too large; their offered size, in bytes.
     #[error("chunks of {0} bytes, expected {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX}")]
     ChunkSize(u32),
 }
@@ -58,10 +63,10 @@ pub struct Transfer {
 }
 
 impl Transfer {
-    /// Starts a transfer. It allocates nothing from the sizes in the offer.
+    /// Starts a transfer. It allocates nothing from the sizes in the offer. `bytes_max`: largest bundle, in bytes.
     ///
     /// # Errors
-    /// The bundle or the chunks are too large or too small.
+    /// If the bundle or the chunks are too large or too small.
     pub fn new(offer: Offer, bytes_max: u64, now: Instant) -> Result<Self, OfferError> {
         if !(1..=bytes_max).contains(&offer.bytes) {
             return Err(OfferError::Size { bytes: offer.bytes, bytes_max });
@@ -72,7 +77,7 @@ impl Transfer {
         Ok(Transfer { offer, bytes: Vec::new(), next: 0, gap: None, last_message: now })
     }
 
-    /// Whether the sender has been silent for so long that another transfer may replace this one.
+    /// Returns whether the sender has sent no message for 15 s, so that another transfer may replace this one.
     pub fn is_abandoned(&self, now: Instant) -> bool {
         now.duration_since(self.last_message) > IDLE_MAX
     }
@@ -121,12 +126,16 @@ impl Transfer {
 }
 
 /// Returns the payload of a chunk. `number` counts from 0; `None` after the last.
+///
+/// # Panics
+/// If `chunk_bytes` is 0.
 pub fn chunk(transfer: Uuid, bytes: &[u8], chunk_bytes: u32, number: u32) -> Option<Vec<u8>> {
     let chunk = bytes.chunks(chunk_bytes as usize).nth(number as usize)?;
     Some([transfer.as_bytes().as_slice(), chunk].concat())
 }
 
-/// Returns the largest chunk whose message is at most `packet_bytes` bytes. `topic_bytes` is the length of the longest topic.
+/// Returns the largest chunk size, in bytes, whose message is at most `packet_bytes` bytes. `topic_bytes` is the length of
+/// the longest topic.
 pub fn chunk_bytes_for(packet_bytes: usize, topic_bytes: usize) -> u32 {
     let room = packet_bytes.saturating_sub(topic_bytes + ID_BYTES + PUBLISH_OVERHEAD);
     u32::try_from(room).unwrap_or(u32::MAX).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)

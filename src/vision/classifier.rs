@@ -38,10 +38,13 @@ impl Prediction {
 /// The time that each stage took for a frame.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StageTimes {
-    /// Zero if the caller decodes and does not set it.
+    /// Wall-clock time of decoding; zero if the caller decodes and does not set it.
     pub decode: Duration,
+    /// Wall-clock time of preprocessing.
     pub preprocess: Duration,
+    /// Wall-clock time of the backbone.
     pub backbone: Duration,
+    /// Wall-clock time of the head and of out-of-distribution detection.
     pub head: Duration,
     /// Processor time of the backbone, summed over its threads; unlike [`Self::backbone`] it does not depend on the
     /// load of the machine.
@@ -58,9 +61,13 @@ impl StageTimes {
 /// The parameters of a classifier without its backbone.
 #[derive(Debug, Clone)]
 pub struct ClassifierParams {
+    /// Names of the classes, in the order of the head's outputs.
     pub labels: Labels,
+    /// The classification head.
     pub head: Head,
+    /// The out-of-distribution detector.
     pub ood: OodDetector,
+    /// Preprocessing that the head was trained with.
     pub preprocess: Preprocess,
 }
 
@@ -198,6 +205,9 @@ impl Classifier {
 
 impl ClassifierParams {
     /// Predicts the class of one feature vector. in: `[width]`.
+    ///
+    /// # Panics
+    /// If `features` is not `width` long.
     pub fn predict(&self, features: &[f32]) -> Prediction {
         let mut prediction = Prediction::default();
         self.predict_into(features, &mut prediction);
@@ -212,6 +222,9 @@ impl ClassifierParams {
     }
 
     /// Returns the mean prediction over several views of one image. in: at least one view, `[width]` each.
+    ///
+    /// # Panics
+    /// As [`Self::predict`].
     pub fn predict_views(&self, views: impl Iterator<Item = impl AsRef<[f32]>>) -> Prediction {
         let (mut count, mut similarity) = (0.0, 0.0);
         let mut probabilities = vec![0.0; self.labels.names().len()];

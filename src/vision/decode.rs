@@ -22,22 +22,44 @@ pub const SIDE_MAX: u32 = 16_384;
 /// An error of decoding an image.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
+    /// The file cannot be opened or read.
     #[error("{0}")]
     Io(#[from] std::io::Error),
+    /// The file is larger than [`FILE_BYTES_MAX`]; its size in bytes.
     #[error("{0} bytes, more than the {FILE_BYTES_MAX} allowed")]
     FileTooLarge(u64),
+    /// The image has no pixels, more than [`PIXELS_MAX`], or a side longer than [`SIDE_MAX`].
     #[error("{width}×{height} pixels, expected 1 to {PIXELS_MAX}, at most {SIDE_MAX} per side")]
-    TooLarge { width: u32, height: u32 },
+    TooLarge {
+        /// Width, in pixels.
+        width: u32,
+        /// Height, in pixels.
+        height: u32,
+    },
+    /// The file has no bytes.
     #[error("empty file")]
     Empty,
+    /// A JPEG has no end-of-image marker.
     #[error("the JPEG is cut short: no end marker")]
     CutShort,
+    /// A JPEG is invalid; the decoder's message.
     #[error("{0}")]
     Jpeg(String),
+    /// A file of another format is invalid, of an unknown format, or exceeds the decoder's limits.
     #[error("{0}")]
     Image(#[from] image::ImageError),
+    /// The pixel data does not fit the size of the image, or a YUYV frame has an odd width.
     #[error("{got} bytes for {width}×{height} pixels, expected {expected}")]
-    Length { width: u32, height: u32, expected: usize, got: usize },
+    Length {
+        /// Width, in pixels.
+        width: u32,
+        /// Height, in pixels.
+        height: u32,
+        /// Expected length, in bytes.
+        expected: usize,
+        /// Actual length, in bytes.
+        got: usize,
+    },
 }
 
 /// Decodes a JPEG, PNG or WebP file, detected by its content, and applies its EXIF orientation. out: H×W×3 u8 RGB.

@@ -17,10 +17,20 @@ const WEIGHT_MAX: f32 = 1e4;
 /// An error of the parameters of a [`Head`].
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum HeadError {
+    /// The number of weights is not classes × width, or there is no class.
     #[error("the head has {weights} weights and {biases} biases, expected {biases} × {width}")]
-    Shape { weights: usize, biases: usize, width: usize },
+    Shape {
+        /// Number of weights.
+        weights: usize,
+        /// Number of biases, one per class.
+        biases: usize,
+        /// Length of a feature vector.
+        width: usize,
+    },
+    /// The absolute value of a weight or bias is above 10,000, or not finite.
     #[error("the head has a weight or bias that is not finite or above {WEIGHT_MAX}")]
     TooLarge,
+    /// The temperature is not finite or not positive; its value.
     #[error("temperature {0}, expected a finite value above 0")]
     Temperature(f32),
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-/// The published class where no class holds; reserved, so no class of a model has this name.
+/// The published class of an image that matches no class of the model; reserved, so no class of a model has this name.
 pub const UNKNOWN: &str = "unknown";
 
 /// The most classes of a model.
@@ -19,19 +19,19 @@ pub const NAME_BYTES_MAX: usize = 64;
 #[serde(try_from = "Vec<String>", into = "Vec<String>")]
 pub struct Labels(Arc<[String]>);
 
-/// A set of names that no model may have.
+/// An error of the class names of a model.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LabelsError {
-    /// Too few or too many classes.
+    /// There are too few or too many classes; their number.
     #[error("{0} classes, expected 2 to {CLASSES_MAX}")]
     Count(usize),
-    /// An empty or too long name, or one with control characters.
+    /// A name is empty, too long, or has control characters; its first [`NAME_BYTES_MAX`] characters.
     #[error("class name {0:?}: expected 1 to {NAME_BYTES_MAX} bytes without control characters")]
     Name(String),
-    /// Two classes of one name.
+    /// Two classes have the same name; the name.
     #[error("duplicate class name {0:?}")]
     Duplicate(String),
-    /// The reserved name.
+    /// A class has the reserved name [`UNKNOWN`].
     #[error("class name \"{UNKNOWN}\" is reserved for frames that match no class")]
     Reserved,
 }
@@ -44,10 +44,11 @@ pub struct ClassName {
 }
 
 impl Labels {
-    /// Checks the names.
+    /// Validates the names and creates the labels.
     ///
     /// # Errors
-    /// Fewer than two names, too many, a duplicate, an unusable or the reserved name.
+    /// If there are fewer than two names or more than [`CLASSES_MAX`], or a name is a duplicate, reserved, empty, too long
+    /// or has control characters.
     pub fn new(names: Vec<String>) -> Result<Self, LabelsError> {
         if !(2..=CLASSES_MAX).contains(&names.len()) {
             return Err(LabelsError::Count(names.len()));
@@ -66,7 +67,7 @@ impl Labels {
         Ok(Labels(names.into()))
     }
 
-    /// The names, in the order of the head's outputs.
+    /// Returns the names, in the order of the head's outputs.
     pub fn names(&self) -> &[String] {
         &self.0
     }
@@ -79,7 +80,7 @@ impl Labels {
         class.map_or(UNKNOWN, |class| &self.0[class])
     }
 
-    /// Returns the name of a class as a value of its own.
+    /// Returns the name of a class as a value that shares the names of the model.
     ///
     /// # Panics
     /// If `class` is not below the number of classes.
@@ -88,7 +89,7 @@ impl Labels {
         ClassName { labels: self.clone(), class }
     }
 
-    /// Returns the index of the class of this name.
+    /// Returns the index of the class of this name; `None` if the model has no such class.
     pub fn position(&self, name: &str) -> Option<usize> {
         self.0.iter().position(|known| known == name)
     }

@@ -24,8 +24,17 @@ pub struct LastConvWeights {
 /// An error of the weights of a last convolution.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum LastConvError {
+    /// The number of weights is not outputs × inputs, or there is no input or output.
     #[error("the last convolution has {weights} weights and {biases} biases, expected {biases} × {inputs}")]
-    Shape { weights: usize, biases: usize, inputs: usize },
+    Shape {
+        /// Number of weights.
+        weights: usize,
+        /// Number of biases, one per output channel.
+        biases: usize,
+        /// Number of input channels.
+        inputs: usize,
+    },
+    /// The absolute value of a weight or bias is above 10,000, or not finite.
     #[error("the last convolution has a weight or bias that is not finite or above {WEIGHT_MAX}")]
     TooLarge,
 }

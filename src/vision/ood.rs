@@ -18,10 +18,13 @@ pub struct OodDetector {
 /// An error of the parameters of an [`OodDetector`].
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum OodError {
+    /// The basis is not `[rank, width]` with a rank of 1 to `width`; its number of values and the width.
     #[error("the subspace has {0} values, expected a multiple of {1}, at most {1} rows")]
     Shape(usize, usize),
+    /// The squared length of a row of the basis differs from 1 by 1e-3 or more.
     #[error("a basis vector of the subspace is not of length 1")]
     NotNormalized,
+    /// The threshold is not in 0–1; its value.
     #[error("unknown threshold {0}, expected 0 to 1")]
     Threshold(f32),
 }

@@ -13,12 +13,17 @@ use serde::{Deserialize, Serialize};
 pub struct Preprocess {
     /// Width and height of the input, in pixels.
     pub size: u32,
+    /// Mapping of the image to the square input.
     pub fit: Fit,
+    /// Resampling filter.
     pub filter: Filter,
     /// A channel value x, 0–255, becomes `(x / scale − mean) / std`.
     pub scale: f32,
+    /// Mean of each channel: red, green, blue.
     pub mean: [f32; 3],
+    /// Standard deviation of each channel: red, green, blue.
     pub std: [f32; 3],
+    /// Order of the axes of the input tensor.
     pub layout: TensorLayout,
 }
 
@@ -31,8 +36,10 @@ const SIZE_MAX: u32 = 1024;
 /// An error of the parameters in [`Preprocess`].
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PreprocessError {
+    /// The input size is not 1–1024 pixels; its value.
     #[error("preprocess.size {0}, expected 1 to {SIZE_MAX}")]
     Size(u32),
+    /// `scale`, `mean` or `std` is not finite, or `scale` or `std` is not positive.
     #[error("preprocess: expected finite scale, mean and std, with scale and std above 0")]
     Normalisation,
 }

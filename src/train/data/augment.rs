@@ -25,7 +25,9 @@ const HUE_MAX: f32 = 0.16;
 /// The number of views of each image, and the seed of the random ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Views {
+    /// Number of views of each image, at least 1; view 0 is the original.
     pub count: usize,
+    /// Seed of the random views.
     pub seed: u64,
 }
 

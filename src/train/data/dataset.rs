@@ -14,6 +14,7 @@ use crate::vision::labels::LabelsError;
 /// The image files of a dataset and their classes.
 #[derive(Debug, Clone)]
 pub struct Dataset {
+    /// Names of the class folders, sorted.
     pub classes: Labels,
     /// Sorted by class, then by path.
     pub images: Vec<LabeledImage>,
@@ -22,6 +23,7 @@ pub struct Dataset {
 /// An image file and its class.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LabeledImage {
+    /// Path of the file.
     pub path: PathBuf,
     /// Index of the class in [`Dataset::classes`].
     pub class: usize,
@@ -30,14 +32,35 @@ pub struct LabeledImage {
 /// Why a dataset folder is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
+    /// A folder cannot be read.
     #[error("{path}: {source}")]
-    Io { path: PathBuf, source: io::Error },
+    Io {
+        /// Path of the folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The folder names are not valid [`Labels`].
     #[error("{path}: {source}")]
-    Classes { path: PathBuf, source: LabelsError },
+    Classes {
+        /// Path of the dataset.
+        path: PathBuf,
+        /// The cause.
+        source: LabelsError,
+    },
+    /// A class has no images; its folder.
     #[error("{0}: no images of this class")]
     EmptyClass(PathBuf),
+    /// The classes differ from the expected ones, or are in another order.
     #[error("{path}: the classes are {found:?}, expected {expected:?}")]
-    OtherClasses { path: PathBuf, found: Vec<String>, expected: Vec<String> },
+    OtherClasses {
+        /// Path of the dataset.
+        path: PathBuf,
+        /// Class names of the dataset, in order.
+        found: Vec<String>,
+        /// Expected class names, in order.
+        expected: Vec<String>,
+    },
 }
 
 impl Dataset {

@@ -20,6 +20,7 @@ const HASH_SIDE: u32 = 16;
 pub struct Inspection {
     /// Number of image files in all sets.
     pub images: usize,
+    /// Number of image files of each class in all sets, in the order of the labels.
     pub classes: Vec<ClassCount>,
     /// Sorted by file.
     #[serde(rename = "findings")]
@@ -29,7 +30,9 @@ pub struct Inspection {
 /// Number of image files of a class.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ClassCount {
+    /// Name of the class.
     pub class: String,
+    /// Number of image files.
     pub images: usize,
 }
 
@@ -41,6 +44,9 @@ type DifferenceHash = [u64; 4];
 /// images that cannot be used, duplicates, and validation images that look like a training image. Without `val`, a
 /// `val_fraction` (0–1) of the dataset is split off as [`Photographs::split`] does. `progress` is called with the number
 /// of images decoded.
+///
+/// # Panics
+/// Panics if a thread cannot be started.
 pub fn inspect(
     dataset: &Dataset,
     val: Option<&Dataset>,

@@ -21,19 +21,28 @@ pub type ContentHash = [u8; 32];
 /// An image file, its class and its content hash.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Photograph {
+    /// Path of the file.
     pub path: PathBuf,
     /// Index of the class in the labels.
     pub class: usize,
+    /// SHA-256 of the file's bytes.
     pub content_hash: ContentHash,
 }
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum PhotographError {
+    /// The file cannot be read or decoded.
     #[error(transparent)]
     Decode(#[from] DecodeError),
+    /// A side is shorter than [`SIDE_MIN`].
     #[error("{width}×{height} pixels, fewer than {SIDE_MIN} a side")]
-    TooSmall { width: u32, height: u32 },
+    TooSmall {
+        /// Width of the image, in pixels.
+        width: u32,
+        /// Height of the image, in pixels.
+        height: u32,
+    },
 }
 
 impl Photograph {
@@ -54,6 +63,7 @@ impl Photograph {
 /// An image file with a problem: unreadable, too small, a duplicate or a near-duplicate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DatasetProblem {
+    /// Path of the file.
     pub file: PathBuf,
     /// The reason, as shown to the user.
     pub problem: String,
@@ -64,12 +74,16 @@ pub struct DatasetProblem {
 pub struct Photographs {
     /// In the order of the dataset.
     pub kept: Vec<Photograph>,
+    /// Files that are not used, such as unreadable ones and duplicates.
     pub skipped: Vec<DatasetProblem>,
 }
 
 impl Photographs {
     /// Reads and hashes every file once, on `threads` threads. Files that cannot be read, are empty, or are larger than
     /// [`decode::FILE_BYTES_MAX`] are skipped. `progress` is called with the number of files read.
+    ///
+    /// # Panics
+    /// Panics if a thread cannot be started.
     pub fn read(dataset: &Dataset, threads: usize, progress: &(dyn Fn(usize) + Sync)) -> Self {
         let hash = |(): &mut (), i: usize| -> Result<Result<ContentHash, DecodeError>, Infallible> {
             let bytes = decode::read_file(&dataset.images[i].path).and_then(|bytes| match bytes.is_empty() {

@@ -17,6 +17,7 @@ pub enum DeviceChoice {
     /// A GPU if the program is built with the feature `cuda` and a GPU works; the CPU otherwise.
     #[default]
     Auto,
+    /// The CPU.
     Cpu,
     /// A GPU; the CPU, with a warning, if no GPU works.
     Gpu,
@@ -24,7 +25,9 @@ pub enum DeviceChoice {
 
 /// A network and its backbone on the selected device.
 pub struct Selected {
+    /// The network, with its device set to the selected one.
     pub network: Network,
+    /// The backbone of `network`.
     pub backbone: Backbone,
     /// Why the CPU is used although a GPU was requested.
     pub fallback: Option<GpuFallback>,
@@ -36,8 +39,10 @@ pub enum GpuFallback {
     /// The difference, relative to the largest CPU feature.
     #[error("the GPU's features differ from the CPU's by {:.1} %; the CPU computes the features", .0 * 100.0)]
     Difference(f32),
+    /// The backbone cannot be built or run on the GPU.
     #[error("{0}; the CPU computes the features")]
     Backbone(BackboneError),
+    /// The CUDA runtime panicked, for example because a part of it is not installed.
     #[error("the CUDA runtime panicked, see its message above; the CPU computes the features")]
     Panic,
 }

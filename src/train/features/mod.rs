@@ -34,6 +34,7 @@ pub struct Features {
     pub views: usize,
     /// `[views, width]` for each image.
     pub values: Vec<Values>,
+    /// The images that have features.
     pub images: Vec<Photograph>,
     /// Images that could not be decoded.
     pub skipped: Vec<DatasetProblem>,
@@ -42,7 +43,9 @@ pub struct Features {
 /// Values in one of two precisions.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Values {
+    /// Values in single precision.
     Single(Vec<f32>),
+    /// Values in half precision.
     Half(Vec<f16>),
 }
 
@@ -52,11 +55,15 @@ impl Features {
         self.images.len()
     }
 
+    /// Returns whether there are no images.
     pub fn is_empty(&self) -> bool {
         self.images.is_empty()
     }
 
     /// Returns the class of image `i`.
+    ///
+    /// # Panics
+    /// Panics if there is no such image.
     pub fn class(&self, i: usize) -> usize {
         self.images[i].class
     }
@@ -105,7 +112,9 @@ impl Values {
 /// Precision of stored values: single for feature vectors and validation sets, half for the feature maps of a training set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
+    /// 32-bit floating point, IEEE 754 binary32.
     Single,
+    /// 16-bit floating point, IEEE 754 binary16.
     Half,
 }
 
@@ -121,13 +130,18 @@ impl Precision {
 
 /// Extracts the features of images.
 pub struct Extractor<'a> {
+    /// The network that `backbone` is a part of; its SHA-256 and device are part of the cache key.
     pub network: &'a Network,
+    /// The frozen layers.
     pub backbone: &'a Backbone,
     /// Number of channels if the backbone returns a feature map `[channels, height, width]`; `None` if it returns a feature
     /// vector.
     pub map_channels: Option<usize>,
+    /// The preprocessing of the images.
     pub preprocess: &'a Preprocess,
+    /// Precision of the returned and cached values.
     pub precision: Precision,
+    /// The views of each image.
     pub views: Views,
     /// Root folder of the [`FeatureCache`]; `None` disables caching.
     pub cache: Option<&'a Path>,
@@ -153,6 +167,9 @@ impl Extractor<'_> {
     ///
     /// # Errors
     /// Fails if the backbone fails. Images that cannot be decoded are listed in [`Features::skipped`].
+    ///
+    /// # Panics
+    /// Panics if a thread cannot be started.
     pub fn run(
         &self,
         images: &[Photograph],

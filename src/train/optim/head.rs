@@ -79,6 +79,9 @@ impl Learner for HeadLearner<'_> {
 }
 
 /// Returns the mean cross-entropy at the fitted temperature, and the accuracy, of `logits` (`[images][classes]`).
+///
+/// # Panics
+/// Panics if a class index is not below the number of logits.
 pub fn val_metrics(logits: &[Vec<f32>], classes: &[usize]) -> ValMetrics {
     let correct = logits.iter().zip(classes).filter(|(logits, class)| argmax(logits) == **class).count();
     let temperature = temperature::fit(logits, classes);
@@ -109,6 +112,9 @@ impl SoftTargets {
 
     /// Returns the weighted cross-entropy in nats for an image of `class`, and its gradient with respect to the logits,
     /// `[classes]`.
+    ///
+    /// # Panics
+    /// Panics if `class` is not below the number of classes.
     pub fn cross_entropy(&self, logits: &[f32], class: usize) -> (f32, Vec<f32>) {
         let (weight, uniform) = (self.class_weights[class], self.smoothing / logits.len() as f32);
         let mut loss = 0.0;

@@ -9,16 +9,20 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sgd {
+    /// Seed of all random choices of a run, such as the order of the images, the augmented views and the dropout.
     pub seed: u64,
+    /// Largest number of epochs, 1–100,000.
     pub epochs: usize,
     /// Early stopping: ends after this many epochs without a lower validation loss; 0 disables it.
     pub patience: usize,
     /// Images a mini-batch, at least 1.
     pub batch: usize,
+    /// The optimizer.
     #[serde(rename = "optimiser")]
     pub optimizer: Optimizer,
     /// Peak learning rate of the schedule, above 0.
     pub learning_rate: f32,
+    /// The learning rate schedule.
     pub schedule: Schedule,
     /// Epochs in which the learning rate rises linearly from 0.
     pub warm_up: usize,
@@ -54,6 +58,7 @@ pub enum Optimizer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Schedule {
+    /// The peak learning rate throughout.
     Constant,
     /// Multiplied by a factor every few epochs.
     Step,
@@ -85,7 +90,9 @@ impl Sgd {
 /// A parameter tensor with its gradient.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ParamGroup {
+    /// Name of the tensor in a checkpoint.
     pub name: &'static str,
+    /// The parameters, flattened in row-major order.
     pub values: Vec<f32>,
     /// As long as `values`.
     pub gradient: Vec<f32>,
@@ -130,6 +137,7 @@ pub struct Epoch {
     pub learning_rate: f32,
     /// Mean training loss in nats, with label smoothing and class weights.
     pub train_loss: f32,
+    /// Metrics on the validation set.
     pub val: ValMetrics,
     /// Whether the validation loss is the lowest so far.
     pub best: bool,
@@ -141,6 +149,9 @@ pub struct Epoch {
 ///
 /// # Errors
 /// Returns the first error of `on_epoch`, which ends the training.
+///
+/// # Panics
+/// Panics if the batch size is 0, or if `learner` panics.
 pub fn fit<E>(
     learner: &mut dyn Learner,
     settings: &Sgd,
@@ -254,7 +265,7 @@ pub fn random_below(rng: &mut ChaCha8Rng, n: usize) -> usize {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use std::convert::Infallible;
 
     use super::*;

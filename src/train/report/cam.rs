@@ -44,6 +44,9 @@ impl<'a> ClassActivationMaps<'a> {
     ///
     /// # Errors
     /// Fails if the network cannot run.
+    ///
+    /// # Panics
+    /// Panics if a thread cannot be started.
     pub fn load(
         &self,
         labels: &Labels,

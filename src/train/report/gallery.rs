@@ -51,6 +51,7 @@ pub struct GalleryImage {
     pub confidence: f32,
     /// Whether the OOD detector accepts the image.
     pub known: bool,
+    /// The image, resized so that its longer side has 220 pixels.
     pub thumbnail: RgbImage,
 }
 
@@ -59,6 +60,9 @@ impl Gallery {
     ///
     /// # Errors
     /// Fails if the network cannot run.
+    ///
+    /// # Panics
+    /// Panics if a thread cannot be started.
     pub fn load(
         settings: &Settings,
         network: &Network,
@@ -79,7 +83,10 @@ impl Gallery {
 }
 
 impl GalleryImage {
-    /// `pixels` is the decoded photograph.
+    /// Creates the image from its prediction; `pixels` is the decoded photograph.
+    ///
+    /// # Panics
+    /// Panics if the true or the top class is not an index into `labels`, or if `prediction` has no probabilities.
     pub fn new(labels: &Labels, photograph: &Photograph, prediction: &Prediction, pixels: &RgbImage) -> Self {
         let top = argmax(&prediction.probabilities);
         GalleryImage {

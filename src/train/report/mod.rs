@@ -33,6 +33,9 @@ const CONFUSIONS_MAX: usize = 30;
 const JPEG_QUALITY: u8 = 82;
 
 /// Returns the HTML page. It loads nothing from the network.
+///
+/// # Panics
+/// Panics if a path in `settings` is not UTF-8; [`Settings::check`] rejects that.
 pub fn html(settings: &Settings, network: &Network, trained: &Trained, gallery: &Gallery) -> String {
     let name = escaped(&settings.name);
     let sections = [

@@ -78,6 +78,7 @@ impl EventWriter {
         Ok(events)
     }
 
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }

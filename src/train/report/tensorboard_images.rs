@@ -35,6 +35,9 @@ const WRONG: Rgb888 = Rgb888::new(200, 30, 30);
 
 /// Draws a confusion matrix of counts `[true class][predicted class]`. The darker a cell, the larger its fraction of the
 /// row.
+///
+/// # Panics
+/// Panics if there are no classes.
 pub fn confusion_matrix(labels: &Labels, counts: &[Vec<usize>]) -> RgbImage {
     let cell = (MATRIX / counts.len() as u32).clamp(1, CELL);
     let side = cell * counts.len() as u32;
@@ -67,6 +70,9 @@ pub fn confusion_matrix(labels: &Labels, counts: &[Vec<usize>]) -> RgbImage {
 
 /// Draws images in rows of `columns`. The title is the prediction, blue if it is correct, otherwise red and followed by the
 /// true class.
+///
+/// # Panics
+/// Panics if `columns` is 0.
 pub fn contact_sheet(images: &[GalleryImage], columns: u32) -> RgbImage {
     let rows = (images.len() as u32).div_ceil(columns).max(1);
     let (width, height) = (IMAGE + 8, IMAGE + 2 * LINE + 8);

@@ -29,36 +29,81 @@ pub enum Progress {
     /// A message for the user; the run continues.
     Warning(String),
     /// Image files of a dataset that are read and hashed.
-    Read { done: usize, total: usize },
+    Read {
+        /// Number of files read so far.
+        done: usize,
+        /// Number of files of the dataset.
+        total: usize,
+    },
     /// Images whose features are extracted.
-    Features { done: usize, total: usize },
+    Features {
+        /// Number of images finished so far.
+        done: usize,
+        /// Number of images.
+        total: usize,
+    },
     /// An epoch that ended, of at most `total`.
-    Epoch { epoch: Epoch, total: usize },
+    Epoch {
+        /// Metrics of the epoch.
+        epoch: Epoch,
+        /// Largest number of epochs.
+        total: usize,
+    },
 }
 
 /// Why a run failed.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
+    /// A value of the settings is out of range.
     #[error(transparent)]
     Settings(#[from] SettingsError),
+    /// A dataset cannot be read, or its classes differ from those of the training set.
     #[error(transparent)]
     Dataset(#[from] DatasetError),
+    /// The network cannot be loaded or run.
     #[error(transparent)]
     Backbone(#[from] BackboneError),
+    /// A class has no usable training or validation image after duplicates and unreadable images are skipped.
     #[error("{path}: no image of the class {class} is left for {purpose}{hint}")]
-    NoImagesLeft { path: PathBuf, class: String, purpose: &'static str, hint: String },
+    NoImagesLeft {
+        /// Path of the dataset.
+        path: PathBuf,
+        /// Name of the class.
+        class: String,
+        /// `training` or `validation`.
+        purpose: &'static str,
+        /// A skipped file with the reason, or a suggestion; starts with `; ` unless it is empty.
+        hint: String,
+    },
+    /// The network is to be embedded, but is too large for a bundle.
     #[error("{name}: {bytes} bytes, too large for a bundle")]
-    TooLargeToEmbed { name: String, bytes: usize },
+    TooLargeToEmbed {
+        /// Name of the network.
+        name: String,
+        /// Size of the ONNX file, in bytes.
+        bytes: usize,
+    },
+    /// The features of the training and validation sets do not fit into memory.
     #[error("the features need {needed} MiB of memory, {available} MiB are available; reduce the views (--augment)")]
-    InsufficientMemory { needed: u64, available: u64 },
+    InsufficientMemory {
+        /// Size of the features, in MiB.
+        needed: u64,
+        /// Available memory, in MiB.
+        available: u64,
+    },
+    /// The validation loss is infinite or NaN; the epoch, from 1.
     #[error("the validation loss is not finite in epoch {0}; try a smaller learning rate")]
     NonFiniteLoss(usize),
+    /// The trained head is invalid, for example because a weight is not finite.
     #[error("training produced an invalid head: {0}; try a smaller learning rate")]
     InvalidHead(#[from] HeadError),
+    /// The fine-tuned last convolution is invalid, for example because a weight is not finite.
     #[error("training produced an invalid last convolution: {0}; try a smaller learning rate")]
     InvalidLastConv(#[from] LastConvError),
+    /// The fitted OOD detector is invalid.
     #[error("training produced an invalid OOD detector: {0}")]
     InvalidOodDetector(#[from] OodError),
+    /// The output folder cannot be used or written.
     #[error(transparent)]
     RunWriter(#[from] RunWriterError),
 }

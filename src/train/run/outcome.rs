@@ -14,17 +14,23 @@ use crate::vision::{Head, Labels, LastConvWeights, OodDetector};
 /// A trained and calibrated model with its evaluation.
 #[derive(Debug)]
 pub struct Trained {
+    /// Class names.
     pub labels: Labels,
+    /// Parameter counts.
     pub parameters: Parameters,
     /// Number of training images of each class.
     pub train_images: Vec<usize>,
     /// Fingerprint and sizes of the training and validation sets.
     pub dataset: DatasetRef,
+    /// Evaluation on the validation set.
     pub val: EvaluatedSet,
     /// Evaluation on the test set, if there is one.
     pub test: Option<EvaluatedSet>,
+    /// Metrics of each finished epoch, in order.
     pub history: Vec<Epoch>,
+    /// The head, with the fitted temperature.
     pub head: Head,
+    /// The OOD detector, with the fitted threshold.
     pub ood: OodDetector,
     /// The last convolution, if it is fine-tuned.
     pub last_conv: Option<LastConvWeights>,
@@ -39,7 +45,9 @@ pub struct Trained {
 /// Parameter counts of the backbone with the head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Parameters {
+    /// Number of all parameters.
     pub total: usize,
+    /// Number of trained parameters; the others are frozen.
     pub trained: usize,
 }
 

@@ -24,6 +24,7 @@ pub const DEFAULT_VAL_FRACTION: f64 = 0.2;
 pub struct Settings {
     /// The model's name.
     pub name: String,
+    /// The recipe that the settings are based on.
     pub recipe: Recipe,
     /// Training images, one folder per class.
     pub dataset: PathBuf,
@@ -44,6 +45,7 @@ pub struct Settings {
     pub embed_backbone: bool,
     /// The backbone; `None` selects the built-in one.
     pub backbone: Option<BackboneFile>,
+    /// Settings of the training loop.
     pub sgd: Sgd,
 }
 
@@ -51,9 +53,11 @@ pub struct Settings {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BackboneFile {
+    /// Path of the ONNX file.
     pub file: PathBuf,
     /// The tensor with the features; `None` selects the input of the last matrix product.
     pub feature: Option<String>,
+    /// Input size, layout and normalization of the images.
     pub preprocess: Preprocess,
 }
 
@@ -93,10 +97,24 @@ pub enum Recipe {
 /// Why settings are rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
+    /// The file cannot be read or parsed, or has unknown or missing keys.
     #[error("{path}: {reason}")]
-    File { path: PathBuf, reason: String },
+    File {
+        /// Path of the file.
+        path: PathBuf,
+        /// The error of the file system or of the TOML parser.
+        reason: String,
+    },
+    /// A value is out of range.
     #[error("{key}: {given}, expected {expected}")]
-    Value { key: &'static str, given: String, expected: String },
+    Value {
+        /// Key in `config.toml`; `path` for a path that is not UTF-8.
+        key: &'static str,
+        /// The value, or the reason why it is invalid.
+        given: String,
+        /// The valid values.
+        expected: String,
+    },
 }
 
 impl BackboneFile {

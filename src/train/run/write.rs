@@ -41,16 +41,32 @@ const SELF_TEST_SIZES: [(u32, u32); 2] = [(320, 240), (97, 131)];
 /// Why a run's folder cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum RunWriterError {
+    /// A file or folder cannot be read, written or removed.
     #[error("{path}: {reason}")]
-    Io { path: PathBuf, reason: String },
+    Io {
+        /// Path of the file or folder.
+        path: PathBuf,
+        /// The I/O error.
+        reason: String,
+    },
+    /// The folder holds a finished run that may not be overwritten; its path.
     #[error("{0}: holds a finished run; choose another folder, or replace it with --overwrite")]
     FinishedRun(PathBuf),
+    /// The folder holds a file that is not part of a run.
     #[error("{folder}: holds {file}, which is not part of a run; choose another folder")]
-    UnknownFile { folder: PathBuf, file: PathBuf },
+    UnknownFile {
+        /// Path of the folder.
+        folder: PathBuf,
+        /// Name of the file, without folder.
+        file: PathBuf,
+    },
+    /// The network cannot run.
     #[error(transparent)]
     Backbone(#[from] BackboneError),
+    /// The bundle cannot be made or written.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    /// The self-test of the bundle cannot be recorded.
     #[error(transparent)]
     SelfTest(#[from] SelfTestError),
 }
@@ -58,21 +74,29 @@ pub enum RunWriterError {
 /// The content of `metrics.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RunMetrics {
+    /// The model's name.
     pub name: String,
+    /// The recipe of the settings.
     pub recipe: Recipe,
+    /// Seed of all random choices of the run.
     pub seed: u64,
     /// Duration of the run, up to the writing of its results.
     pub seconds: f64,
     /// The device that extracted the features.
     pub device: Device,
+    /// Number of training images.
     pub train_images: usize,
+    /// Parameter counts of the model.
     pub parameters: Parameters,
     /// The epoch, from 1, whose parameters are kept.
     pub best_epoch: usize,
     /// Fingerprint of the validation set, in hexadecimal.
     pub val_sha256: String,
+    /// Metrics on the validation set.
     pub val: Evaluation,
+    /// Metrics on the test set, if there is one.
     pub test: Option<Evaluation>,
+    /// Metrics of each finished epoch, in order.
     pub epochs: Vec<Epoch>,
 }
 
@@ -110,6 +134,9 @@ impl RunWriter {
     ///
     /// # Errors
     /// Fails if a file cannot be removed or written.
+    ///
+    /// # Panics
+    /// Panics if a path in `settings` is not UTF-8; [`Settings::check`] rejects that.
     pub fn begin(settings: &Settings, options: &RunOptions) -> Result<Self, RunWriterError> {
         let folder = options.out.clone();
         let checkpoints = folder.join(CHECKPOINTS);
@@ -150,6 +177,9 @@ impl RunWriter {
     ///
     /// # Errors
     /// Fails if a file cannot be written, or if the network fails.
+    ///
+    /// # Panics
+    /// Panics if a thread cannot be started.
     pub fn finish(mut self, network: &Network, trained: &Trained) -> Result<(), RunWriterError> {
         let metrics = RunMetrics {
             name: self.settings.name.clone(),

@@ -23,7 +23,7 @@ const TIMING_NOISE: Duration = Duration::from_millis(10);
 /// Bytes of memory that a network needs while it is loaded, for each byte of its file: 74 MiB were measured for one of 9.
 const MEMORY_PER_BYTE: u64 = 8;
 
-/// A model that was not admitted.
+/// Reason why a model is not admitted.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// The file is not a bundle, was altered, or fits neither this program nor this backbone.
@@ -43,7 +43,12 @@ pub enum Refusal {
     Classes(#[from] UnknownClass),
     /// It does not fit the free memory.
     #[error("it needs about {needed} MiB of memory, {free} are free")]
-    Memory { needed: u64, free: u64 },
+    Memory {
+        /// Estimated memory that it needs, in MiB.
+        needed: u64,
+        /// Available memory, in MiB.
+        free: u64,
+    },
     /// It has no self-test.
     #[error("it carries no self-test; a model that is trained anew does")]
     NoSelfTest,
@@ -54,43 +59,70 @@ pub enum Refusal {
     #[error(
         "it takes {cpu_ms} ms of processor time a frame, the active model {active_ms} ms: more than model.slowdown_max = {slowdown_max} allows"
     )]
-    Slow { cpu_ms: u128, active_ms: u128, slowdown_max: f64 },
-    /// A library panicked.
+    Slow {
+        /// Its processor time per frame, in milliseconds.
+        cpu_ms: u128,
+        /// Processor time per frame of the active model, in milliseconds.
+        active_ms: u128,
+        /// Largest allowed ratio of the two.
+        slowdown_max: f64,
+    },
+    /// A library panicked; the name of the model's file.
     #[error("{0} made the program panic; see the message above in the log")]
     Panicked(String),
 }
 
-/// A model that may not follow the active one unless that is forced.
+/// Reason why a model must not replace the active one unless it is forced.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UpgradeRefused {
     /// It was rolled back on this device.
     #[error("{0} was rolled back here, or failed its trial")]
-    RolledBack(Identity),
+    RolledBack(String),
     /// Its version is not above the active model's.
     #[error("{model} is not newer than {active}")]
-    NotNewer { model: Identity, active: Identity },
+    NotNewer {
+        /// Name and version of the new model.
+        model: String,
+        /// Name and version of the active model.
+        active: String,
+    },
     /// Its version is not above the highest that was confirmed.
     #[error("{model} is not newer than version {newest}, which was confirmed here before")]
-    BelowNewest { model: Identity, newest: u64 },
+    BelowNewest {
+        /// Name and version of the new model.
+        model: String,
+        /// The highest version that was confirmed on this device.
+        newest: u64,
+    },
 }
 
-/// A bundle that asks for admission.
+/// A bundle to be admitted.
 pub struct Candidate<'a> {
     /// Name of the file, for messages.
     pub file: &'a str,
-    /// The whole bundle.
+    /// Content of the bundle file.
     pub bytes: &'a [u8],
-    /// Where it comes from.
+    /// Origin of the model.
     pub source: ModelSource,
 }
 
 /// The checks of an admission.
 pub enum Checks<'a> {
-    /// Of a model that was admitted before it was stored, of the configured and the built-in one: it is complete and fits the
-    /// backbone. The backbone of `reuse` is used again if it is the same.
-    Integrity { reuse: Option<&'a Model> },
-    /// Of a new model: signature, classes, memory, self-test, and processor time beside the active model.
-    Full { options: &'a UpdateOptions, active: &'a Model, signature_required: bool },
+    /// Checks that a model is complete and fits the backbone: for a model that was admitted before it was stored, and for
+    /// the configured and the built-in one.
+    Integrity {
+        /// A model whose backbone is used again if it is the same.
+        reuse: Option<&'a Model>,
+    },
+    /// Checks a new model: signature, classes, memory, self-test, and processor time beside the active model.
+    Full {
+        /// Options of the update agent.
+        options: &'a UpdateOptions,
+        /// The active model.
+        active: &'a Model,
+        /// Whether a trusted key must have signed the model.
+        signature_required: bool,
+    },
 }
 
 /// A model that was admitted.
@@ -101,11 +133,11 @@ pub struct Admitted {
     pub cpu_time_max: Option<Duration>,
 }
 
-/// Admits a model: verifies it, asks `accept` about its identity, loads it and validates it. A panic of a library, which a
+/// Admits a model: verifies it, calls `accept` with its identity, loads it and validates it. A panic of a library, which a
 /// malformed file may cause, is a refusal.
 ///
 /// # Errors
-/// A check fails, or `accept` does.
+/// If a check or `accept` fails.
 pub fn admit<E: From<Refusal>>(
     candidate: &Candidate<'_>,
     loader: &ModelLoader,
@@ -140,7 +172,7 @@ fn verify(candidate: &Candidate<'_>, checks: &Checks<'_>) -> Result<Bundle, Refu
     Ok(bundle)
 }
 
-/// Loads a verified model and checks that it fits this device, answers its self-test and is not too slow.
+/// Loads a verified model and checks that it fits this device, passes its self-test and is not too slow.
 fn validate(
     bundle: Bundle,
     source: ModelSource,
@@ -156,7 +188,7 @@ fn validate(
     Ok(Admitted { loaded, cpu_time_max: Some(cpu_time_max) })
 }
 
-/// Refuses a network that does not fit the free memory; another head alone needs next to nothing.
+/// Refuses a network that does not fit the free memory; another head alone needs little memory and is not checked.
 fn check_memory(bundle: &Bundle, loader: &ModelLoader, active: &Model) -> Result<(), Refusal> {
     if active.has_same_features(bundle.manifest()) {
         return Ok(());
@@ -203,15 +235,15 @@ fn cpu_time(backbone: &Backbone, manifest: &Manifest) -> Result<Duration, Backbo
 /// Checks that a model is newer than the active one and was not rolled back.
 ///
 /// # Errors
-/// It is a step back.
+/// If the model is not newer, or was rolled back.
 pub fn check_upgrade(model: &Identity, active: &Identity, state: &State) -> Result<(), UpgradeRefused> {
-    let model = model.clone();
+    let named = model.to_string();
     if state.taken_back.contains(&model.sha256) {
-        Err(UpgradeRefused::RolledBack(model))
+        Err(UpgradeRefused::RolledBack(named))
     } else if model.version <= active.version {
-        Err(UpgradeRefused::NotNewer { model, active: active.clone() })
+        Err(UpgradeRefused::NotNewer { model: named, active: active.to_string() })
     } else if model.version <= state.newest {
-        Err(UpgradeRefused::BelowNewest { model, newest: state.newest })
+        Err(UpgradeRefused::BelowNewest { model: named, newest: state.newest })
     } else {
         Ok(())
     }

@@ -103,7 +103,7 @@ enum RequestError {
     #[error("the received bundle is not what was offered: its sha256 differs")]
     Altered,
     #[error("it is {model}, and was offered as {offered}")]
-    OtherModel { model: Identity, offered: Identity },
+    OtherModel { model: String, offered: String },
     #[error(transparent)]
     Refused(#[from] Refusal),
     #[error("the messages about it take {bytes} bytes, mqtt.packet_bytes_max is {bytes_max}")]
@@ -291,7 +291,7 @@ impl UpdateAgent {
         let checks = Checks::Full { options: &self.options, active: &self.model, signature_required: true };
         let Admitted { loaded, cpu_time_max } = admit(&candidate, &self.loader, &checks, |model| {
             if *model != offer.model {
-                return Err(RequestError::OtherModel { model: model.clone(), offered: offer.model.clone() });
+                return Err(RequestError::OtherModel { model: model.to_string(), offered: offer.model.to_string() });
             }
             self.expect_upgrade(offer, model)?;
             info!("{model} is received and its signature verified; validating it");
@@ -397,7 +397,7 @@ impl UpdateAgent {
                 self.state = state;
                 self.swap(loaded, None);
             }
-            // Not even the built-in model can be loaded: memory is exhausted, or the like.
+            // The built-in model cannot be loaded either, for example because memory is exhausted.
             Err(error) => error!("{} stays active until the next start: {error}", self.model.identity()),
         }
     }

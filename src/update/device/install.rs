@@ -7,22 +7,22 @@ use super::store::{Phase, Store, StoreError};
 use crate::bundle::Identity;
 use crate::update::protocol::ModelSource;
 
-/// A bundle that was not installed.
+/// An error of installing a bundle.
 #[derive(Debug, thiserror::Error)]
 pub enum InstallError {
-    /// The device keeps no models.
+    /// The device has no store.
     #[error(transparent)]
     NoStore(#[from] NoStore),
     /// The active model, beside which the new one is validated, cannot be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// It is the active model.
+    /// The bundle is the active model.
     #[error("{0} is active already")]
     AlreadyActive(Identity),
-    /// It is a step back.
+    /// The model is not newer than the active one, or was rolled back.
     #[error("{0}; --force installs it nevertheless")]
     UpgradeRefused(#[from] UpgradeRefused),
-    /// It was not admitted.
+    /// The model is not admitted.
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// The store cannot be written.
@@ -42,7 +42,8 @@ pub struct InstallOptions {
 /// Installs a bundle into `store`. `loader` reads the same store without changing it. Returns the model's identity.
 ///
 /// # Errors
-/// The model is not admitted, is a step back that is not forced, or cannot be stored.
+/// If the active model cannot be loaded, or the new one is active already, is not newer or was rolled back without
+/// [`InstallOptions::force`], is not admitted, or cannot be stored.
 pub fn install(
     file: &str,
     bytes: &[u8],

@@ -23,7 +23,7 @@ pub struct UpdateOptions {
     pub trusted_keys: PathBuf,
     /// The largest bundle that is received, in bytes.
     pub offer_bytes_max: u64,
-    /// How many times the active model's processor time a frame of another model may take.
+    /// Largest ratio of a new model's processor time per frame to that of the active model.
     pub slowdown_max: f64,
     /// Limits of a trial.
     pub trial: TrialLimits,

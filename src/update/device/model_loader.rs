@@ -27,9 +27,9 @@ pub struct Model {
     pub manifest: Manifest,
     /// SHA-256 of the bundle, hexadecimal.
     pub sha256: String,
-    /// Id of the key that signed it.
+    /// Id of the key that signed it; `None` if it is not signed.
     pub signed_by: Option<String>,
-    /// Where it was loaded from.
+    /// Its origin.
     pub source: ModelSource,
     /// Its backbone.
     pub backbone: Backbone,
@@ -45,16 +45,16 @@ pub struct LoadedModel {
     pub self_test: Option<SelfTest>,
 }
 
-/// A model of the device that cannot be loaded.
+/// An error of loading the device's model.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    /// The bundle that the configuration names.
+    /// The configured bundle cannot be loaded.
     #[error("model.bundle: {0}")]
     ConfiguredBundle(BundleError),
-    /// The backbone that the configuration names.
+    /// The configured backbone cannot be loaded.
     #[error("model.backbone: {0}")]
     ConfiguredBackbone(BackboneError),
-    /// The model was not admitted.
+    /// The model is not admitted.
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// The store cannot be read.
@@ -62,10 +62,10 @@ pub enum ModelError {
     Store(#[from] StoreError),
 }
 
-/// A device that keeps no models.
+/// Reason why a device has no store.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoStore {
-    /// The configuration names the model.
+    /// A bundle is configured, which is always active.
     #[error("model.bundle names the model of this device; clear it to install others")]
     ConfiguredBundle,
     /// No store is configured.
@@ -74,7 +74,7 @@ pub enum NoStore {
 }
 
 impl ModelError {
-    /// Whether the model's file is damaged or missing, rather than unusable under the present configuration.
+    /// Returns whether the model's file is damaged or missing, rather than unusable under the present configuration.
     fn is_damage(&self) -> bool {
         match self {
             ModelError::Store(StoreError::Damaged { .. }) => true,
@@ -91,12 +91,12 @@ impl ModelError {
 }
 
 impl Model {
-    /// Name, version and SHA-256.
+    /// Returns the name, version and SHA-256.
     pub fn identity(&self) -> Identity {
         identity(&self.manifest, &self.sha256)
     }
 
-    /// Whether another model has the same backbone and preprocessing, so that only the head differs.
+    /// Returns whether another model has the same backbone and preprocessing, so that only the head differs.
     pub fn has_same_features(&self, other: &Manifest) -> bool {
         let same_member = |name| self.manifest.members.get(name) == other.members.get(name);
         self.manifest.backbone == other.backbone
@@ -109,7 +109,7 @@ impl LoadedModel {
     /// Loads a bundle on the device's backbone; on that of `reuse` if it is the same.
     ///
     /// # Errors
-    /// The bundle and the backbone do not fit together, or the backbone cannot be loaded.
+    /// If the bundle and the backbone do not fit together, or the backbone cannot be loaded.
     pub fn new(
         mut bundle: Bundle,
         source: ModelSource,
@@ -141,9 +141,9 @@ impl LoadedModel {
 pub struct ModelFiles {
     /// A bundle that is always active; the store is not used then.
     pub bundle: Option<PathBuf>,
-    /// The backbone's ONNX file; the built-in one if there is none.
+    /// The backbone's ONNX file; `None` for the built-in one.
     pub backbone: Option<PathBuf>,
-    /// The store's folder.
+    /// The store's folder; `None` if no store is configured.
     pub store: Option<PathBuf>,
 }
 
@@ -193,15 +193,15 @@ impl ModelLoader {
         ModelLoader { bundle, backbone, store, kernels, thread_pool: None }
     }
 
-    /// Computes backbones on the threads of a pool; `None` uses the caller's thread alone.
+    /// Returns the loader with a pool whose threads compute backbones; `None` uses the caller's thread alone.
     pub fn with_thread_pool(self, thread_pool: Option<Arc<ThreadPool>>) -> Self {
         ModelLoader { thread_pool, ..self }
     }
 
-    /// The store.
+    /// Returns the store.
     ///
     /// # Errors
-    /// The device has none.
+    /// If the device has no store.
     pub fn store(&self) -> Result<&Store, NoStore> {
         self.store.as_ref().ok_or(match self.bundle {
             Some(_) => NoStore::ConfiguredBundle,
@@ -213,7 +213,7 @@ impl ModelLoader {
     /// one. A trial that a crash interrupted is rolled back.
     ///
     /// # Errors
-    /// The configured or the built-in model cannot be loaded.
+    /// If the configured or the built-in model cannot be loaded.
     pub fn active_model(&self) -> Result<ActiveModel, ModelError> {
         let Some(store) = &self.store else {
             return Ok(ActiveModel::new(self.default_model()?, State::default()));

@@ -5,9 +5,9 @@
 //! slots/<sha256>.bloom      the models it names, and no others
 //! ```
 //!
-//! A model is written and flushed before the state names it, and removed after the state names it no more; `state.json` is
-//! replaced by a rename. After a power cut at any moment the old state or the new one is there, and every model that it names
-//! is complete.
+//! A model is written and flushed before the state refers to it, and removed after the state no longer does; `state.json` is
+//! replaced by a rename. After a power cut at any moment the old state or the new one exists, and every model that it refers
+//! to is complete.
 
 use std::fs::{self, File};
 use std::io;
@@ -33,20 +33,40 @@ const TAKEN_BACK_MAX: usize = 16;
 pub enum StoreError {
     /// A file operation failed.
     #[error("the store {path}: {source}")]
-    Io { path: PathBuf, source: io::Error },
-    /// The state or a model has other content than it should.
+    Io {
+        /// Path of the file or folder.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The state is not valid, or a model has another SHA-256 than its name.
     #[error("the store's {path} is damaged: {reason}")]
-    Damaged { path: PathBuf, reason: String },
-    /// A model's file cannot be read or written.
+    Damaged {
+        /// Path of the file.
+        path: PathBuf,
+        /// The difference to the expected content.
+        reason: String,
+    },
+    /// The state or a model's file cannot be read or written.
     #[error("the store's {path}: {source}")]
-    Archive { path: PathBuf, source: ArchiveError },
-    /// A newer program wrote the state.
+    Archive {
+        /// Path of the file.
+        path: PathBuf,
+        /// The cause.
+        source: ArchiveError,
+    },
+    /// Another version of the program wrote the state.
     #[error("the store's {path} is of schema {schema}, this program reads {SCHEMA}")]
-    Schema { path: PathBuf, schema: u32 },
-    /// Nothing to roll back to.
+    Schema {
+        /// Path of the state file.
+        path: PathBuf,
+        /// Schema number of the file.
+        schema: u32,
+    },
+    /// A rollback is requested, and there is no previous model.
     #[error("there is no previous model")]
     NoPrevious,
-    /// Another model, or none, is on trial.
+    /// No model, or another one, is on trial.
     #[error("this model is not on trial: the store was changed by hand")]
     NoTrial,
 }
@@ -61,7 +81,7 @@ pub enum ModelSlot {
     Slot(Identity),
 }
 
-/// The phase of a trial; it tells a crash from an orderly stop.
+/// The phase of a trial; it distinguishes a crash from an orderly stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
@@ -76,7 +96,7 @@ pub enum Phase {
 pub struct StoredTrial {
     /// The model.
     pub slot: Identity,
-    /// How far it is.
+    /// Phase of the trial.
     pub phase: Phase,
 }
 
@@ -117,7 +137,7 @@ impl Default for State {
 }
 
 impl State {
-    /// The model that should be active.
+    /// Returns the model that should be active: the one on trial, or else the current one.
     pub fn active(&self) -> ModelSlot {
         self.trial.as_ref().map_or_else(|| self.current.clone(), |trial| ModelSlot::Slot(trial.slot.clone()))
     }
@@ -167,10 +187,10 @@ impl Store {
         Store { folder: folder.into(), read_only: true }
     }
 
-    /// Reads the state; [`State::default`] if there is none.
+    /// Reads the state; [`State::default`] if the file does not exist.
     ///
     /// # Errors
-    /// It cannot be read, is damaged, or a newer program wrote it.
+    /// If it cannot be read, is damaged, or another version of the program wrote it.
     pub fn state(&self) -> Result<State, StoreError> {
         let path = self.folder.join(STATE);
         let size = match fs::metadata(&path) {
@@ -196,7 +216,7 @@ impl Store {
     /// Reads a model's file.
     ///
     /// # Errors
-    /// It cannot be read, or its SHA-256 is another.
+    /// If it cannot be read, or has another SHA-256.
     pub fn read(&self, slot: &Identity) -> Result<Vec<u8>, StoreError> {
         let path = self.slot_file(slot);
         let bytes = archive::read_file(&path).map_err(|source| StoreError::Archive { path: path.clone(), source })?;
@@ -206,7 +226,7 @@ impl Store {
         }
     }
 
-    /// Path of a model's file.
+    /// Returns the path of a model's file.
     pub fn slot_file(&self, slot: &Identity) -> PathBuf {
         self.folder.join(SLOTS).join(format!("{}.bloom", slot.sha256))
     }
@@ -214,7 +234,7 @@ impl Store {
     /// Writes a model and puts it on trial, in place of one that is on trial.
     ///
     /// # Errors
-    /// The model or the state cannot be written; the store is as before then.
+    /// If the model or the state cannot be written; the store is then unchanged.
     pub fn start_trial(&self, slot: Identity, bytes: &[u8], phase: Phase) -> Result<State, StoreError> {
         self.create_folders()?;
         let _lock = self.lock()?;

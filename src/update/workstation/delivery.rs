@@ -96,7 +96,7 @@ impl DeliveryStatus {
     }
 }
 
-/// DeliveryOutcome of a delivery.
+/// The outcome of a delivery.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeliveryOutcome {
     /// Final status.
@@ -155,9 +155,9 @@ pub struct Delivery {
     next_offer_at: Instant,
     /// Interval after the next offer.
     offer_interval: Duration,
-    /// Number of successive stalls: chunks were sent, and none arrived.
+    /// Number of successive stalls: chunks were sent, and no chunk arrived.
     stalls: u32,
-    /// How many times the device has lost the chunks that it had.
+    /// Number of times that the device has lost the received chunks.
     restarts: u32,
 }
 

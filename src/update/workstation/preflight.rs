@@ -14,7 +14,12 @@ pub enum Incompatible {
     #[error(
         "the model requires the backbone {required}, the device has {found}; a bundle can include its own (train --embed-backbone)"
     )]
-    Network { required: String, found: String },
+    Network {
+        /// Name and SHA-256 of the backbone that the model was trained on.
+        required: String,
+        /// Name and SHA-256 of the device's backbone.
+        found: String,
+    },
     /// The model is worse than the active one; `force` overrides this.
     #[error("{0}; --force sends it anyway")]
     Downgrade(Downgrade),
@@ -25,16 +30,31 @@ pub enum Incompatible {
 pub enum Downgrade {
     /// The version is not larger.
     #[error("version {new} is not newer than the device's {active}")]
-    Version { new: u64, active: u64 },
-    /// A class is missing.
+    Version {
+        /// Version of the new model.
+        new: u64,
+        /// Version of the active model.
+        active: u64,
+    },
+    /// A class of the active model is missing; its name.
     #[error("it lacks the class {0:?} of the device's model")]
     Class(String),
     /// The accuracy on the same dataset, 0–1, is lower.
     #[error("accuracy {new:.4} is lower than the device's {active:.4} on the same dataset")]
-    Accuracy { new: f64, active: f64 },
+    Accuracy {
+        /// Accuracy of the new model, 0–1.
+        new: f64,
+        /// Accuracy of the active model, 0–1.
+        active: f64,
+    },
     /// The accuracy on the same dataset is equal and the loss, in nats, is higher.
     #[error("loss {new:.4} is higher than the device's {active:.4} on the same dataset")]
-    Loss { new: f64, active: f64 },
+    Loss {
+        /// Loss of the new model, in nats.
+        new: f64,
+        /// Loss of the active model, in nats.
+        active: f64,
+    },
 }
 
 /// Checks that a device can use a model, and that the model is not a downgrade there unless `force` is set.

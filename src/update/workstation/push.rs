@@ -22,7 +22,7 @@ const RECONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, Default)]
 pub struct PushOptions {
     /// Number of devices that receive the model first. The others follow once these have confirmed it; after a failure no
-    /// further delivery starts. `None` sends to all devices, whatever fails.
+    /// further delivery starts. `None` sends to all devices, even after a failure.
     pub canary: Option<usize>,
     /// Checks each device and sends nothing.
     pub dry_run: bool,
@@ -76,7 +76,7 @@ pub type ProgressFn<'a> = &'a dyn Fn(&[(&str, (String, u32, u32))]);
 /// within 60 s, each unfinished delivery ends with [`DeliveryStatus::NoAnswer`].
 ///
 /// # Errors
-/// The first connection to the broker or its subscription fails.
+/// If the first connection to the broker or its subscription fails.
 pub fn push(
     access: &BrokerAccess,
     devices: Vec<Topics>,

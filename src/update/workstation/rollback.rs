@@ -28,19 +28,32 @@ pub enum RollbackError {
     Client(#[from] ClientError),
     /// `…/status` is not `online`.
     #[error("{device}: offline: expected online on {topic}")]
-    Offline { device: String, topic: String },
+    Offline {
+        /// Name of the device.
+        device: String,
+        /// Its status topic.
+        topic: String,
+    },
     /// The device is online without a valid retained `…/model`.
     #[error("{device}: online, but no valid model status is retained on {topic}")]
-    NoModelStatus { device: String, topic: String },
+    NoModelStatus {
+        /// Name of the device.
+        device: String,
+        /// Its model status topic.
+        topic: String,
+    },
     /// The device did not answer within 30 s.
     #[error("{device}: no answer within {} s", ANSWER_TIMEOUT.as_secs())]
-    NoAnswer { device: String },
+    NoAnswer {
+        /// Name of the device.
+        device: String,
+    },
 }
 
 /// Requests a rollback, signed with `key`, and waits up to 30 s for the device's answer, which may be a refusal.
 ///
 /// # Errors
-/// The broker cannot be reached, or the device is offline, retains no valid model status, or does not answer.
+/// If the broker cannot be reached, or the device is offline, retains no valid model status, or does not answer.
 pub fn rollback_device(access: &BrokerAccess, topics: &Topics, key: &PrivateKey) -> Result<Answer, RollbackError> {
     let filters = [topics.status(), topics.model(), topics.answer()];
     let mut client = Client::connect(access, &filters)?;

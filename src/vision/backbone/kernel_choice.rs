@@ -1,4 +1,4 @@
-//! The choice of the kernels that run a backbone, as a setting or an argument names it.
+//! The choice of the kernels that run a backbone, as given in a setting or an argument.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,13 +13,13 @@ pub enum KernelChoice {
     /// The fastest instruction set that the processor supports.
     #[default]
     Auto,
-    /// This instruction set.
+    /// The kernels of one instruction set.
     Isa(Isa),
     /// tract's own operators.
     Tract,
 }
 
-/// A name that is not one of [`KernelChoice::NAMES`].
+/// An error of a name that is not one of [`KernelChoice::NAMES`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{name:?}: unknown kernels, expected one of {}", KernelChoice::NAMES.join(", "))]
 pub struct UnknownKernels {
@@ -27,7 +27,7 @@ pub struct UnknownKernels {
     pub name: String,
 }
 
-/// Kernels for an instruction set that this processor lacks.
+/// An error of kernels for an instruction set that this processor lacks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("this processor lacks {}; \"auto\" would take {}", .0.name(), Isa::best().name())]
 pub struct UnsupportedKernels(pub Isa);

@@ -17,7 +17,7 @@ use tract_onnx::pb::ModelProto;
 use tract_onnx::prelude::*;
 use tract_onnx::tract_core::runtime::{DefaultRuntime, Runnable, Runtime, State, runtime_for_name};
 
-// What is only named here is linked, and with it the runtime that it registers.
+// The import links the crate, and with it the runtime that it registers.
 #[cfg(feature = "cuda")]
 use tract_cuda as _;
 
@@ -43,37 +43,111 @@ pub const FILE_BYTES_MAX: u64 = 512 << 20;
 /// An error of loading or running a backbone.
 #[derive(Debug, thiserror::Error)]
 pub enum BackboneError {
+    /// The ONNX file cannot be read.
     #[error("backbone {name}: {source}")]
-    Read { name: String, source: io::Error },
+    Read {
+        /// Path of the file.
+        name: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The ONNX file is larger than [`FILE_BYTES_MAX`].
     #[error("backbone {name}: larger than the {FILE_BYTES_MAX} bytes allowed")]
-    FileTooLarge { name: String },
+    FileTooLarge {
+        /// Path of the file.
+        name: String,
+    },
+    /// The file is not a valid ONNX model, or has no usable input or feature tensor.
     #[error("backbone {name}: {source}")]
-    Onnx { name: String, source: OnnxError },
+    Onnx {
+        /// Name of the network.
+        name: String,
+        /// The cause.
+        source: OnnxError,
+    },
+    /// The network expects another order of the input's axes than the preprocessing gives.
     #[error("backbone {name}: input layout is {actual}, expected {expected}")]
-    InputLayout { name: String, actual: &'static str, expected: &'static str },
+    InputLayout {
+        /// Name of the network.
+        name: String,
+        /// Axes of the network's input.
+        actual: &'static str,
+        /// Axes that the preprocessing gives.
+        expected: &'static str,
+    },
+    /// The network expects another input size than the preprocessing gives.
     #[error("backbone {name}: input size is {actual} pixels, expected {expected}")]
-    InputSize { name: String, actual: u32, expected: u32 },
+    InputSize {
+        /// Name of the network.
+        name: String,
+        /// Width and height of the network's input, in pixels.
+        actual: u32,
+        /// Width and height that the preprocessing gives, in pixels.
+        expected: u32,
+    },
+    /// The feature tensor has more than one axis longer than 1.
     #[error("backbone {name}: tensor `{tensor}` has shape {shape:?}, expected one vector")]
-    NotAVector { name: String, tensor: String, shape: Vec<usize> },
+    NotAVector {
+        /// Name of the network.
+        name: String,
+        /// Name of the feature tensor.
+        tensor: String,
+        /// Shape of the tensor, without the batch axis.
+        shape: Vec<usize>,
+    },
+    /// The input of the last convolution is not `[channels, height, width]`.
     #[error("backbone {name}: tensor `{tensor}` has shape {shape:?}, expected a feature map of {channels} channels")]
-    NotAFeatureMap { name: String, tensor: String, shape: Vec<usize>, channels: usize },
+    NotAFeatureMap {
+        /// Name of the network.
+        name: String,
+        /// Name of the tensor.
+        tensor: String,
+        /// Shape of the tensor, without the batch axis.
+        shape: Vec<usize>,
+        /// Input channels of the last convolution.
+        channels: usize,
+    },
+    /// The network does not end in a 1×1 convolution, ReLU6 and global average pooling.
     #[error(
         "backbone {name}: has no last convolution that can be fine-tuned: expected a 1×1 convolution, ReLU6 and global average pooling before the features"
     )]
-    NoLastConv { name: String },
-    /// Shapes are `[outputs, inputs]`.
+    NoLastConv {
+        /// Name of the network.
+        name: String,
+    },
+    /// The fine-tuned last convolution has another shape than the network's own. Shapes are `[outputs, inputs]`.
     #[error("backbone {name}: its last convolution has the shape {own:?}, the fine-tuned one {fine_tuned:?}")]
-    LastConvShape { name: String, own: [usize; 2], fine_tuned: [usize; 2] },
+    LastConvShape {
+        /// Name of the network.
+        name: String,
+        /// Shape of the network's convolution.
+        own: [usize; 2],
+        /// Shape of the fine-tuned convolution.
+        fine_tuned: [usize; 2],
+    },
+    /// The runtime cannot load or compile the network.
     #[error("backbone {name}: {reason}")]
-    Load { name: String, reason: String },
+    Load {
+        /// Name of the network.
+        name: String,
+        /// Message of the runtime.
+        reason: String,
+    },
+    /// The runtime fails to create its state or to run the network.
     #[error("backbone {name}: cannot run: {reason}")]
-    Run { name: String, reason: String },
+    Run {
+        /// Name of the network.
+        name: String,
+        /// Message of the runtime.
+        reason: String,
+    },
 }
 
 /// The device that runs a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Device {
+    /// The processor.
     Cpu,
     /// The first NVIDIA GPU, with tract's CUDA runtime; requires the cargo feature `cuda`.
     Cuda,
@@ -145,7 +219,7 @@ pub struct Session {
 
 enum Runner {
     Tract(Box<dyn State>),
-    Kernels { net: CompiledNet, workspace: Workspace },
+    Kernels { net: CompiledNet, workspace: Box<Workspace> },
 }
 
 impl Network {
@@ -383,7 +457,7 @@ impl Backbone {
         let failed = |e| BackboneError::Run { name: self.name.clone(), reason: format!("{e:#}") };
         let runner = match &self.plan {
             Plan::Tract(plan) => Runner::Tract(plan.spawn().map_err(failed)?),
-            Plan::Kernels(net) => Runner::Kernels { net: net.clone(), workspace: Workspace::default() },
+            Plan::Kernels(net) => Runner::Kernels { net: net.clone(), workspace: Box::default() },
         };
         Ok(Session {
             name: self.name.clone(),
@@ -460,7 +534,7 @@ impl Session {
         self.cpu_time
     }
 
-    /// Returns the cost of each layer, with the times of the last image, if the kernels compute the whole network; otherwise nothing.
+    /// Returns the cost of each layer, with the times of the last image, if the kernels compute the whole network; otherwise empty.
     pub fn layer_profiles(&self) -> Vec<LayerProfile> {
         match &self.runner {
             Runner::Kernels { net, workspace } => net.profile(workspace),

@@ -17,6 +17,7 @@ use crate::vision::preprocess::TensorLayout;
 pub struct ModelInfo {
     /// Name of the input tensor.
     pub input: String,
+    /// Order of the axes of the input tensor.
     pub layout: TensorLayout,
     /// Width and height of the input, in pixels; `None` if they are dynamic.
     pub size: Option<u32>,
@@ -25,7 +26,7 @@ pub struct ModelInfo {
     /// Parameters up to that tensor. The bias of a convolution counts four times: it is a folded batch normalisation with
     /// four parameters per channel.
     pub parameters: usize,
-    /// `None` if the graph does not end in such a convolution.
+    /// The last convolution; `None` if the graph does not end in one that can be fine-tuned.
     pub last_conv: Option<LastConv>,
 }
 
@@ -34,6 +35,7 @@ pub struct ModelInfo {
 pub struct LastConv {
     /// Name of its input tensor, the feature map.
     pub input: String,
+    /// Its weights and biases.
     pub weights: LastConvWeights,
     weight_name: String,
     bias_name: String,
@@ -42,19 +44,30 @@ pub struct LastConv {
 /// An error of an ONNX model.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OnnxError {
+    /// The file is not a valid ONNX protobuf; the parser's message.
     #[error("{0}")]
     Parse(String),
+    /// The model has no graph.
     #[error("not an ONNX model: no graph")]
     NoGraph,
+    /// The graph has no input, or more than one; the number of inputs.
     #[error("{0} inputs, expected one")]
     InputCount(usize),
+    /// The input is not a tensor; its name.
     #[error("input `{0}` is not a tensor")]
     InputType(String),
-    /// `None` is a dynamic dimension.
+    /// The input is not one square image with three channels.
     #[error("input `{name}` has shape {shape:?}, expected [N, 3, size, size] or [N, size, size, 3]")]
-    InputShape { name: String, shape: Vec<Option<i64>> },
+    InputShape {
+        /// Name of the input.
+        name: String,
+        /// Shape of the input; `None` is a dynamic dimension.
+        shape: Vec<Option<i64>>,
+    },
+    /// No node computes the requested feature tensor; its name.
     #[error("no tensor `{0}`")]
     NoTensor(String),
+    /// No feature tensor is requested, and the graph has no default one.
     #[error("no output `{FEATURES}`, Gemm or MatMul; name the feature tensor")]
     NoFeature,
 }
