@@ -1,6 +1,6 @@
-//! A push over loopback: how long until a model is confirmed, and the longest gap between two predictions meanwhile.
+//! Measures a push over loopback: the time until the model is confirmed and the longest gap between two predictions.
 //!
-//! A mosquitto, and a daemon that replays five frames a second, as the defaults have it.
+//! Runs mosquitto and a daemon that replays five frames a second, as by default.
 
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
@@ -33,11 +33,11 @@ fn main() {
     let daemon = Daemon::prepare(config).unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let daemon = std::thread::spawn(move || {
-        let ended = async {
+        let stop_requested = async {
             drop(stopped.await);
             StopReason::Stop
         };
-        daemon.run(ended, Box::new(move |_| classified.try_send(Instant::now()).unwrap())).unwrap();
+        daemon.run(stop_requested, Box::new(move |_| classified.try_send(Instant::now()).unwrap())).unwrap();
     });
     predictions.recv().unwrap();
 
@@ -59,12 +59,12 @@ fn main() {
             let payload = payload(version, change, &key);
             bytes = payload.bytes.len();
             while predictions.try_recv().is_ok() {}
-            let began = Instant::now();
+            let start = Instant::now();
             let report =
                 push(&BrokerAccess::local(port), vec![topics.clone()], &payload, &PushOptions::default(), &|_| {})
                     .unwrap();
             assert!(report.is_good(), "{report}");
-            times.push(began.elapsed());
+            times.push(start.elapsed());
             let frames: Vec<Instant> = predictions.try_iter().collect();
             gaps.push(frames.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default());
         }
@@ -79,11 +79,11 @@ fn main() {
     broker.wait().unwrap();
 }
 
-/// Returns the built-in model with a higher version and this change; its self-test is recorded anew.
-fn payload(newer: u64, change: fn(&mut Manifest, &mut Contents), key: &PrivateKey) -> PushPayload {
+/// Returns the built-in model with this change and a new self-test; its version is higher by `version_increment`.
+fn payload(version_increment: u64, change: fn(&mut Manifest, &mut Contents), key: &PrivateKey) -> PushPayload {
     let built_in = Bundle::built_in().unwrap();
     let (mut manifest, mut contents) = (built_in.manifest().clone(), built_in.contents().clone());
-    manifest.version += newer;
+    manifest.version += version_increment;
     change(&mut manifest, &mut contents);
     let (features, images) = contents.self_test.take().unwrap().into_inputs();
     let mut bundle = Bundle::new(manifest, contents);
@@ -118,9 +118,9 @@ fn mosquitto() -> (u16, Child) {
     let program = if debian.is_file() { debian } else { Path::new("mosquitto") };
     let broker = Command::new(program).args(["-p", &port.to_string()]).stderr(Stdio::null()).spawn();
     let broker = broker.expect("mosquitto starts; `make setup` installs it");
-    let began = Instant::now();
+    let start = Instant::now();
     while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-        assert!(began.elapsed() < Duration::from_secs(10), "mosquitto does not listen");
+        assert!(start.elapsed() < Duration::from_secs(10), "mosquitto does not listen");
         std::thread::sleep(Duration::from_millis(5));
     }
     (port, broker)

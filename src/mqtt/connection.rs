@@ -1,17 +1,37 @@
 //! One connection to the broker: its client and the messages in flight on it.
 
 use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
 
 use rumqttc::{AsyncClient, ConnectionError, Event, EventLoop, LastWill, Outgoing, Packet, QoS};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tracing::{debug, error};
 
-use super::access::reason;
-use super::device_client::{ConnectionOptions, INCOMING_BYTES_MAX, PUBLISH_OVERHEAD};
+use super::access::{BrokerAccess, reason};
 use super::message::OFFLINE;
 use super::outbox::Sequence;
 use super::topics::Topics;
+
+/// The largest packet from the broker, in bytes; a larger one breaks the connection.
+pub const INCOMING_BYTES_MAX: usize = 1 << 20;
+/// The most bytes of an MQTT PUBLISH packet beside topic and payload.
+pub const PUBLISH_OVERHEAD: usize = 16;
+
+/// Options of a device's connections.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConnectionOptions {
+    /// The broker.
+    pub access: BrokerAccess,
+    /// Wait before the first reconnect; it doubles with each failure.
+    pub reconnect_min: Duration,
+    /// The longest wait before a reconnect.
+    pub reconnect_max: Duration,
+    /// The most unacknowledged events.
+    pub inflight_max: u16,
+    /// The longest wait for the last acknowledgements when the client stops.
+    pub shutdown_timeout: Duration,
+}
 
 /// The most messages in flight besides events: announcements, answers, the state, the status.
 const OTHERS_MAX: u16 = 24;

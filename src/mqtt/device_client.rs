@@ -13,8 +13,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, warn};
 
-use super::access::BrokerAccess;
-use super::connection::{Connection, Disconnected, InFlight};
+use super::connection::{Connection, ConnectionOptions, Disconnected, InFlight};
 use super::discovery;
 use super::message::{Encoder, OFFLINE, ONLINE};
 use super::outbox::{Entry, Outbox, Sequence};
@@ -24,26 +23,6 @@ use crate::decide::Observation;
 use crate::system::Counters;
 use crate::vision::Labels;
 use crate::vision_stage::Setting;
-
-/// The largest packet from the broker, in bytes; a larger one breaks the connection.
-pub const INCOMING_BYTES_MAX: usize = 1 << 20;
-/// The most bytes of an MQTT PUBLISH packet beside topic and payload.
-pub const PUBLISH_OVERHEAD: usize = 16;
-
-/// Options of a device's connections.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ConnectionOptions {
-    /// The broker.
-    pub access: BrokerAccess,
-    /// Wait before the first reconnect; it doubles with each failure.
-    pub reconnect_min: Duration,
-    /// The longest wait before a reconnect.
-    pub reconnect_max: Duration,
-    /// The most unacknowledged events.
-    pub inflight_max: u16,
-    /// The longest wait for the last acknowledgements when the client stops.
-    pub shutdown_timeout: Duration,
-}
 
 /// The retained messages about a model. They are published when the version of the newest observation is theirs.
 #[derive(Debug, Clone, PartialEq)]

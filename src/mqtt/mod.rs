@@ -3,7 +3,7 @@
 
 pub mod access;
 pub mod client;
-mod connection;
+pub mod connection;
 pub mod device_client;
 pub mod discovery;
 pub mod events;
@@ -13,6 +13,7 @@ pub mod setting;
 pub mod topics;
 
 pub use access::BrokerAccess;
-pub use device_client::{Command, ConnectionOptions, DeviceClient, ModelAnnouncement};
+pub use connection::ConnectionOptions;
+pub use device_client::{Command, DeviceClient, ModelAnnouncement};
 pub use outbox::Outbox;
 pub use topics::{DeviceName, Topics};

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::mqtt::device_client::{INCOMING_BYTES_MAX, PUBLISH_OVERHEAD};
+use crate::mqtt::connection::{INCOMING_BYTES_MAX, PUBLISH_OVERHEAD};
 use crate::mqtt::message::SCHEMA;
 use crate::system::hash::sha256_hex;
 use crate::update::protocol::{Offer, Progress};

@@ -1,4 +1,4 @@
-//! Other networks: real ones and true graphs, which `make backbones` puts into `target/backbones`.
+//! Other backbones than the built-in one: the files that `make backbones` puts into `target/backbones`.
 
 use std::fs;
 use std::io::Write;
@@ -7,20 +7,20 @@ use std::path::{Path, PathBuf};
 use super::tools::{bloomcast, failure, json, of_class, output, photographs};
 use super::workstation::dataset;
 
-/// A network that `make backbones` made; says that the test is skipped where it is not there.
+/// Returns the path of a network from `make backbones`; if it is missing, prints that the test is skipped.
 pub fn network(test: &str, file: &str) -> Option<PathBuf> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/backbones").join(file);
     if path.is_file() {
         return Some(path);
     }
     let make = if file.starts_with("keras") { "make backbones-keras" } else { "make backbones" };
-    // Past the capture of a test's output.
+    // `writeln!` to standard error bypasses the capture of the test's output.
     let _ = writeln!(std::io::stderr(), "\nskipped: {test}: no target/backbones/{file}; `{make}` makes it");
     None
 }
 
 #[test]
-fn a_graph_tells_where_its_features_are() {
+fn backbone_inspect_finds_the_feature_tensor_and_layout() {
     let cases = [
         ("efficientnet_lite0.onnx", "flatten", 1280, "channels × height", true),
         ("efficientnet_lite0_channels_last.onnx", "flatten", 1280, "width × channels", true),
@@ -30,7 +30,10 @@ fn a_graph_tells_where_its_features_are() {
         ("keras_xception.onnx", "Mean_Squeeze", 2048, "width × channels", false),
     ];
     for (file, feature, width, layout, fine_tunes) in cases {
-        let Some(path) = network(&format!("a_graph_tells_where_its_features_are ({file})"), file) else { continue };
+        let Some(path) = network(&format!("backbone_inspect_finds_the_feature_tensor_and_layout ({file})"), file)
+        else {
+            continue;
+        };
         let found =
             json(bloomcast().args(["backbone", "inspect", "--json", "--preprocess", "keras", "--backbone"]).arg(&path));
         assert_eq!(found["width"], width, "{file}");
@@ -43,8 +46,8 @@ fn a_graph_tells_where_its_features_are() {
 }
 
 #[test]
-fn a_model_on_another_network_works_with_it_and_is_refused_without() {
-    let test = "a_model_on_another_network_works_with_it_and_is_refused_without";
+fn a_model_for_another_backbone_needs_that_backbone_unless_embedded() {
+    let test = "a_model_for_another_backbone_needs_that_backbone_unless_embedded";
     let Some(folder) = photographs(test) else { return };
     let Some(efficientnet) = network(test, "efficientnet_lite0.onnx") else { return };
     let dir = tempfile::tempdir().unwrap();
@@ -59,19 +62,19 @@ fn a_model_on_another_network_works_with_it_and_is_refused_without() {
             .args(flags)
             .arg("--backbone")
             .arg(&efficientnet);
-        let done = output(&mut command);
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let result = output(&mut command);
+        assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
         path(out).join("model.bloom")
     };
     let frozen = train("frozen", &["--recipe", "frozen"]);
-    let carried = train("carried", &["--recipe", "last-conv", "--embed-backbone"]);
+    let embedded = train("embedded", &["--recipe", "last-conv", "--embed-backbone"]);
     let image = of_class(&path("val"), "roses", 1).remove(0);
     let classify = |model: &Path| {
         let mut command = bloomcast();
         command.args(["classify", "--json"]).arg(&image).arg("--model").arg(model);
         command
     };
-    // The network inside the program is another one.
+    // The program's built-in backbone is another network.
     let (code, text) = failure(&mut classify(&frozen));
     let expected =
         "was made for the backbone efficientnet_lite0 (sha256 e17627873684…), this one is mobilenet_v2_1.0_224";
@@ -82,7 +85,7 @@ fn a_model_on_another_network_works_with_it_and_is_refused_without() {
     let (code, text) = failure(bloomcast().args(run));
     assert!(code == 78 && text.contains(expected), "{code} {text}");
     assert_eq!(json(classify(&frozen).arg("--backbone").arg(&efficientnet)).as_array().unwrap().len(), 1);
-    assert_eq!(json(&mut classify(&carried)).as_array().unwrap().len(), 1);
+    assert_eq!(json(&mut classify(&embedded)).as_array().unwrap().len(), 1);
     let evaluate = |model: &Path, flags: &[&Path]| {
         let mut command = bloomcast();
         command.arg("evaluate").arg(path("val")).arg("--json").arg("--model").arg(model);
@@ -92,20 +95,20 @@ fn a_model_on_another_network_works_with_it_and_is_refused_without() {
         json(&mut command)["accuracy"].as_f64().unwrap()
     };
     assert!(evaluate(&frozen, &[&efficientnet]) > 0.7);
-    assert!(evaluate(&carried, &[]) > 0.7);
+    assert!(evaluate(&embedded, &[]) > 0.7);
 }
 
 #[test]
-fn the_same_network_gives_the_same_model_with_its_channels_first_and_last() {
-    let test = "the_same_network_gives_the_same_model_with_its_channels_first_and_last";
+fn channels_first_and_channels_last_graphs_train_the_same_model() {
+    let test = "channels_first_and_channels_last_graphs_train_the_same_model";
     let Some(folder) = photographs(test) else { return };
-    let Some(first) = network(test, "efficientnet_lite0.onnx") else { return };
-    let Some(last) = network(test, "efficientnet_lite0_channels_last.onnx") else { return };
+    let Some(nchw) = network(test, "efficientnet_lite0.onnx") else { return };
+    let Some(nhwc) = network(test, "efficientnet_lite0_channels_last.onnx") else { return };
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     dataset(&folder, &path("train"), 0, 8);
     dataset(&folder, &path("val"), 8, 4);
-    let figures = |out: &str, network: &Path, flags: &[&str]| {
+    let validation_metrics = |out: &str, network: &Path, flags: &[&str]| {
         let mut command = bloomcast();
         command
             .arg("train")
@@ -116,25 +119,27 @@ fn the_same_network_gives_the_same_model_with_its_channels_first_and_last() {
             .arg("--out")
             .arg(path(out));
         command.args(["--recipe", "frozen", "--epochs", "5"]).args(flags).arg("--backbone").arg(network);
-        let done = output(&mut command);
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let result = output(&mut command);
+        assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
         let metrics: serde_json::Value =
             serde_json::from_slice(&fs::read(path(out).join("metrics.json")).unwrap()).unwrap();
         metrics["val"].clone()
     };
-    // One is known by its hash, the other is not: both are told the same.
-    let (one, other) =
-        (figures("first", &first, &["--preprocess", "keras"]), figures("last", &last, &["--preprocess", "keras"]));
-    assert_eq!(one["confusion"], other["confusion"]);
-    let off = one["loss"].as_f64().unwrap() - other["loss"].as_f64().unwrap();
-    assert!(off.abs() < 1e-5, "the loss differs by {off}");
-    let (code, text) = failure(bloomcast().args(["train", "x", "--out", "y", "--backbone"]).arg(&last));
+    // The program recognises only one of them by its hash; --preprocess sets the same preprocessing for both.
+    let (first, last) = (
+        validation_metrics("first", &nchw, &["--preprocess", "keras"]),
+        validation_metrics("last", &nhwc, &["--preprocess", "keras"]),
+    );
+    assert_eq!(first["confusion"], last["confusion"]);
+    let difference = first["loss"].as_f64().unwrap() - last["loss"].as_f64().unwrap();
+    assert!(difference.abs() < 1e-5, "the loss differs by {difference}");
+    let (code, text) = failure(bloomcast().args(["train", "x", "--out", "y", "--backbone"]).arg(&nhwc));
     assert!(code == 1 && text.contains("set its normalization with --preprocess"), "{text}");
 }
 
 #[test]
-fn a_network_without_a_last_convolution_cannot_be_fine_tuned_and_nothing_is_written() {
-    let test = "a_network_without_a_last_convolution_cannot_be_fine_tuned_and_nothing_is_written";
+fn rejects_fine_tuning_without_a_last_convolution_and_writes_nothing() {
+    let test = "rejects_fine_tuning_without_a_last_convolution_and_writes_nothing";
     let Some(folder) = photographs(test) else { return };
     let Some(resnet) = network(test, "light_resnet50.onnx") else { return };
     let dir = tempfile::tempdir().unwrap();
@@ -148,8 +153,8 @@ fn a_network_without_a_last_convolution_cannot_be_fine_tuned_and_nothing_is_writ
 }
 
 #[test]
-fn a_head_is_trained_on_another_kind_of_network() {
-    let test = "a_head_is_trained_on_another_kind_of_network";
+fn trains_a_head_on_a_backbone_without_a_last_convolution() {
+    let test = "trains_a_head_on_a_backbone_without_a_last_convolution";
     let Some(folder) = photographs(test) else { return };
     let Some(resnet) = network(test, "keras_resnet50.onnx") else { return };
     let dir = tempfile::tempdir().unwrap();
@@ -159,8 +164,8 @@ fn a_head_is_trained_on_another_kind_of_network() {
     let mut command = bloomcast();
     command.arg("train").arg(path("train")).arg("--val").arg(path("val")).arg("--out").arg(path("run"));
     command.args(["--recipe", "frozen", "--epochs", "5", "--preprocess", "keras", "--no-cache", "--backbone"]);
-    let done = output(command.arg(&resnet));
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let result = output(command.arg(&resnet));
+    assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
     let report = fs::read_to_string(path("run/report.html")).unwrap();
     assert!(report.contains("does not end in a 1×1 convolution and a mean"));
     let mut command = bloomcast();

@@ -1,4 +1,4 @@
-//! Brokers that can be killed.
+//! Brokers as child processes, which a test can stop and kill.
 
 use std::fs;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::process::Command;
 
 use super::tools::{Process, free_port, output, wait_for_port};
 
-/// A mosquitto of the test's own, on a port of its own, whose sessions survive its death.
+/// A mosquitto process on a free port. Its sessions are persistent and survive a kill.
 pub struct Mosquitto {
     pub port: u16,
     dir: tempfile::TempDir,
@@ -14,7 +14,7 @@ pub struct Mosquitto {
 }
 
 impl Mosquitto {
-    /// Prepared, not started. With `password`, only the user `pi` is let in.
+    /// Writes the configuration without starting the broker. With `password`, only the user `pi` may connect.
     pub fn prepare(password: Option<&str>) -> Self {
         match password {
             None => Self::with_access(&[], "allow_anonymous true"),
@@ -22,8 +22,8 @@ impl Mosquitto {
         }
     }
 
-    /// Started, with `docs/mosquitto.acl` and these users, whose passwords are their names.
-    pub fn guarded(users: &[&str]) -> Self {
+    /// Starts a broker with `docs/mosquitto.acl` and these users; each password equals the user name.
+    pub fn with_acl(users: &[&str]) -> Self {
         let acl = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs/mosquitto.acl");
         let users: Vec<(&str, &str)> = users.iter().map(|user| (*user, *user)).collect();
         let mut broker = Self::with_access(&users, &format!("allow_anonymous false\nacl_file {}", acl.display()));
@@ -31,8 +31,8 @@ impl Mosquitto {
         broker
     }
 
-    /// Started, and takes no larger messages.
-    pub fn limited(limit: &str) -> Self {
+    /// Starts a broker with this line of configuration, which limits the size of messages.
+    pub fn with_limit(limit: &str) -> Self {
         let mut broker = Self::with_access(&[], &format!("allow_anonymous true\n{limit}"));
         broker.start();
         broker
@@ -43,8 +43,8 @@ impl Mosquitto {
         let passwords = dir.path().join("passwords");
         fs::write(&passwords, "").unwrap();
         for (user, password) in users {
-            let made = output(Command::new("mosquitto_passwd").arg("-b").arg(&passwords).args([user, password]));
-            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+            let created = output(Command::new("mosquitto_passwd").arg("-b").arg(&passwords).args([user, password]));
+            assert!(created.status.success(), "{}", String::from_utf8_lossy(&created.stderr));
         }
         let passwords =
             if users.is_empty() { String::new() } else { format!("password_file {}\n", passwords.display()) };
@@ -77,13 +77,13 @@ impl Mosquitto {
     }
 }
 
-/// Debian puts it where an ordinary user's path does not look.
+/// Returns mosquitto's path: Debian installs it in a folder that is not in an ordinary user's `PATH`.
 fn mosquitto() -> PathBuf {
     let debian = PathBuf::from("/usr/sbin/mosquitto");
     if debian.is_file() { debian } else { "mosquitto".into() }
 }
 
-/// The demo's broker in a process of its own.
+/// The demo's broker (`examples/broker.rs`) as a child process.
 pub struct Rumqttd {
     pub port: u16,
     process: Option<Process>,

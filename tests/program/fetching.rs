@@ -1,4 +1,4 @@
-//! Downloads, from a web server that misbehaves.
+//! Downloads from a web server that closes connections early or serves the wrong file.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use bloomcast::system::hash::sha256_hex;
 use super::http::Server;
 use super::tools::{bloomcast, failure, output};
 
-/// A small flower_photos.tgz: two classes, and the licence beside them.
+/// Returns a small flower_photos.tgz with two classes and the licence.
 fn archive() -> Vec<u8> {
     let mut tar = tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
     let mut put = |name: &str, content: &[u8]| {
@@ -18,7 +18,7 @@ fn archive() -> Vec<u8> {
     };
     put("LICENSE.txt", b"CC-BY");
     for i in 0..20u8 {
-        // What can hardly be packed, so that the archive is about as long as its photographs.
+        // Hexadecimal digests hardly compress, so that the archive is long enough to interrupt its download.
         let noise: String = (0..60u8).map(|n| sha256_hex(&[i, n])).collect();
         put(&format!("{}/{i}.jpg", if i % 2 == 0 { "daisy" } else { "tulips" }), noise.as_bytes());
     }
@@ -33,68 +33,68 @@ fn fetch(server: &Server, bytes: &[u8], sha256: &str, to: &std::path::Path) -> s
 }
 
 #[test]
-fn a_broken_download_goes_on_where_it_ended() {
+fn resumes_an_interrupted_download() {
     let archive = archive();
     assert!(archive.len() > 20_000);
     let dir = tempfile::tempdir().unwrap();
     let to = dir.path().join("photos");
     let server = Server::start(archive.clone(), &[9_000, 5_000], true);
-    let done = output(&mut fetch(&server, &archive, &sha256_hex(&archive), &to));
-    let text = String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success(), "{text}");
-    let said = String::from_utf8(done.stdout).unwrap();
-    assert!(said.ends_with("photos: 20 photographs of daisy, tulips\n"), "the licence is no class: {said}");
-    let began = server.began();
-    assert_eq!(began.len(), 3);
-    assert!(began[0] == 0 && began[1] > 0 && began[2] > began[1], "{began:?}");
+    let result = output(&mut fetch(&server, &archive, &sha256_hex(&archive), &to));
+    let text = String::from_utf8_lossy(&result.stderr);
+    assert!(result.status.success(), "{text}");
+    let stdout = String::from_utf8(result.stdout).unwrap();
+    assert!(stdout.ends_with("photos: 20 photographs of daisy, tulips\n"), "the licence is not a class: {stdout}");
+    let offsets = server.offsets();
+    assert_eq!(offsets.len(), 3);
+    assert!(offsets[0] == 0 && offsets[1] > 0 && offsets[2] > offsets[1], "{offsets:?}");
     assert_eq!(fs::read(to.join("LICENSE.txt")).unwrap(), b"CC-BY");
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside the folder");
-    // A folder that is there is not fetched again.
+    // An existing folder is not downloaded again.
     assert!(output(&mut fetch(&server, &archive, "other", &to)).status.success());
-    assert_eq!(server.began().len(), 3);
+    assert_eq!(server.offsets().len(), 3);
 }
 
 #[test]
-fn what_came_is_kept_for_the_next_call_and_a_server_without_parts_begins_anew() {
+fn keeps_a_partial_download_and_restarts_it_without_range_support() {
     let archive = archive();
     let dir = tempfile::tempdir().unwrap();
     let to = dir.path().join("photos");
-    // Nothing comes the second time: it gives up, and keeps what it has.
+    // The second response is empty: the command fails and keeps the partial file.
     let server = Server::start(archive.clone(), &[9_000, 0], true);
     let (code, text) = failure(&mut fetch(&server, &archive, &sha256_hex(&archive), &to));
     assert!(code == 1 && text.contains(&server.url), "{text}");
     let kept = fs::metadata(dir.path().join("photos.fetched.tgz.part")).unwrap().len();
     assert!((1..=9_000).contains(&kept), "{kept}");
     assert!(!to.exists());
-    let whole = Server::start(archive.clone(), &[], false);
-    let done = output(&mut fetch(&whole, &archive, &sha256_hex(&archive), &to));
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let without_ranges = Server::start(archive.clone(), &[], false);
+    let result = output(&mut fetch(&without_ranges, &archive, &sha256_hex(&archive), &to));
+    assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
     assert_eq!(fs::read_dir(to.join("daisy")).unwrap().count(), 10);
 }
 
 #[test]
-fn the_beginning_of_another_file_is_forgotten() {
+fn discards_a_partial_download_of_another_file() {
     let archive = archive();
     let dir = tempfile::tempdir().unwrap();
     let (to, part) = (dir.path().join("photos"), dir.path().join("photos.fetched.tgz.part"));
-    // Of another file, shorter and longer than the one that is wanted.
-    for there in [vec![7; 500], vec![7; archive.len() + 500]] {
-        fs::write(&part, there).unwrap();
+    // Partial files of another archive, shorter and longer than the expected one.
+    for stale in [vec![7; 500], vec![7; archive.len() + 500]] {
+        fs::write(&part, stale).unwrap();
         let server = Server::start(archive.clone(), &[], true);
-        let done = output(&mut fetch(&server, &archive, &sha256_hex(&archive).to_uppercase(), &to));
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-        assert_eq!(server.began().last(), Some(&0), "from the beginning");
+        let result = output(&mut fetch(&server, &archive, &sha256_hex(&archive).to_uppercase(), &to));
+        assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+        assert_eq!(server.offsets().last(), Some(&0), "from the beginning");
         fs::remove_dir_all(&to).unwrap();
     }
-    let held = fs::File::create(&part).unwrap();
-    held.lock().unwrap();
+    let locked = fs::File::create(&part).unwrap();
+    locked.lock().unwrap();
     let server = Server::start(archive.clone(), &[], true);
     let (code, text) = failure(&mut fetch(&server, &archive, &sha256_hex(&archive), &to));
     assert!(code == 1 && text.contains("photos.fetched.tgz.part: another download writes it"), "{text}");
 }
 
 #[test]
-fn another_file_than_expected_is_refused_and_deleted() {
+fn rejects_and_deletes_a_file_with_the_wrong_hash() {
     let archive = archive();
     let dir = tempfile::tempdir().unwrap();
     let to = dir.path().join("photos");

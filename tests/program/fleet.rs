@@ -1,4 +1,4 @@
-//! Models that are pushed, refused, tried, confirmed, taken back: real brokers, real daemons, real signals.
+//! Model updates: push, refusal, trial, confirmation and rollback, with real brokers, daemons and signals.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,9 +22,9 @@ use serde_json::{Value, json};
 
 use super::broker::Mosquitto;
 use super::mqtt::Listener;
-use super::tools::{PATIENCE, Process, bloomcast, clear, failure, list, output, photographs};
+use super::tools::{Process, TIMEOUT, bloomcast, confident_photographs, failure, output, photographs, replay_list};
 
-/// Someone with a key, and models to sign.
+/// A signing key, and the folder with its public key and the bundles that it signs.
 struct Trainer {
     dir: tempfile::TempDir,
     key: PrivateKey,
@@ -38,7 +38,7 @@ impl Trainer {
         Trainer { key: PrivateKey::read(&key).unwrap(), dir }
     }
 
-    /// The folder that devices find the public key in.
+    /// Returns the setting that makes a device trust this key.
     fn keys(&self) -> String {
         format!("model.trusted_keys={}", self.dir.path().display())
     }
@@ -47,37 +47,38 @@ impl Trainer {
         self.dir.path().join("trainer.key")
     }
 
-    /// The built-in model, `newer` versions newer, with this change.
-    fn bytes(&self, newer: u64, change: impl FnOnce(&mut Manifest, &mut Contents)) -> Vec<u8> {
-        sign("made", &made(newer, change), &self.key).unwrap()
+    /// Returns the signed built-in model with this change; its version is higher by `version_increment`.
+    fn bytes(&self, version_increment: u64, change: impl FnOnce(&mut Manifest, &mut Contents)) -> Vec<u8> {
+        sign("made", &unsigned_bundle(version_increment, change), &self.key).unwrap()
     }
 
-    fn file(&self, newer: u64, change: impl FnOnce(&mut Manifest, &mut Contents)) -> PathBuf {
-        let path = self.dir.path().join(format!("m{newer}.bloom"));
-        fs::write(&path, self.bytes(newer, change)).unwrap();
+    fn file(&self, version_increment: u64, change: impl FnOnce(&mut Manifest, &mut Contents)) -> PathBuf {
+        let path = self.dir.path().join(format!("m{version_increment}.bloom"));
+        fs::write(&path, self.bytes(version_increment, change)).unwrap();
         path
     }
 }
 
-fn made(newer: u64, change: impl FnOnce(&mut Manifest, &mut Contents)) -> Vec<u8> {
+/// Returns the built-in model with this change, unsigned; its version is higher by `version_increment`.
+fn unsigned_bundle(version_increment: u64, change: impl FnOnce(&mut Manifest, &mut Contents)) -> Vec<u8> {
     let built_in = Bundle::built_in().unwrap();
-    let (mut manifest, mut parts) = (built_in.manifest().clone(), built_in.contents().clone());
-    manifest.version += newer;
-    change(&mut manifest, &mut parts);
-    Bundle::new(manifest, parts).to_bytes()
+    let (mut manifest, mut contents) = (built_in.manifest().clone(), built_in.contents().clone());
+    manifest.version += version_increment;
+    change(&mut manifest, &mut contents);
+    Bundle::new(manifest, contents).to_bytes()
 }
 
-fn same(_: &mut Manifest, _: &mut Contents) {}
+fn unchanged(_: &mut Manifest, _: &mut Contents) {}
 
-/// Other weights, which the self-test knows nothing of.
-fn broken(manifest: &mut Manifest, parts: &mut Contents) {
-    let head = &parts.head;
+/// Changes the weights but not the self-test, which fails.
+fn fails_self_test(manifest: &mut Manifest, contents: &mut Contents) {
+    let head = &contents.head;
     let bias: Vec<f32> = head.bias().iter().rev().copied().collect();
     let weight: Vec<f32> = head.weight().iter().map(|w| w * 0.9).collect();
-    parts.head = Head::new(head.width(), weight, bias, manifest.temperature).unwrap();
+    contents.head = Head::new(head.width(), weight, bias, manifest.temperature).unwrap();
 }
 
-/// The built-in model with a weight that is no number; its hashes are right.
+/// Returns the built-in model with a weight that is NaN; its hashes are correct.
 fn with_nan() -> Vec<u8> {
     let built_in = Bundle::built_in().unwrap();
     let mut manifest = built_in.manifest().clone();
@@ -93,8 +94,8 @@ fn with_nan() -> Vec<u8> {
     assemble(&manifest, &[("head.safetensors", &head)])
 }
 
-/// A tar that would leave its folder, were it unpacked there.
-fn with_a_trick() -> Vec<u8> {
+/// Returns a tar whose member has a path outside the folder that it is unpacked to.
+fn with_path_traversal() -> Vec<u8> {
     let mut header = tar::Header::new_ustar();
     header.as_old_mut().name[..16].copy_from_slice(b"../../etc/passwd");
     header.set_size(1);
@@ -104,7 +105,7 @@ fn with_a_trick() -> Vec<u8> {
     tar.into_inner().unwrap()
 }
 
-/// Where a device replays from, and its store; both outlive the process.
+/// A device's settings, replay list and store; they outlive the daemon's process.
 struct Device {
     name: &'static str,
     port: u16,
@@ -115,7 +116,7 @@ struct Device {
 
 impl Device {
     fn new(name: &'static str, port: u16, folder: &Path, trainer: &Trainer) -> Self {
-        let (images_dir, images) = list(&clear(folder, "daisy", 4));
+        let (images_dir, images) = replay_list(&confident_photographs(folder, "daisy", 4));
         let state = tempfile::tempdir().unwrap();
         let settings = vec![
             format!("device.name={name}"),
@@ -149,7 +150,7 @@ impl Device {
         daemon
     }
 
-    /// A daemon that the broker says is online: whoever pushes to it finds it there.
+    /// Starts a daemon and waits until its status on the broker is `online`, which a push requires.
     fn start(&self) -> Process {
         let daemon = self.connected();
         Listener::connect(self.port).wait(&format!("/{}/status", self.name), |status| status == "online");
@@ -160,7 +161,7 @@ impl Device {
         self.state.path().join("store")
     }
 
-    /// What lies in the store, by name.
+    /// Returns the names of the store's files, but for `state.json`.
     fn files(&self) -> Vec<String> {
         let mut files = Vec::new();
         for folder in [self.store(), self.store().join("slots")] {
@@ -171,19 +172,19 @@ impl Device {
         files
     }
 
-    /// What is retained on its `…/model`, which is of this life once it says that it is online.
-    fn note(&self) -> Value {
+    /// Returns the message retained on `…/model`, which the current process published once the status is `online`.
+    fn model_status(&self) -> Value {
         let listener = Listener::connect(self.port);
-        let (mut online, mut note) = (false, None);
-        while !online || note.is_none() {
+        let (mut online, mut model_status) = (false, None);
+        while !online || model_status.is_none() {
             let message = listener.next().unwrap();
             match message.topic.strip_prefix(&format!("bloomcast/{}/", self.name)) {
                 Some("status") => online = message.payload == b"online",
-                Some("model") => note = Some(serde_json::from_slice(&message.payload).unwrap()),
+                Some("model") => model_status = Some(serde_json::from_slice(&message.payload).unwrap()),
                 _ => {}
             }
         }
-        note.unwrap()
+        model_status.unwrap()
     }
 }
 
@@ -191,7 +192,7 @@ fn topics(device: &str) -> Topics {
     Topics::new("bloomcast", "homeassistant", DeviceName::new(device).unwrap())
 }
 
-/// The program's own `push`.
+/// Returns the command `bloomcast push`.
 fn push_command(port: u16, bundle: &Path, trainer: &Trainer, arguments: &[&str]) -> Command {
     let mut command = bloomcast();
     command.arg("push").arg(bundle).args(["--json", "--set", &format!("mqtt.port={port}")]);
@@ -199,8 +200,8 @@ fn push_command(port: u16, bundle: &Path, trainer: &Trainer, arguments: &[&str])
     command
 }
 
-/// What became of each device, and whether the exit code says that all is well.
-fn endings(command: &mut Command) -> (BTreeMap<String, (String, String)>, bool) {
+/// Runs a push; returns each device's delivery status and reason, and whether the exit code is 0.
+fn delivery_statuses(command: &mut Command) -> (BTreeMap<String, (String, String)>, bool) {
     let output = output(command);
     let report: Value = serde_json::from_slice(&output.stdout)
         .unwrap_or_else(|_| panic!("no JSON; {}", String::from_utf8_lossy(&output.stderr)));
@@ -210,16 +211,16 @@ fn endings(command: &mut Command) -> (BTreeMap<String, (String, String)>, bool) 
     (rows.collect(), output.status.success())
 }
 
-/// Pushes bytes that the program's own `push` would not even send.
+/// Pushes bytes that the command `push` would not send.
 fn push_bytes(port: u16, device: &str, bytes: &[u8], claim: impl FnOnce(&mut Manifest, &mut Identity)) -> PushReport {
     let mut manifest = Bundle::built_in().unwrap().manifest().clone();
     manifest.version += 1;
     let mut model = identity(&manifest, &sha256_hex(bytes));
     claim(&mut manifest, &mut model);
-    let parcel =
+    let payload =
         PushPayload { bytes: bytes.to_vec(), manifest, model, packet_bytes_max: 65_536, force: false, key: None };
     let devices = vec![topics(device)];
-    push::push(&BrokerAccess::local(port), devices, &parcel, &PushOptions::default(), &|_| {}).unwrap()
+    push::push(&BrokerAccess::local(port), devices, &payload, &PushOptions::default(), &|_| {}).unwrap()
 }
 
 fn refusal(report: &PushReport) -> String {
@@ -228,8 +229,8 @@ fn refusal(report: &PushReport) -> String {
 }
 
 #[test]
-fn a_canary_goes_first_and_what_it_refuses_reaches_no_other() {
-    let Some(folder) = photographs("a_canary_goes_first_and_what_it_refuses_reaches_no_other") else { return };
+fn push_stops_after_the_canary_refuses_the_model() {
+    let Some(folder) = photographs("push_stops_after_the_canary_refuses_the_model") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
     let names = ["pi1", "pi2", "pi3", "pi4"];
     let devices = names.map(|name| Device::new(name, broker.port, &folder, &trainer));
@@ -239,46 +240,46 @@ fn a_canary_goes_first_and_what_it_refuses_reaches_no_other() {
     listener.wait("/pi4/status", |status| status == "offline");
     let to = ["--canary", "1", "--device", "pi1", "--device", "pi2", "--device", "pi3", "--device", "pi4"];
 
-    let good = trainer.file(1, same);
-    let (ends, all) = endings(&mut push_command(broker.port, &good, &trainer, &to));
-    assert!(!all, "one device is offline");
+    let good = trainer.file(1, unchanged);
+    let (statuses, succeeded) = delivery_statuses(&mut push_command(broker.port, &good, &trainer, &to));
+    assert!(!succeeded, "one device is offline");
     for name in &names[..3] {
-        assert_eq!(ends[*name].0, "confirmed", "{ends:?}");
+        assert_eq!(statuses[*name].0, "confirmed", "{statuses:?}");
     }
-    assert_eq!(ends["pi4"].0, "offline");
-    // In the order in which the broker passed it on: the canary's last word before anybody else's offer.
-    let mut heard = Vec::new();
-    while heard.iter().filter(|(_, what)| what == "confirmed").count() < 3 {
+    assert_eq!(statuses["pi4"].0, "offline");
+    // In the broker's order, the canary's confirmation precedes every other device's offer.
+    let mut received = Vec::new();
+    while received.iter().filter(|(_, kind)| kind == "confirmed").count() < 3 {
         let message = listener.next().unwrap();
         let device = message.topic.split('/').nth(1).unwrap().to_owned();
         if message.topic.ends_with("/model/offer") {
-            heard.push((device, "offer".to_owned()));
+            received.push((device, "offer".to_owned()));
         } else if message.topic.ends_with("/model/answer") {
             let answer: Value = serde_json::from_slice(&message.payload).unwrap();
-            heard.push((device, answer["answer"].as_str().unwrap().to_owned()));
+            received.push((device, answer["answer"].as_str().unwrap().to_owned()));
         }
-        // On a busy machine somebody may ask twice.
-        heard.dedup();
+        // On a busy machine a message may be sent twice.
+        received.dedup();
     }
     let expected = [("pi1", "offer"), ("pi1", "accepted"), ("pi1", "confirmed")];
-    assert_eq!(heard[..3], expected.map(|(device, what)| (device.to_owned(), what.to_owned())));
+    assert_eq!(received[..3], expected.map(|(device, kind)| (device.to_owned(), kind.to_owned())));
     let version = Bundle::built_in().unwrap().manifest().version;
     for device in &devices[..3] {
-        let note = device.note();
+        let model_status = device.model_status();
         assert_eq!(
-            (&note["version"], &note["trial"], &note["source"]),
+            (&model_status["version"], &model_status["trial"], &model_status["source"]),
             (&json!(version + 1), &json!(false), &json!("store"))
         );
-        assert_eq!(note["previous"], "built-in");
+        assert_eq!(model_status["previous"], "built-in");
     }
 
-    let bad = trainer.file(2, broken);
-    let (ends, _) = endings(&mut push_command(broker.port, &bad, &trainer, &to));
-    assert_eq!(ends["pi1"].0, "refused");
-    assert!(ends["pi1"].1.contains("the self-test's feature vector 0: it gives"), "{ends:?}");
-    assert_eq!((ends["pi2"].0.as_str(), ends["pi3"].0.as_str()), ("stopped", "stopped"));
+    let bad = trainer.file(2, fails_self_test);
+    let (statuses, _) = delivery_statuses(&mut push_command(broker.port, &bad, &trainer, &to));
+    assert_eq!(statuses["pi1"].0, "refused");
+    assert!(statuses["pi1"].1.contains("the self-test's feature vector 0: it gives"), "{statuses:?}");
+    assert_eq!((statuses["pi2"].0.as_str(), statuses["pi3"].0.as_str()), ("stopped", "stopped"));
     for device in &devices[..3] {
-        assert_eq!(device.note()["version"], version + 1);
+        assert_eq!(device.model_status()["version"], version + 1);
         assert_eq!(device.files().len(), 1, "nothing is left behind: {:?}", device.files());
     }
     let offers = |process: &Process| process.log().matches("receiving ").count();
@@ -286,42 +287,45 @@ fn a_canary_goes_first_and_what_it_refuses_reaches_no_other() {
 }
 
 #[test]
-fn what_is_not_as_it_should_be_is_refused_and_the_old_model_decides_on() {
-    let Some(folder) = photographs("what_is_not_as_it_should_be_is_refused_and_the_old_model_decides_on") else {
+fn refuses_invalid_bundles_and_keeps_the_current_model() {
+    let Some(folder) = photographs("refuses_invalid_bundles_and_keeps_the_current_model") else {
         return;
     };
-    let (broker, trainer, stranger) = (Mosquitto::started(None), Trainer::new(), Trainer::new());
+    let (broker, trainer, untrusted) = (Mosquitto::started(None), Trainer::new(), Trainer::new());
     let device = Device::new("pi", broker.port, &folder, &trainer).with(&["decide.classes.roses.enter=0.8"]);
     let mut daemon = device.start();
     let port = broker.port;
     let reason = |bytes: &[u8]| refusal(&push_bytes(port, "pi", bytes, |_, _| {}));
 
-    assert_eq!(reason(&made(1, same)), "it is not signed");
-    assert!(reason(&stranger.bytes(1, same)).contains("which is not trusted here; trusted: trainer ("));
-    let good = trainer.bytes(1, same);
+    assert_eq!(reason(&unsigned_bundle(1, unchanged)), "it is not signed");
+    assert!(reason(&untrusted.bytes(1, unchanged)).contains("which is not trusted here; trusted: trainer ("));
+    let good = trainer.bytes(1, unchanged);
     let mut flipped = good.clone();
     flipped[good.len() / 2] ^= 1;
     assert!(reason(&flipped).contains("was altered"));
     assert!(reason(&good[..good.len() / 2]).starts_with("model offered: not a bundle"));
-    let untested = |_: &mut Manifest, parts: &mut Contents| parts.self_test = None;
+    let untested = |_: &mut Manifest, contents: &mut Contents| contents.self_test = None;
     assert!(reason(&trainer.bytes(1, untested)).contains("carries no self-test"));
     assert!(reason(&with_nan()).contains("not finite"));
-    assert!(reason(&trainer.bytes(1, broken)).contains("the self-test's feature vector"));
-    let lost_class = |manifest: &mut Manifest, _: &mut Contents| {
+    assert!(reason(&trainer.bytes(1, fails_self_test)).contains("the self-test's feature vector"));
+    let renamed_class = |manifest: &mut Manifest, _: &mut Contents| {
         let names = manifest.classes.names().iter().map(|name| name.replace("roses", "iris")).collect();
         manifest.classes = Labels::new(names).unwrap();
     };
-    let unknown_class = reason(&trainer.bytes(1, lost_class));
-    assert_eq!(unknown_class, "decide.classes = roses: the model knows daisy, dandelion, iris, sunflowers, tulips");
+    let unknown_class = reason(&trainer.bytes(1, renamed_class));
+    assert_eq!(
+        unknown_class,
+        "decide.classes: the model has no class \"roses\"; its classes are daisy, dandelion, iris, sunflowers, tulips"
+    );
     let other_network = |manifest: &mut Manifest, _: &mut Contents| manifest.backbone.sha256 = "0".repeat(64);
     assert!(reason(&trainer.bytes(1, other_network)).contains("was made for the backbone"));
     let other_preprocessing = |manifest: &mut Manifest, _: &mut Contents| manifest.preprocess.std = [0.4; 3];
     assert!(reason(&trainer.bytes(1, other_preprocessing)).contains("the self-test's picture 0"));
-    assert!(reason(&with_a_trick()).contains("../../etc/passwd: not the name of a plain file"));
+    assert!(reason(&with_path_traversal()).contains("../../etc/passwd: not the name of a plain file"));
     let giant_manifest = archive::pack([("manifest.json", vec![b' '; 1 << 20].as_slice())]);
     assert!(reason(&giant_manifest).contains("manifest.json: 1048576 bytes, expected at most"));
 
-    // What is claimed is not what comes.
+    // The bytes differ from the offer.
     let older = refusal(&push_bytes(port, "pi", &trainer.bytes(0, |m, _| m.version -= 1), |_, _| {}));
     assert!(older.contains("and was offered as"), "{older}");
     let older = push_bytes(port, "pi", &trainer.bytes(0, |m, _| m.version -= 1), |_, model| model.version -= 2);
@@ -331,16 +335,16 @@ fn what_is_not_as_it_should_be_is_refused_and_the_old_model_decides_on() {
     let large = vec![7; (16 << 20) + 1];
     assert!(reason(&large).contains("model.offer_bytes_max allows 16777216"));
 
-    assert_eq!(device.note()["version"], Bundle::built_in().unwrap().manifest().version);
+    assert_eq!(device.model_status()["version"], Bundle::built_in().unwrap().manifest().version);
     assert!(device.files().is_empty() && !device.store().join("state.json").exists(), "{:?}", device.files());
     assert!(daemon.is_running() && !daemon.log().contains("panicked"), "{}", daemon.log());
     assert_eq!(push_bytes(port, "pi", &good, |_, _| {}).devices[0].status, DeliveryStatus::Confirmed);
 }
 
 #[test]
-fn only_a_signed_order_goes_back_or_to_an_older_model() {
-    let Some(folder) = photographs("only_a_signed_order_goes_back_or_to_an_older_model") else { return };
-    let (broker, trainer, stranger) = (Mosquitto::started(None), Trainer::new(), Trainer::new());
+fn rollback_and_downgrade_require_a_signed_command() {
+    let Some(folder) = photographs("rollback_and_downgrade_require_a_signed_command") else { return };
+    let (broker, trainer, untrusted) = (Mosquitto::started(None), Trainer::new(), Trainer::new());
     let device = Device::new("pi", broker.port, &folder, &trainer);
     let _daemon = device.start();
     let version = Bundle::built_in().unwrap().manifest().version;
@@ -352,66 +356,66 @@ fn only_a_signed_order_goes_back_or_to_an_older_model() {
     };
     let push = |bundle: &Path, arguments: &[&str]| {
         let arguments = [arguments, &["--device", "pi"]].concat();
-        endings(&mut push_command(broker.port, bundle, &trainer, &arguments)).0["pi"].clone()
+        delivery_statuses(&mut push_command(broker.port, bundle, &trainer, &arguments)).0["pi"].clone()
     };
 
     let (code, text) = failure(&mut rollback(&trainer));
     assert_eq!((code, text.contains("there is no previous model")), (1, true), "{text}");
-    let (first, second) = (trainer.file(1, same), trainer.file(2, same));
+    let (first, second) = (trainer.file(1, unchanged), trainer.file(2, unchanged));
     assert_eq!(push(&first, &[]).0, "confirmed");
     assert_eq!(push(&second, &["--dry-run"]).0, "fit");
-    assert_eq!(device.note()["version"], version + 1, "a dry run sends nothing");
+    assert_eq!(device.model_status()["version"], version + 1, "a dry run sends nothing");
     assert_eq!(push(&second, &[]).0, "confirmed");
     assert_eq!(push(&second, &[]), ("confirmed".into(), "it is already active".into()));
-    assert_eq!(device.note()["previous"], format!("flowers {}", version + 1));
+    assert_eq!(device.model_status()["previous"], format!("flowers {}", version + 1));
 
-    let (_, text) = failure(&mut rollback(&stranger));
+    let (_, text) = failure(&mut rollback(&untrusted));
     assert!(text.contains("refused: the order: it is signed by the key") && text.contains("not trusted"), "{text}");
     let listener = Listener::connect(broker.port);
-    let back = output(&mut rollback(&trainer));
-    assert!(back.status.success(), "{}", String::from_utf8_lossy(&back.stderr));
-    assert_eq!(String::from_utf8(back.stdout).unwrap(), format!("pi: flowers {} is rolled back\n", version + 2));
-    assert_eq!(device.note()["version"], version + 1);
+    let rolled_back = output(&mut rollback(&trainer));
+    assert!(rolled_back.status.success(), "{}", String::from_utf8_lossy(&rolled_back.stderr));
+    assert_eq!(String::from_utf8(rolled_back.stdout).unwrap(), format!("pi: flowers {} is rolled back\n", version + 2));
+    assert_eq!(device.model_status()["version"], version + 1);
     assert_eq!(device.files().len(), 1);
-    // The same order once more.
-    let order = loop {
+    // The same command is replayed.
+    let payload = loop {
         let message = listener.next().unwrap();
         if message.topic == "bloomcast/pi/model/rollback" {
             break message.payload;
         }
     };
-    let mut again: Value = serde_json::from_slice(&order).unwrap();
-    again["transfer"] = json!("0192f3c4-0000-7000-8000-000000000000");
+    let mut replayed_command: Value = serde_json::from_slice(&payload).unwrap();
+    replayed_command["transfer"] = json!("0192f3c4-0000-7000-8000-000000000000");
     let client = Client::connect(&BrokerAccess::local(broker.port), &["bloomcast/pi/model/answer".into()]).unwrap();
-    assert!(client.publish("bloomcast/pi/model/rollback", serde_json::to_vec(&again).unwrap()));
-    let replayed = listener.wait("/pi/model/answer", |answer| answer["transfer"] == again["transfer"]);
-    assert!(replayed["reason"].as_str().unwrap().contains("the order is for generation"), "{replayed}");
+    assert!(client.publish("bloomcast/pi/model/rollback", serde_json::to_vec(&replayed_command).unwrap()));
+    let answer = listener.wait("/pi/model/answer", |answer| answer["transfer"] == replayed_command["transfer"]);
+    assert!(answer["reason"].as_str().unwrap().contains("the order is for generation"), "{answer}");
 
-    // What was taken back does not come back by itself, and an older one neither.
-    let (ending, reason) = push(&second, &[]);
+    // A model that was rolled back, or an older one, needs --force.
+    let (status, reason) = push(&second, &[]);
     assert_eq!(
-        (ending.as_str(), reason.contains("was rolled back here, or failed its trial; --force")),
+        (status.as_str(), reason.contains("was rolled back here, or failed its trial; --force")),
         ("refused", true),
         "{reason}"
     );
     let older = trainer.file(0, |manifest, _| manifest.version -= 1);
-    let (ending, reason) = push(&older, &[]);
-    assert_eq!((ending.as_str(), reason.contains("is not newer than the device's")), ("refused", true), "{reason}");
+    let (status, reason) = push(&older, &[]);
+    assert_eq!((status.as_str(), reason.contains("is not newer than the device's")), ("refused", true), "{reason}");
     assert_eq!(push(&older, &["--force"]).0, "confirmed");
-    assert_eq!(device.note()["version"], version - 1);
+    assert_eq!(device.model_status()["version"], version - 1);
     let replay = push_bytes(broker.port, "pi", &fs::read(&older).unwrap(), |_, model| model.version = version - 1);
     assert_eq!(replay.devices[0].reason, "it is already active");
     assert_eq!(push(&second, &["--force"]).0, "confirmed");
-    assert_eq!(device.note()["version"], version + 2);
+    assert_eq!(device.model_status()["version"], version + 2);
 }
 
 #[test]
-fn the_second_of_two_pushes_is_told_so() {
-    let Some(folder) = photographs("the_second_of_two_pushes_is_told_so") else { return };
+fn refuses_a_second_push_as_busy() {
+    let Some(folder) = photographs("refuses_a_second_push_as_busy") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
     let device = Device::new("pi", broker.port, &folder, &trainer);
     let daemon = device.start();
-    let bundle = Bundle::from_bytes("m", &trainer.bytes(1, same)).unwrap();
+    let bundle = Bundle::from_bytes("m", &trainer.bytes(1, unchanged)).unwrap();
     let offer = Offer {
         schema: 1,
         transfer: uuid::Uuid::nil(),
@@ -423,59 +427,66 @@ fn the_second_of_two_pushes_is_told_so() {
     let first = Client::connect(&BrokerAccess::local(broker.port), &["bloomcast/pi/model/progress".into()]).unwrap();
     assert!(first.publish("bloomcast/pi/model/offer", serde_json::to_vec(&offer).unwrap()));
     daemon.line("receiving flowers");
-    let second = trainer.file(2, same);
-    let (ends, _) = endings(&mut push_command(broker.port, &second, &trainer, &["--device", "pi"]));
-    assert_eq!(ends["pi"].0, "refused");
-    assert!(ends["pi"].1.starts_with("busy: flowers ") && ends["pi"].1.ends_with(" is being received"), "{ends:?}");
+    let second = trainer.file(2, unchanged);
+    let (statuses, _) = delivery_statuses(&mut push_command(broker.port, &second, &trainer, &["--device", "pi"]));
+    assert_eq!(statuses["pi"].0, "refused");
+    assert!(
+        statuses["pi"].1.starts_with("busy: flowers ") && statuses["pi"].1.ends_with(" is being received"),
+        "{statuses:?}"
+    );
 }
 
 #[test]
-fn a_push_goes_on_after_the_broker_was_killed() {
-    let Some(folder) = photographs("a_push_goes_on_after_the_broker_was_killed") else { return };
+fn push_resumes_after_the_broker_is_killed() {
+    let Some(folder) = photographs("push_resumes_after_the_broker_is_killed") else { return };
     let (mut broker, trainer) = (Mosquitto::started(None), Trainer::new());
     let device = Device::new("pi", broker.port, &folder, &trainer);
     let daemon = device.start();
-    let bundle = trainer.file(1, same);
+    let bundle = trainer.file(1, unchanged);
     let packets = ["--device", "pi", "--set", "mqtt.packet_bytes_max=4096"];
     let mut command = push_command(broker.port, &bundle, &trainer, &packets);
     std::thread::scope(|scope| {
         let listener = Listener::connect(broker.port);
-        let pushing = scope.spawn(|| endings(&mut command));
+        let pushing = scope.spawn(|| delivery_statuses(&mut command));
         let next = |progress: &Value| progress["next"].as_u64().unwrap();
         listener.wait("/pi/model/progress", |progress| next(progress) >= 20);
-        // The device stands still, so that the transfer cannot be over before the broker is dead.
+        // The device is stopped, so that the transfer cannot end before the broker is killed.
         daemon.signal("STOP");
         broker.kill();
         daemon.signal("CONT");
-        daemon.line("connecting again");
+        daemon.line("reconnecting in");
         broker.start();
         let listener = Listener::connect(broker.port);
-        let again = listener.wait("/pi/model/progress", |progress| progress["again"] == true);
-        assert!(next(&again) >= 20 && next(&again) < again["chunks"].as_u64().unwrap(), "in the middle: {again}");
-        let (ends, all) = pushing.join().unwrap();
-        assert!(all && ends["pi"].0 == "confirmed", "{ends:?}");
+        let resumed = listener.wait("/pi/model/progress", |progress| progress["again"] == true);
+        assert!(
+            next(&resumed) >= 20 && next(&resumed) < resumed["chunks"].as_u64().unwrap(),
+            "in the middle: {resumed}"
+        );
+        let (statuses, succeeded) = pushing.join().unwrap();
+        assert!(succeeded && statuses["pi"].0 == "confirmed", "{statuses:?}");
     });
-    assert_eq!(daemon.log().matches("receiving flowers").count(), 1, "it went on where it was");
+    assert_eq!(daemon.log().matches("receiving flowers").count(), 1, "the transfer is resumed");
 }
 
 #[test]
-fn a_broker_that_takes_only_small_messages_gets_small_pieces() {
-    let Some(folder) = photographs("a_broker_that_takes_only_small_messages_gets_small_pieces") else { return };
+fn push_adapts_its_chunks_to_the_brokers_message_limit() {
+    let Some(folder) = photographs("push_adapts_its_chunks_to_the_brokers_message_limit") else { return };
     let trainer = Trainer::new();
-    // One breaks the connection, the other takes the message and drops it.
+    // With the first limit the broker closes the connection, with the second it acknowledges a message and drops it.
     for limit in ["max_packet_size 20000", "message_size_limit 20000"] {
-        let broker = Mosquitto::limited(limit);
+        let broker = Mosquitto::with_limit(limit);
         let device = Device::new("pi", broker.port, &folder, &trainer);
         let daemon = device.start();
-        let bundle = trainer.file(1, same);
-        let (ends, all) = endings(&mut push_command(broker.port, &bundle, &trainer, &["--device", "pi"]));
-        assert!(all, "{limit}: {ends:?}\n{}", daemon.log());
+        let bundle = trainer.file(1, unchanged);
+        let (statuses, succeeded) =
+            delivery_statuses(&mut push_command(broker.port, &bundle, &trainer, &["--device", "pi"]));
+        assert!(succeeded, "{limit}: {statuses:?}\n{}", daemon.log());
     }
 }
 
 #[test]
-fn a_group_of_the_configuration_is_pushed_to_and_the_table_says_how_it_went() {
-    let Some(folder) = photographs("a_group_of_the_configuration_is_pushed_to_and_the_table_says_how_it_went") else {
+fn push_to_a_configured_group_prints_a_table_of_results() {
+    let Some(folder) = photographs("push_to_a_configured_group_prints_a_table_of_results") else {
         return;
     };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
@@ -487,11 +498,11 @@ fn a_group_of_the_configuration_is_pushed_to_and_the_table_says_how_it_went() {
     let mut command = bloomcast();
     command
         .arg("push")
-        .arg(trainer.file(1, same))
+        .arg(trainer.file(1, unchanged))
         .args(["--group", "garden", "--device", "pi", "--config"])
         .arg(&config);
     let result = output(&mut command);
-    assert_eq!(result.status.code(), Some(1), "greenhouse was never here");
+    assert_eq!(result.status.code(), Some(1), "greenhouse never connected");
     let table = String::from_utf8(result.stdout).unwrap();
     let lines: Vec<Vec<&str>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!((lines.len(), lines[0][0], lines[1][..2].to_vec()), (3, "device", vec!["pi", "confirmed"]), "{table}");
@@ -502,53 +513,55 @@ fn a_group_of_the_configuration_is_pushed_to_and_the_table_says_how_it_went() {
 }
 
 #[test]
-fn a_trial_that_does_not_end_in_order_is_rolled_back_and_one_that_is_stopped_goes_on() {
-    let Some(folder) = photographs("a_trial_that_does_not_end_in_order_is_rolled_back_and_one_that_is_stopped_goes_on")
-    else {
+fn a_trial_continues_after_sigterm_and_is_rolled_back_after_a_kill() {
+    let Some(folder) = photographs("a_trial_continues_after_sigterm_and_is_rolled_back_after_a_kill") else {
         return;
     };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
     let device = Device::new("pi", broker.port, &folder, &trainer).with(&["model.trial_frames=1000"]);
     let version = Bundle::built_in().unwrap().manifest().version;
     let mut daemon = device.start();
-    let (port, bundle) = (broker.port, trainer.file(1, same));
+    let (port, bundle) = (broker.port, trainer.file(1, unchanged));
     let mut command = push_command(port, &bundle, &trainer, &["--device", "pi"]);
-    let pushing = std::thread::spawn(move || endings(&mut command));
+    let pushing = std::thread::spawn(move || delivery_statuses(&mut command));
     daemon.line("is accepted");
-    let note = device.note();
-    assert_eq!((&note["version"], &note["trial"]), (&json!(version + 1), &json!(true)));
+    let model_status = device.model_status();
+    assert_eq!((&model_status["version"], &model_status["trial"]), (&json!(version + 1), &json!(true)));
 
-    // Stopped in order: it goes on. Killed: the old one decides again.
+    // After SIGTERM the trial continues; after SIGKILL the previous model is active again.
     daemon.signal("TERM");
-    assert!(daemon.ended(PATIENCE).success(), "{}", daemon.log());
+    assert!(daemon.wait_for_exit(TIMEOUT).success(), "{}", daemon.log());
     let mut daemon = device.start();
     daemon.line("is active on trial");
-    assert_eq!(device.note()["trial"], true);
+    assert_eq!(device.model_status()["trial"], true);
     let listener = Listener::connect(port);
     daemon.kill();
     let daemon = device.start();
-    let told = listener.wait("/pi/model/answer", |answer| answer["answer"] == "rolled-back");
-    assert_eq!(told["version"], version + 1);
-    assert_eq!(told["reason"], "the program did not end in order while it was on trial");
-    let note = device.note();
-    assert_eq!((&note["version"], &note["trial"]), (&json!(version), &json!(false)));
-    assert!(note["trouble"].as_str().unwrap().contains("is rolled back: the program did not end in order"), "{note}");
+    let answer = listener.wait("/pi/model/answer", |answer| answer["answer"] == "rolled-back");
+    assert_eq!(answer["version"], version + 1);
+    assert_eq!(answer["reason"], "the program did not end in order while it was on trial");
+    let model_status = device.model_status();
+    assert_eq!((&model_status["version"], &model_status["trial"]), (&json!(version), &json!(false)));
+    assert!(
+        model_status["trouble"].as_str().unwrap().contains("is rolled back: the program did not end in order"),
+        "{model_status}"
+    );
     assert!(device.files().is_empty(), "{:?}", device.files());
-    let (ends, _) = pushing.join().unwrap();
-    assert_eq!(ends["pi"].0, "rolled-back", "{ends:?}");
+    let (statuses, _) = pushing.join().unwrap();
+    assert_eq!(statuses["pi"].0, "rolled-back", "{statuses:?}");
     drop(daemon);
 }
 
 #[test]
-fn a_model_is_installed_by_hand_and_a_damaged_one_gives_way() {
-    let Some(folder) = photographs("a_model_is_installed_by_hand_and_a_damaged_one_gives_way") else { return };
+fn installs_a_bundle_locally_and_falls_back_from_damaged_slots() {
+    let Some(folder) = photographs("installs_a_bundle_locally_and_falls_back_from_damaged_slots") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
     let no_keys = tempfile::tempdir().unwrap();
     let device = Device::new("pi", broker.port, &folder, &trainer)
         .with(&[&format!("model.trusted_keys={}", no_keys.path().display())]);
     let version = Bundle::built_in().unwrap().manifest().version;
     let unsigned = trainer.dir.path().join("unsigned.bloom");
-    fs::write(&unsigned, made(1, same)).unwrap();
+    fs::write(&unsigned, unsigned_bundle(1, unchanged)).unwrap();
     let install = |bundle: &Path, arguments: &[&str]| {
         let mut command = device.command("install");
         command.arg(bundle).args(arguments);
@@ -557,15 +570,15 @@ fn a_model_is_installed_by_hand_and_a_damaged_one_gives_way() {
 
     let (code, text) = failure(&mut install(&unsigned, &[]));
     assert_eq!((code, text.contains("unsigned.bloom: it is not signed")), (1, true), "{text}");
-    let signed = trainer.file(2, same);
+    let signed = trainer.file(2, unchanged);
     let (_, text) = failure(&mut install(&signed, &[]));
     assert!(text.contains("no key is trusted here"), "{text}");
-    let broken = trainer.file(3, broken);
-    let (_, text) = failure(&mut install(&broken, &["--trust"]));
+    let failing = trainer.file(3, fails_self_test);
+    let (_, text) = failure(&mut install(&failing, &["--trust"]));
     assert!(text.contains("the self-test's feature vector 0"), "{text}");
     assert!(device.files().is_empty());
     assert!(output(&mut install(&unsigned, &["--trust"])).status.success());
-    // A check changes nothing, the start of the daemon does.
+    // `check` does not change the store, the start of the daemon does.
     let checked = output(&mut device.command("check"));
     assert!(String::from_utf8_lossy(&checked.stdout).contains(&format!("model: flowers {}", version + 1)));
     let mut daemon = device.start();
@@ -576,13 +589,13 @@ fn a_model_is_installed_by_hand_and_a_damaged_one_gives_way() {
     assert!(refusal(&refused).contains("no key is trusted here"), "{refused}");
     assert!(output(&mut install(&signed, &["--trust"])).status.success());
     daemon.signal("TERM");
-    daemon.ended(PATIENCE);
+    daemon.wait_for_exit(TIMEOUT);
     let mut daemon = device.start();
     daemon.line("is confirmed");
     daemon.signal("TERM");
-    daemon.ended(PATIENCE);
+    daemon.wait_for_exit(TIMEOUT);
 
-    // Current, previous, and then what cannot be damaged.
+    // First the current slot is damaged, then the previous one; the built-in model remains.
     for expected in [version + 1, version] {
         let state: Value = serde_json::from_slice(&fs::read(device.store().join("state.json")).unwrap()).unwrap();
         let slot = format!("slots/{}.bloom", state["current"]["slot"]["sha256"].as_str().unwrap());
@@ -591,11 +604,11 @@ fn a_model_is_installed_by_hand_and_a_damaged_one_gives_way() {
         bytes[middle] ^= 4;
         fs::write(device.store().join(&slot), bytes).unwrap();
         let mut daemon = device.start();
-        let note = device.note();
-        assert_eq!(note["version"], expected, "{}", daemon.log());
-        assert!(note["trouble"].as_str().unwrap().contains("is damaged: its sha256 is"), "{note}");
+        let model_status = device.model_status();
+        assert_eq!(model_status["version"], expected, "{}", daemon.log());
+        assert!(model_status["trouble"].as_str().unwrap().contains("is damaged: its sha256 is"), "{model_status}");
         daemon.signal("TERM");
-        daemon.ended(PATIENCE);
+        daemon.wait_for_exit(TIMEOUT);
     }
     assert!(device.files().is_empty(), "{:?}", device.files());
     let (_, text) = failure(&mut device.command("rollback"));
@@ -603,11 +616,11 @@ fn a_model_is_installed_by_hand_and_a_damaged_one_gives_way() {
 }
 
 #[test]
-fn a_full_disk_is_said_and_leaves_nothing_behind() {
-    let Some(folder) = photographs("a_full_disk_is_said_and_leaves_nothing_behind") else { return };
+fn a_device_with_a_full_disk_refuses_the_model_and_leaves_no_files() {
+    let Some(folder) = photographs("a_device_with_a_full_disk_refuses_the_model_and_leaves_no_files") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
     let device = Device::new("pi", broker.port, &folder, &trainer);
-    // No file may grow beyond a megabyte; the signal that says so is ignored, and the write fails.
+    // The shell limits files to 1 MiB; SIGXFSZ is ignored, so that the write fails.
     let daemon = device.command("run");
     let mut limited = Command::new("bash");
     limited.args(["-c", "trap '' XFSZ; ulimit -f 1024; exec \"$0\" \"$@\""]);
@@ -620,17 +633,17 @@ fn a_full_disk_is_said_and_leaves_nothing_behind() {
     }
     let daemon = Process::start(&mut limited);
     daemon.line("connected to");
-    let refused = push_bytes(broker.port, "pi", &trainer.bytes(1, same), |_, _| {});
+    let refused = push_bytes(broker.port, "pi", &trainer.bytes(1, unchanged), |_, _| {});
     assert!(refusal(&refused).contains(".bloom: File too large"), "{refused}");
     assert!(device.files().is_empty(), "{:?}", device.files());
-    assert_eq!(device.note()["version"], Bundle::built_in().unwrap().manifest().version);
+    assert_eq!(device.model_status()["version"], Bundle::built_in().unwrap().manifest().version);
 }
 
 #[test]
-fn a_device_that_keeps_no_models_says_why() {
-    let Some(folder) = photographs("a_device_that_keeps_no_models_says_why") else { return };
+fn a_device_without_a_store_refuses_models_with_the_reason() {
+    let Some(folder) = photographs("a_device_without_a_store_refuses_models_with_the_reason") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
-    let pinned = trainer.file(0, same);
+    let pinned = trainer.file(0, unchanged);
     let cases = [
         ("model.store=".to_owned(), "model.store is empty"),
         (format!("model.bundle={}", pinned.display()), "model.bundle names the model"),
@@ -638,18 +651,18 @@ fn a_device_that_keeps_no_models_says_why() {
     for (setting, expected) in cases {
         let device = Device::new("pi", broker.port, &folder, &trainer).with(&[&setting]);
         let mut daemon = device.start();
-        let refused = push_bytes(broker.port, "pi", &trainer.bytes(1, same), |_, _| {});
+        let refused = push_bytes(broker.port, "pi", &trainer.bytes(1, unchanged), |_, _| {});
         assert!(refusal(&refused).contains(expected), "{refused}");
         let (_, text) = failure(device.command("install").arg(&pinned));
         assert!(text.contains(expected), "{text}");
         daemon.signal("TERM");
-        daemon.ended(PATIENCE);
+        daemon.wait_for_exit(TIMEOUT);
     }
 }
 
 #[test]
-fn keys_and_signatures_on_the_command_line() {
-    let (trainer, stranger) = (Trainer::new(), Trainer::new());
+fn keygen_sign_and_verify_on_the_command_line() {
+    let (trainer, untrusted) = (Trainer::new(), Trainer::new());
     let (code, text) = failure(bloomcast().arg("keygen").arg("--out").arg(trainer.key_file()));
     assert_eq!((code, text.contains("already exists; a key is never overwritten")), (1, true), "{text}");
     for (key, form) in [("trainer.key", "-noout"), ("trainer.pub", "-pubin")] {
@@ -659,7 +672,7 @@ fn keys_and_signatures_on_the_command_line() {
         assert!(read.status.success(), "{key}: {}", String::from_utf8_lossy(&read.stderr));
     }
     let path = trainer.dir.path().join("m.bloom");
-    fs::write(&path, made(1, same)).unwrap();
+    fs::write(&path, unsigned_bundle(1, unchanged)).unwrap();
     let verify = |trusted: &Path| {
         let mut command = bloomcast();
         command.arg("verify").arg(&path).arg("--trusted").arg(trusted);
@@ -676,9 +689,9 @@ fn keys_and_signatures_on_the_command_line() {
     let good = output(&mut verify(&public));
     assert!(String::from_utf8_lossy(&good.stdout).contains("m.bloom: good, signed by trainer\nflowers "), "{good:?}");
     assert!(output(&mut verify(trainer.dir.path())).status.success(), "a folder of keys");
-    assert!(failure(&mut verify(&stranger.dir.path().join("trainer.pub"))).1.contains("is not trusted here"));
+    assert!(failure(&mut verify(&untrusted.dir.path().join("trainer.pub"))).1.contains("is not trusted here"));
     assert!(failure(&mut sign(&public)).1.contains("not a private Ed25519 key"));
-    let no_key = failure(bloomcast().env("XDG_CONFIG_HOME", stranger.dir.path()).arg("sign").arg(&path));
+    let no_key = failure(bloomcast().env("XDG_CONFIG_HOME", untrusted.dir.path()).arg("sign").arg(&path));
     assert!(no_key.1.contains("`bloomcast keygen` makes one"), "{}", no_key.1);
     let mut bytes = fs::read(&path).unwrap();
     bytes[700] ^= 1;
@@ -689,9 +702,9 @@ fn keys_and_signatures_on_the_command_line() {
 }
 
 #[test]
-fn only_the_trainer_may_send_models_where_the_acl_is_ours() {
-    let Some(folder) = photographs("only_the_trainer_may_send_models_where_the_acl_is_ours") else { return };
-    let (broker, trainer) = (Mosquitto::guarded(&["pi", "trainer", "home"]), Trainer::new());
+fn the_acl_allows_only_the_trainer_to_publish_models() {
+    let Some(folder) = photographs("the_acl_allows_only_the_trainer_to_publish_models") else { return };
+    let (broker, trainer) = (Mosquitto::with_acl(&["pi", "trainer", "home"]), Trainer::new());
     let credentials = |user: &str| {
         let path = trainer.dir.path().join(format!("{user}.credentials"));
         fs::write(&path, format!("{user}\n{user}\n")).unwrap();
@@ -699,7 +712,7 @@ fn only_the_trainer_may_send_models_where_the_acl_is_ours() {
     };
     let device = Device::new("pi", broker.port, &folder, &trainer).with(&[&credentials("pi")]);
     let daemon = device.connected();
-    let bundle = trainer.file(1, same);
+    let bundle = trainer.file(1, unchanged);
     let push = |user: &str| {
         let to = ["--device", "pi", "--set", &credentials(user)];
         push_command(broker.port, &bundle, &trainer, &to)
@@ -708,12 +721,12 @@ fn only_the_trainer_may_send_models_where_the_acl_is_ours() {
         credentials: Some(Credentials { user: "home".into(), password: "home".into() }),
         ..BrokerAccess::local(broker.port)
     };
-    let mut home = Client::connect(&access, &["bloomcast/#".into()]).unwrap();
+    let mut client = Client::connect(&access, &["bloomcast/#".into()]).unwrap();
     for topic in ["model/offer", "model/rollback", "model/chunk/0", "set/pause"] {
-        assert!(home.publish(&format!("bloomcast/pi/{topic}"), b"true".to_vec()));
+        assert!(client.publish(&format!("bloomcast/pi/{topic}"), b"true".to_vec()));
     }
-    let (ends, all) = endings(&mut push("trainer"));
-    assert!(all, "{ends:?}");
+    let (statuses, succeeded) = delivery_statuses(&mut push("trainer"));
+    assert!(succeeded, "{statuses:?}");
     let log = daemon.log();
     assert!(
         !log.contains("malformed offer")
@@ -723,55 +736,58 @@ fn only_the_trainer_may_send_models_where_the_acl_is_ours() {
     );
     let mut confirmed = false;
     while !confirmed {
-        let message = home.next(PATIENCE).unwrap().expect("who looks on is told");
+        let message = client.next(TIMEOUT).unwrap().expect("an answer that every subscriber receives");
         confirmed = message.topic == "bloomcast/pi/model/answer"
             && String::from_utf8_lossy(&message.payload).contains("\"answer\":\"confirmed\"");
     }
 }
 
-/// Lines of the daemon's log, one a step of an install, in order; and within how many milliseconds after it a kill comes, which
-/// is about how long the step takes: it receives, proves, writes, is on trial, has confirmed.
+/// The daemon's log line at the start of each step of an update (transfer, verification, write, trial, confirmed), in order, and
+/// the longest time in milliseconds from that line to a kill, which is about how long the step takes.
 const STEPS: [(&str, u64); 5] = [
     ("receiving flowers", 60),
-    ("has come whole", 60),
-    ("has proved itself", 20),
+    ("its signature verified", 60),
+    ("is valid", 20),
     ("is accepted", 300),
     ("is confirmed", 20),
 ];
 const KILLS: usize = 200;
 
 #[test]
-fn whenever_the_power_goes_one_whole_model_decides() {
-    let Some(folder) = photographs("whenever_the_power_goes_one_whole_model_decides") else { return };
+fn a_valid_model_is_active_after_a_kill_at_any_step() {
+    let Some(folder) = photographs("a_valid_model_is_active_after_a_kill_at_any_step") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
     let device = Device::new("pi", broker.port, &folder, &trainer).with(&["model.trial_frames=3"]);
     let store = Store::new(&device.store());
-    let heard = ["status", "model", "state"].map(|topic| format!("bloomcast/pi/{topic}"));
-    let mut listener = Client::connect(&BrokerAccess::local(broker.port), &heard).unwrap();
-    let mut decides = Bundle::built_in().unwrap().manifest().version;
-    let (mut newest, mut reached) = (decides, [0; STEPS.len()]);
+    let filters = ["status", "model", "state"].map(|topic| format!("bloomcast/pi/{topic}"));
+    let mut listener = Client::connect(&BrokerAccess::local(broker.port), &filters).unwrap();
+    let mut active = Bundle::built_in().unwrap().manifest().version;
+    let (mut newest, mut kills_after) = (active, [0; STEPS.len()]);
     for kill in 0..=KILLS {
         let mut daemon = device.start();
-        let note = one_model(&mut listener);
-        let (version, log) = (note["version"].as_u64().unwrap(), daemon.log());
-        assert!(version == decides || version == newest, "{version}, not {decides} or {newest}: {log}");
-        let died_on_trial = "is rolled back: the program did not end in order while it was on trial";
-        assert!(note["trouble"].as_str().is_none_or(|trouble| trouble.ends_with(died_on_trial)), "{note}\n{log}");
-        assert!(!note["trial"].as_bool().unwrap(), "{note}\n{log}");
+        let model_status = wait_for_active_model(&mut listener);
+        let (version, log) = (model_status["version"].as_u64().unwrap(), daemon.log());
+        assert!(version == active || version == newest, "{version}, not {active} or {newest}: {log}");
+        let killed_on_trial = "is rolled back: the program did not end in order while it was on trial";
+        assert!(
+            model_status["trouble"].as_str().is_none_or(|trouble| trouble.ends_with(killed_on_trial)),
+            "{model_status}\n{log}"
+        );
+        assert!(!model_status["trial"].as_bool().unwrap(), "{model_status}\n{log}");
         let state = store.state().unwrap();
-        let places = [Some(state.current.clone()), state.previous.clone()];
-        let slots: Vec<Identity> = places.into_iter().flatten().filter_map(slot).collect();
-        assert!(slots.iter().all(|slot| store.read(slot).is_ok()), "every model is whole: {state:?}");
-        assert_eq!(slot(state.current).map_or(decides, |slot| slot.version), version);
-        assert_eq!(device.files().len(), slots.len(), "nothing else is there: {:?}", device.files());
-        decides = version;
+        let model_slots = [Some(state.current.clone()), state.previous.clone()];
+        let slots: Vec<Identity> = model_slots.into_iter().flatten().filter_map(slot_identity).collect();
+        assert!(slots.iter().all(|slot| store.read(slot).is_ok()), "every slot is valid: {state:?}");
+        assert_eq!(slot_identity(state.current).map_or(active, |slot| slot.version), version);
+        assert_eq!(device.files().len(), slots.len(), "no other files: {:?}", device.files());
+        active = version;
         if kill == KILLS {
             break;
         }
         newest += 1;
-        let bundle = trainer.file(newest - Bundle::built_in().unwrap().manifest().version, same);
+        let bundle = trainer.file(newest - Bundle::built_in().unwrap().manifest().version, unchanged);
         let mut pushing = Process::start(&mut push_command(broker.port, &bundle, &trainer, &["--device", "pi"]));
-        // Up to a step, and then somewhere between it and the next.
+        // The kill comes at a random time between this step and the next.
         let (step, within_ms) = STEPS[kill % STEPS.len()];
         daemon.line(step);
         std::thread::sleep(Duration::from_micros(fastrand::u64(0..within_ms * 1000)));
@@ -780,36 +796,36 @@ fn whenever_the_power_goes_one_whole_model_decides() {
         fs::remove_file(bundle).unwrap();
         let log = daemon.log();
         let last = STEPS.iter().rposition(|(step, _)| log.contains(step)).unwrap();
-        reached[last] += 1;
+        kills_after[last] += 1;
         if last == STEPS.len() - 1 {
-            decides = newest;
+            active = newest;
         }
     }
-    assert!(reached.iter().all(|kills| *kills >= KILLS / 20), "kills after each step: {reached:?}");
+    assert!(kills_after.iter().all(|kills| *kills >= KILLS / 20), "kills after each step: {kills_after:?}");
 }
 
-/// Waits until the daemon says which model decides, and that it does; gives what it says of it.
-fn one_model(listener: &mut Client) -> Value {
-    let deadline = Instant::now() + PATIENCE;
-    let (mut online, mut note, mut state) = (false, Value::Null, Value::Null);
+/// Waits until the daemon is online and classifies with the model on `…/model`; returns that message.
+fn wait_for_active_model(listener: &mut Client) -> Value {
+    let deadline = Instant::now() + TIMEOUT;
+    let (mut online, mut model_status, mut state) = (false, Value::Null, Value::Null);
     while Instant::now() < deadline {
         let Some(message) = listener.next(Duration::from_millis(100)).unwrap() else { continue };
         match message.topic.as_str() {
-            "bloomcast/pi/model" => note = serde_json::from_slice(&message.payload).unwrap(),
+            "bloomcast/pi/model" => model_status = serde_json::from_slice(&message.payload).unwrap(),
             "bloomcast/pi/state" => state = serde_json::from_slice(&message.payload).unwrap(),
-            // The last will: what was said before is of the life before.
-            _ if message.payload == b"offline" => (online, note, state) = (false, Value::Null, Value::Null),
+            // The last will: earlier messages are of the previous process.
+            _ if message.payload == b"offline" => (online, model_status, state) = (false, Value::Null, Value::Null),
             _ => online = true,
         }
-        if online && state["camera_ok"] == true && state["model"] == note["version"] {
-            return note;
+        if online && state["camera_ok"] == true && state["model"] == model_status["version"] {
+            return model_status;
         }
     }
-    panic!("no model decides; the last that was told: {note}");
+    panic!("no model is active; last message: {model_status}");
 }
 
-fn slot(place: ModelSlot) -> Option<Identity> {
-    match place {
+fn slot_identity(slot: ModelSlot) -> Option<Identity> {
+    match slot {
         ModelSlot::BuiltIn => None,
         ModelSlot::Slot(slot) => Some(slot),
     }

@@ -1,4 +1,4 @@
-//! The program for another processor, run by an emulator, against the one for this: `make arm64-smoke`.
+//! Compares the program built for another architecture, run by an emulator, with the native one: `make arm64-smoke`.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -8,51 +8,57 @@ use serde_json::Value;
 
 use super::tools::{bloomcast, json, of_class, photographs};
 
-/// How far two probabilities may lie from each other: sums are taken in another order there.
+/// The largest allowed difference of two probabilities: the order of summation differs between the architectures.
 const TOLERANCE: f64 = 1e-3;
 
 #[test]
-fn another_processor_gives_the_same_answers() {
-    let Ok(foreign) = std::env::var("BLOOMCAST_FOREIGN") else {
-        // Past the capture of a test's output.
-        let _ =
-            writeln!(std::io::stderr(), "\nskipped: another_processor_gives_the_same_answers: no BLOOMCAST_FOREIGN");
+fn emulated_program_returns_the_same_predictions() {
+    let Ok(program) = std::env::var("BLOOMCAST_FOREIGN") else {
+        // `writeln!` to standard error bypasses the capture of the test's output.
+        let _ = writeln!(
+            std::io::stderr(),
+            "\nskipped: emulated_program_returns_the_same_predictions: no BLOOMCAST_FOREIGN"
+        );
         return;
     };
-    let Some(flowers) = photographs("another_processor_gives_the_same_answers") else { return };
+    let Some(flowers) = photographs("emulated_program_returns_the_same_predictions") else { return };
     let classes = ["daisy", "dandelion", "roses", "sunflowers", "tulips"];
     let mut images: Vec<PathBuf> = classes.iter().flat_map(|class| of_class(&flowers, class, 4)).collect();
-    images.extend(others(&flowers));
-    let mut words = foreign.split_whitespace();
-    let mut emulated = Command::new(words.next().expect("a program"));
-    emulated.args(words);
+    images.extend(non_flowers(&flowers));
+    let mut arguments = program.split_whitespace();
+    let mut emulator = Command::new(arguments.next().expect("a program"));
+    emulator.args(arguments);
 
-    let here = json(bloomcast().args(["classify", "--json"]).args(&images));
-    let there = json(emulated.args(["classify", "--json"]).args(&images));
-    let (here, there) = (here.as_array().unwrap(), there.as_array().unwrap());
-    assert_eq!((here.len(), there.len()), (images.len(), images.len()));
+    let native = json(bloomcast().args(["classify", "--json"]).args(&images));
+    let emulated = json(emulator.args(["classify", "--json"]).args(&images));
+    let (native, emulated) = (native.as_array().unwrap(), emulated.as_array().unwrap());
+    assert_eq!((native.len(), emulated.len()), (images.len(), images.len()));
     let mut worst = 0_f64;
-    for (a, b) in here.iter().zip(there) {
-        assert_eq!((&a["file"], &a["class"]), (&b["file"], &b["class"]), "{a} and {b}");
+    for (expected, found) in native.iter().zip(emulated) {
+        assert_eq!(
+            (&expected["file"], &expected["class"]),
+            (&found["file"], &found["class"]),
+            "{expected} and {found}"
+        );
         for class in classes {
-            worst = worst.max((probability(a, class) - probability(b, class)).abs());
+            worst = worst.max((probability(expected, class) - probability(found, class)).abs());
         }
     }
-    println!("{} photographs: the same classes, probabilities at most {worst:.1e} apart", images.len());
+    println!("{} photographs: the same classes, probabilities differ by at most {worst:.1e}", images.len());
     assert!(worst <= TOLERANCE, "{worst}");
 }
 
-/// Photographs of other things, where they are at hand.
-fn others(flowers: &Path) -> Vec<PathBuf> {
+/// Returns up to four photographs without flowers, if the folder exists.
+fn non_flowers(flowers: &Path) -> Vec<PathBuf> {
     let Ok(entries) = flowers.join("../../others").read_dir() else { return Vec::new() };
-    let mut others: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
-    others.retain(|path| path.extension().is_some_and(|extension| extension == "jpg"));
-    others.sort();
-    others.truncate(4);
-    others
+    let mut images: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    images.retain(|path| path.extension().is_some_and(|extension| extension == "jpg"));
+    images.sort();
+    images.truncate(4);
+    images
 }
 
-fn probability(answer: &Value, class: &str) -> f64 {
-    let top = answer["top"].as_array().unwrap().iter();
+fn probability(prediction: &Value, class: &str) -> f64 {
+    let top = prediction["top"].as_array().unwrap().iter();
     top.filter(|entry| entry["class"] == class).map(|entry| entry["confidence"].as_f64().unwrap()).next().unwrap_or(0.0)
 }

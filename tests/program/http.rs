@@ -1,57 +1,57 @@
-//! A web server on 127.0.0.1 that serves one file, in parts where it is asked to, and breaks off where the test
-//! wants it to.
+//! A web server on 127.0.0.1 that serves one file, supports range requests, and closes connections early where a test
+//! requires it.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
-/// Serves until the process ends.
+/// A server that runs until the process ends.
 pub struct Server {
     pub url: String,
-    /// Where each answer began in the file.
-    began: Arc<Mutex<Vec<usize>>>,
+    /// The offset in the file at which each response started.
+    offsets: Arc<Mutex<Vec<usize>>>,
 }
 
 impl Server {
-    /// `cut_at`: how many bytes each of the first answers sends before the connection breaks. `parts`: whether it
-    /// can begin in the middle.
-    pub fn start(content: Vec<u8>, cut_at: &[usize], parts: bool) -> Self {
+    /// Starts a server of `content`. The first responses end after `cut_at` bytes each, the others are complete. Without
+    /// `ranges` the server ignores range requests.
+    pub fn start(content: Vec<u8>, cut_at: &[usize], ranges: bool) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let url = format!("http://{}/file", listener.local_addr().unwrap());
-        let began: Arc<Mutex<Vec<usize>>> = Arc::default();
-        let (noted, cuts) = (began.clone(), cut_at.to_vec());
+        let offsets: Arc<Mutex<Vec<usize>>> = Arc::default();
+        let (recorded, cuts) = (offsets.clone(), cut_at.to_vec());
         std::thread::spawn(move || {
             let mut cuts = cuts.into_iter();
             for stream in listener.incoming().map_while(Result::ok) {
-                let from = asked_from(&stream).filter(|_| parts).unwrap_or(0).min(content.len());
-                noted.lock().unwrap().push(from);
-                // A client that went away has its own test.
-                let _ = answer(stream, &content, from, cuts.next().unwrap_or(usize::MAX));
+                let offset = range_start(&stream).filter(|_| ranges).unwrap_or(0).min(content.len());
+                recorded.lock().unwrap().push(offset);
+                // A client may close the connection early.
+                let _ = respond(stream, &content, offset, cuts.next().unwrap_or(usize::MAX));
             }
         });
-        Server { url, began }
+        Server { url, offsets }
     }
 
-    pub fn began(&self) -> Vec<usize> {
-        self.began.lock().unwrap().clone()
+    pub fn offsets(&self) -> Vec<usize> {
+        self.offsets.lock().unwrap().clone()
     }
 }
 
-/// Reads a request; gives where its range begins.
-fn asked_from(stream: &TcpStream) -> Option<usize> {
-    let mut from = None;
+/// Reads a request; returns the start of its range.
+fn range_start(stream: &TcpStream) -> Option<usize> {
+    let mut offset = None;
     for line in BufReader::new(stream).lines().map_while(Result::ok).take_while(|line| !line.is_empty()) {
         let line = line.to_ascii_lowercase();
         if let Some(range) = line.strip_prefix("range: bytes=") {
-            from = range.trim_end_matches('-').parse().ok();
+            offset = range.trim_end_matches('-').parse().ok();
         }
     }
-    from
+    offset
 }
 
-fn answer(mut stream: TcpStream, content: &[u8], from: usize, cut: usize) -> std::io::Result<()> {
-    let rest = &content[from..];
-    let status = if from > 0 { "206 Partial Content" } else { "200 OK" };
-    write!(stream, "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", rest.len())?;
-    stream.write_all(&rest[..cut.min(rest.len())])
+fn respond(mut stream: TcpStream, content: &[u8], offset: usize, length: usize) -> std::io::Result<()> {
+    let body = &content[offset..];
+    let status = if offset > 0 { "206 Partial Content" } else { "200 OK" };
+    write!(stream, "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len())?;
+    stream.write_all(&body[..length.min(body.len())])
 }

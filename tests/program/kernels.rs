@@ -1,4 +1,4 @@
-//! The kernels against tract on whole networks and real photographs, and their choice by flag and setting.
+//! Compares the kernels with tract on whole networks and real photographs; tests their selection by flag and setting.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ use bloomcast_kernels::{Isa, ThreadPool};
 use super::backbones::network;
 use super::tools::{bloomcast, failure, json, photographs};
 
-/// How far a probability may lie from tract's.
+/// The largest allowed difference of a probability, or of a feature relative to the largest one, from tract's.
 const TOLERANCE: f32 = 1e-4;
 
 #[test]
@@ -31,59 +31,59 @@ fn kernels_classify_every_photograph_as_tract_does() {
         Classifier::new(&backbone, bundle.classifier_params()).unwrap()
     };
     let mut tract = classifier(None, 1);
-    let there = Isa::ALL.into_iter().filter(|isa| isa.is_supported());
-    let mut ours: Vec<(String, Classifier)> = there
+    let supported = Isa::ALL.into_iter().filter(|isa| isa.is_supported());
+    let mut classifiers: Vec<(String, Classifier)> = supported
         .flat_map(|isa| [1, 2].map(|threads| (isa, threads)))
         .map(|(kernels, threads)| (format!("{kernels:?}, {threads}"), classifier(Some(kernels), threads)))
         .collect();
     let mut worst = 0.0_f32;
     for image in &images {
-        let picture = decode::file(image).unwrap();
-        let expected = tract.classify(&picture).unwrap().0.clone();
-        for (name, classifier) in &mut ours {
-            let found = classifier.classify(&picture).unwrap().0;
+        let photograph = decode::file(image).unwrap();
+        let expected = tract.classify(&photograph).unwrap().0.clone();
+        for (name, classifier) in &mut classifiers {
+            let found = classifier.classify(&photograph).unwrap().0;
             assert_eq!(found.class(), expected.class(), "{}: {name}", image.display());
-            let apart = |(a, b): (&f32, &f32)| (a - b).abs();
-            let apart = found.probabilities.iter().zip(&expected.probabilities).map(apart).fold(0.0, f32::max);
-            worst = worst.max(apart).max((found.similarity - expected.similarity).abs());
-            assert!(apart <= TOLERANCE, "{}: {name}: {apart}", image.display());
+            let absolute = |(a, b): (&f32, &f32)| (a - b).abs();
+            let difference = found.probabilities.iter().zip(&expected.probabilities).map(absolute).fold(0.0, f32::max);
+            worst = worst.max(difference).max((found.similarity - expected.similarity).abs());
+            assert!(difference <= TOLERANCE, "{}: {name}: {difference}", image.display());
         }
     }
-    println!("{} photographs: the same class, at most {worst:.1e} apart", images.len());
+    println!("{} photographs: the same class, differences of at most {worst:.1e}", images.len());
     assert!(worst <= TOLERANCE, "{worst}");
 }
 
 #[test]
-fn kernels_compute_other_networks_that_have_the_pattern() {
-    let test = "kernels_compute_other_networks_that_have_the_pattern";
+fn kernels_compute_other_networks_with_inverted_residuals_as_tract_does() {
+    let test = "kernels_compute_other_networks_with_inverted_residuals_as_tract_does";
     let cases = [
         ("efficientnet_lite0.onnx", TensorLayout::Nchw, true),
         ("efficientnet_lite0_channels_last.onnx", TensorLayout::Nhwc, true),
         ("light_resnet50.onnx", TensorLayout::Nchw, false),
     ];
-    for (file, layout, has_it) in cases {
+    for (file, layout, supported) in cases {
         let Some(path) = network(&format!("{test} ({file})"), file) else { continue };
         let preprocess = Preprocess { layout, ..Preprocess::mobilenet_v2() };
         let network = Network::from_file(&path, &preprocess, None).unwrap();
-        let input: Vec<f32> = (0..preprocess.input_len()).map(|at| (at as f32 * 0.37).sin()).collect();
+        let input: Vec<f32> = (0..preprocess.input_len()).map(|index| (index as f32 * 0.37).sin()).collect();
         let features = |kernels: Option<Isa>| {
             let backbone = network.with_kernels(kernels).features(None).unwrap();
-            let ours = backbone.kernels().is_some();
-            (backbone.session().unwrap().features(&input).unwrap().to_vec(), ours)
+            let uses_kernels = backbone.kernels().is_some();
+            (backbone.session().unwrap().features(&input).unwrap().to_vec(), uses_kernels)
         };
         let (expected, _) = features(None);
         let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, value| largest.max(value.abs()));
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
-            let (found, ours) = features(Some(isa));
-            assert_eq!(ours, has_it, "{file}: {isa:?}");
-            let apart = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
-            assert!(apart <= TOLERANCE, "{file}: {isa:?}: {apart}");
+            let (found, uses_kernels) = features(Some(isa));
+            assert_eq!(uses_kernels, supported, "{file}: {isa:?}");
+            let difference = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
+            assert!(difference <= TOLERANCE, "{file}: {isa:?}: {difference}");
         }
     }
 }
 
 #[test]
-fn the_kernels_flag_chooses_the_kernels() {
+fn kernels_flag_selects_the_kernels() {
     let bench = |kernels: &str| {
         let mut command = bloomcast();
         command.args(["bench", "--json", "--runs", "1", "--kernels", kernels]);
@@ -102,11 +102,11 @@ fn the_kernels_flag_chooses_the_kernels() {
 }
 
 #[test]
-fn classify_and_evaluate_take_the_kernels_flag_and_the_daemon_the_setting() {
-    let picture = tempfile::Builder::new().suffix(".jpg").tempfile().unwrap();
-    std::fs::write(picture.path(), bloomcast::vision::test_pattern::jpeg(64, 64)).unwrap();
+fn classify_and_evaluate_accept_the_kernels_flag_and_the_daemon_the_setting() {
+    let image = tempfile::Builder::new().suffix(".jpg").tempfile().unwrap();
+    std::fs::write(image.path(), bloomcast::vision::test_pattern::jpeg(64, 64)).unwrap();
     let classify = |kernels: &str| {
-        json(bloomcast().args(["classify", "--json", "--kernels", kernels]).arg(picture.path()))[0]["class"].clone()
+        json(bloomcast().args(["classify", "--json", "--kernels", kernels]).arg(image.path()))[0]["class"].clone()
     };
     assert_eq!(classify("portable"), classify("tract"));
     let (code, text) = failure(bloomcast().args(["check", "--no-camera", "--set", "model.kernels=sse9"]));

@@ -1,7 +1,7 @@
 //! Whole-program tests: the real binary as a process, real brokers, real photographs, real signals.
 //!
-//! Photographs are looked for in `../shared/flowers/val`, other networks in `target/backbones`; where they are not, a test
-//! that needs them says so on a line of its own that begins with `skipped:`.
+//! The photographs are in `../shared/flowers/val`, other networks in `target/backbones`. A test whose files are missing
+//! prints a line that begins with `skipped:`.
 
 mod backbones;
 mod broker;

@@ -1,4 +1,4 @@
-//! A subscriber as any other, and the messages it got.
+//! MQTT subscribers of the tests.
 
 use std::cell::RefCell;
 use std::process::{Child, Command, Stdio};
@@ -8,9 +8,9 @@ use bloomcast::mqtt::access::BrokerAccess;
 use bloomcast::mqtt::client::{Client, Message};
 use serde_json::Value;
 
-use super::tools::{PATIENCE, wait_until};
+use super::tools::{TIMEOUT, wait_until};
 
-/// A subscription to everything.
+/// A subscriber to all topics (`#`).
 pub struct Listener(RefCell<Client>);
 
 impl Listener {
@@ -18,8 +18,8 @@ impl Listener {
         Listener(RefCell::new(subscribe(port).unwrap()))
     }
 
-    /// Tries until the broker is there.
-    pub fn insist(port: u16) -> Self {
+    /// Connects, and retries until the broker accepts the connection.
+    pub fn connect_with_retry(port: u16) -> Self {
         let mut subscriber = None;
         wait_until("the broker", || {
             subscriber = subscribe(port);
@@ -28,28 +28,29 @@ impl Listener {
         Listener(RefCell::new(subscriber.unwrap()))
     }
 
-    /// The next message; an error where the broker is gone.
+    /// Returns the next message, or an error if the connection is lost.
     pub fn next(&self) -> Result<Message, String> {
-        match self.0.borrow_mut().next(PATIENCE) {
+        match self.0.borrow_mut().next(TIMEOUT) {
             Ok(Some(message)) => Ok(message),
-            Ok(None) => panic!("no message within {PATIENCE:?}"),
+            Ok(None) => panic!("no message within {TIMEOUT:?}"),
             Err(error) => Err(error.to_string()),
         }
     }
 
-    /// Waits for a message whose topic ends like this and that `accept`s; gives its JSON (or its text).
+    /// Waits for a message whose topic ends with `topic` and whose value satisfies `accept`; returns its JSON or text.
     pub fn wait(&self, topic: &str, accept: impl Fn(&Value) -> bool) -> Value {
         for _ in 0..10_000 {
             let message = self.next().unwrap();
-            let value = read(&message.payload);
+            let value = json_or_text(&message.payload);
             if message.topic.ends_with(topic) && accept(&value) {
                 return value;
             }
         }
-        panic!("10,000 messages, none was the one on {topic}");
+        panic!("none of 10,000 messages matches on {topic}");
     }
 
-    pub fn silent_for(&self, wait: Duration) -> bool {
+    /// Returns whether no message arrives within `wait`.
+    pub fn receives_nothing_for(&self, wait: Duration) -> bool {
         self.0.borrow_mut().next(wait).unwrap().is_none()
     }
 }
@@ -58,7 +59,7 @@ fn subscribe(port: u16) -> Option<Client> {
     Client::connect(&BrokerAccess::local(port), &["#".into()]).ok()
 }
 
-fn read(payload: &[u8]) -> Value {
+fn json_or_text(payload: &[u8]) -> Value {
     serde_json::from_slice(payload).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(payload).into()))
 }
 
@@ -70,13 +71,13 @@ pub fn publish(port: u16, topic: &str, payload: &str) {
     assert!(status.success());
 }
 
-/// `mosquitto_sub` with a persistent session, which connects again by itself; writes payloads to a file.
-pub struct Persistent {
+/// A `mosquitto_sub` with a persistent session, which reconnects by itself and writes the payloads to a file.
+pub struct PersistentSubscriber {
     child: Child,
     file: tempfile::NamedTempFile,
 }
 
-impl Persistent {
+impl PersistentSubscriber {
     pub fn subscribe(port: u16, topic: &str) -> Self {
         let file = tempfile::NamedTempFile::new().unwrap();
         let child = Command::new("mosquitto_sub")
@@ -85,10 +86,10 @@ impl Persistent {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        Persistent { child, file }
+        PersistentSubscriber { child, file }
     }
 
-    /// The ids of the events so far, in order, each once.
+    /// Returns the distinct ids of the events received so far, in order of arrival.
     pub fn ids(&self) -> Vec<String> {
         let text = std::fs::read_to_string(self.file.path()).unwrap();
         let mut ids = Vec::new();
@@ -103,7 +104,7 @@ impl Persistent {
     }
 }
 
-impl Drop for Persistent {
+impl Drop for PersistentSubscriber {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();

@@ -1,4 +1,4 @@
-//! What the tests stand on: processes that end with the test, waits that are bounded.
+//! Helpers of the tests: child processes that end with their test, waits with a timeout, photographs.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -11,14 +11,14 @@ use bloomcast::bundle::Bundle;
 use bloomcast::vision::decode;
 use serde_json::Value;
 
-/// Long enough for a machine that is busy with other things.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// The timeout of a wait, long enough for a busy machine.
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 pub fn bloomcast() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bloomcast"));
-    // What a test keeps from run to run is its own, and the network is this machine.
+    // The tests have their own cache folder, and connections to this machine bypass a proxy.
     command.env("XDG_CACHE_HOME", env!("CARGO_TARGET_TMPDIR")).env("NO_PROXY", "127.0.0.1").env_remove("ALL_PROXY");
-    // No setting of the caller's reaches a test, and no model that is installed on this machine.
+    // The caller's settings and the models installed on this machine must not affect a test.
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("BLOOMCAST__")) {
         command.env_remove(name);
     }
@@ -26,7 +26,7 @@ pub fn bloomcast() -> Command {
     command
 }
 
-/// A program that runs until the test ends it; its standard error is kept line by line.
+/// A child process that is killed when it is dropped; its standard error is kept line by line.
 pub struct Process {
     child: Child,
     lines: Arc<(Mutex<Vec<String>>, Condvar)>,
@@ -41,24 +41,24 @@ impl Process {
             .spawn()
             .unwrap_or_else(|e| panic!("{command:?}: {e}; `make setup` installs what the tests need"));
         let lines: Arc<(Mutex<Vec<String>>, Condvar)> = Arc::default();
-        let (stderr, kept) = (child.stderr.take().unwrap(), lines.clone());
+        let (stderr, log) = (child.stderr.take().unwrap(), lines.clone());
         std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                kept.0.lock().unwrap().push(line);
-                kept.1.notify_all();
+                log.0.lock().unwrap().push(line);
+                log.1.notify_all();
             }
         });
         Process { child, lines }
     }
 
-    /// Waits for a line of the log that contains `text`; gives it.
+    /// Waits for a line of the log that contains `text` and returns it.
     pub fn line(&self, text: &str) -> String {
         self.lines_with(text, 1).remove(0)
     }
 
-    /// Waits until `count` lines of the log contain `text`; gives all that do.
+    /// Waits until `count` lines of the log contain `text`; returns all that do.
     pub fn lines_with(&self, text: &str, count: usize) -> Vec<String> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + TIMEOUT;
         let mut lines = self.lines.0.lock().unwrap();
         loop {
             let found: Vec<String> = lines.iter().filter(|line| line.contains(text)).cloned().collect();
@@ -84,14 +84,14 @@ impl Process {
         assert!(status.unwrap().success(), "kill -{name}");
     }
 
-    /// Waits for the end, at most `patience`.
-    pub fn ended(&mut self, patience: Duration) -> ExitStatus {
-        let deadline = Instant::now() + patience;
+    /// Waits at most `timeout` for the process to exit and returns its status.
+    pub fn wait_for_exit(&mut self, timeout: Duration) -> ExitStatus {
+        let deadline = Instant::now() + timeout;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
             }
-            assert!(Instant::now() < deadline, "still runs after {patience:?}:\n{}", self.log());
+            assert!(Instant::now() < deadline, "still runs after {timeout:?}:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -102,7 +102,7 @@ impl Process {
 
     pub fn kill(&mut self) {
         self.signal("KILL");
-        self.ended(PATIENCE);
+        self.wait_for_exit(TIMEOUT);
     }
 }
 
@@ -113,70 +113,70 @@ impl Drop for Process {
     }
 }
 
-/// Runs a command to its end, bounded in time.
+/// Runs a command to completion; kills it and panics after a timeout.
 pub fn output(command: &mut Command) -> Output {
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let id = child.id();
-    let (ended, watched) = std::sync::mpsc::channel::<()>();
-    let guard = std::thread::spawn(move || {
-        let hangs = watched.recv_timeout(5 * PATIENCE) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
-        if hangs {
+    let (finished, finish) = std::sync::mpsc::channel::<()>();
+    let watchdog = std::thread::spawn(move || {
+        let timed_out = finish.recv_timeout(5 * TIMEOUT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+        if timed_out {
             Command::new("kill").args(["-KILL", &id.to_string()]).status().unwrap();
         }
-        hangs
+        timed_out
     });
     let output = child.wait_with_output().unwrap();
-    drop(ended);
-    assert!(!guard.join().unwrap(), "{command:?} hangs");
+    drop(finished);
+    assert!(!watchdog.join().unwrap(), "{command:?} timed out");
     output
 }
 
-/// The exit code and the standard error of a command that must fail.
+/// Runs a command that must fail; returns its exit code and standard error.
 pub fn failure(command: &mut Command) -> (i32, String) {
     let output = output(command);
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(!text.contains("panicked"), "{text}");
-    (output.status.code().expect("ended by itself"), text)
+    (output.status.code().expect("an exit code, not a signal"), text)
 }
 
-/// The one JSON document that a command that must succeed prints.
+/// Runs a command that must succeed; returns the JSON document that it prints.
 pub fn json(command: &mut Command) -> Value {
     let output = output(command);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).expect("one JSON document on standard output")
 }
 
-/// A port of 127.0.0.1 that was free a moment ago.
+/// Returns a port of 127.0.0.1 that is free at the time of the call.
 pub fn free_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
 }
 
-/// Waits until somebody listens on a port of 127.0.0.1.
+/// Waits until a process listens on a port of 127.0.0.1.
 pub fn wait_for_port(port: u16) {
     wait_until("a listener", || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok());
 }
 
 pub fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + TIMEOUT;
     while !ready() {
-        assert!(Instant::now() < deadline, "waited for {what} in vain");
+        assert!(Instant::now() < deadline, "timed out waiting for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// The folder of real photographs, one folder a class; says that the test is skipped where it is not
-/// there.
+/// Returns the folder of real photographs, with a subfolder for each class; if it is missing, prints that the test is
+/// skipped.
 pub fn photographs(test: &str) -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/flowers/val");
     if folder.is_dir() {
         return Some(folder);
     }
-    // Past the capture of a test's output.
+    // `writeln!` to standard error bypasses the capture of the test's output.
     let _ = writeln!(std::io::stderr(), "\nskipped: {test}: no photographs in ../shared/flowers/val");
     None
 }
 
-/// The first `count` photographs of a class.
+/// Returns the first `count` photographs of a class.
 pub fn of_class(folder: &Path, class: &str, count: usize) -> Vec<PathBuf> {
     let mut images: Vec<PathBuf> =
         std::fs::read_dir(folder.join(class)).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -186,22 +186,23 @@ pub fn of_class(folder: &Path, class: &str, count: usize) -> Vec<PathBuf> {
     images
 }
 
-/// The first `count` photographs of a class that the built-in model is sure of: what a test of the
-/// daemon expects must not hang on the model's mistakes.
-pub fn clear(folder: &Path, class: &str, count: usize) -> Vec<PathBuf> {
+/// Returns the first `count` photographs of a class that the built-in model classifies correctly with a confidence above
+/// 0.9, so that the tests of the daemon do not depend on the model's errors.
+pub fn confident_photographs(folder: &Path, class: &str, count: usize) -> Vec<PathBuf> {
     let mut classifier = Bundle::built_in().unwrap().classifier(None).unwrap();
     let expected = classifier.labels().position(class);
-    let mut sure = |image: &PathBuf| {
+    let mut is_confident = |image: &PathBuf| {
         let prediction = classifier.classify(&decode::file(image).unwrap()).unwrap().0;
         prediction.class() == expected && prediction.confidence() > 0.9
     };
-    let clear: Vec<PathBuf> = of_class(folder, class, 50).into_iter().filter(|image| sure(image)).take(count).collect();
-    assert_eq!(clear.len(), count, "clear photographs of {class}");
-    clear
+    let photographs: Vec<PathBuf> =
+        of_class(folder, class, 50).into_iter().filter(|image| is_confident(image)).take(count).collect();
+    assert_eq!(photographs.len(), count, "photographs of {class} with a confident prediction");
+    photographs
 }
 
-/// A list for the replay, in a folder of its own.
-pub fn list(images: &[PathBuf]) -> (tempfile::TempDir, PathBuf) {
+/// Writes a list of images for the replay into a temporary folder; returns the folder and the list's path.
+pub fn replay_list(images: &[PathBuf]) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("list.txt");
     let lines: Vec<String> = images.iter().map(|image| image.canonicalize().unwrap().display().to_string()).collect();

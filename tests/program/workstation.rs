@@ -1,4 +1,4 @@
-//! Training, evaluating, timing.
+//! Commands of the workstation: training, evaluation, benchmark, packaging.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use super::tools::{bloomcast, failure, json, of_class, output, photographs};
 
 const CLASSES: [&str; 3] = ["daisy", "roses", "sunflowers"];
 
-/// A small set of real photographs: `skip` of each class left out, then `count` taken.
+/// Copies `count` photographs of each class to `to`, after skipping the first `skip`.
 pub fn dataset(from: &Path, to: &Path, skip: usize, count: usize) {
     for class in CLASSES {
         fs::create_dir_all(to.join(class)).unwrap();
@@ -18,8 +18,8 @@ pub fn dataset(from: &Path, to: &Path, skip: usize, count: usize) {
 }
 
 #[test]
-fn what_is_trained_is_what_classifies_and_the_seed_decides_every_byte() {
-    let Some(folder) = photographs("what_is_trained_is_what_classifies_and_the_seed_decides_every_byte") else {
+fn training_is_reproducible_and_its_bundle_classifies() {
+    let Some(folder) = photographs("training_is_reproducible_and_its_bundle_classifies") else {
         return;
     };
     let dir = tempfile::tempdir().unwrap();
@@ -49,28 +49,29 @@ fn what_is_trained_is_what_classifies_and_the_seed_decides_every_byte() {
     let model = path("one/model.bloom");
     let evaluation = json(bloomcast().arg("evaluate").arg(path("val")).arg("--json").arg("--model").arg(&model));
     let metrics: serde_json::Value = serde_json::from_slice(&fs::read(path("one/metrics.json")).unwrap()).unwrap();
-    assert_eq!(evaluation, metrics["val"], "the run's figures are what evaluate finds");
+    assert_eq!(evaluation, metrics["val"], "the metrics of the run equal those of evaluate");
     assert_eq!(evaluation["images"], 24);
     assert!(evaluation["accuracy"].as_f64().unwrap() > 0.7, "{evaluation}");
-    let counted: u64 = evaluation["confusion"]
+    let total: u64 = evaluation["confusion"]
         .as_array()
         .unwrap()
         .iter()
         .flat_map(|row| row.as_array().unwrap())
         .map(|n| n.as_u64().unwrap())
         .sum();
-    assert_eq!(counted, 24);
-    let answers = json(bloomcast().args(["classify", "--json"]).arg("--model").arg(&model).args(of_class(
+    assert_eq!(total, 24);
+    let predictions = json(bloomcast().args(["classify", "--json"]).arg("--model").arg(&model).args(of_class(
         &path("val"),
         "roses",
         1,
     )));
-    let known: Vec<_> = answers[0]["top"].as_array().unwrap().iter().map(|t| t["class"].as_str().unwrap()).collect();
-    assert!(known.len() == 3 && CLASSES.iter().all(|class| known.contains(class)), "{known:?}");
+    let classes: Vec<_> =
+        predictions[0]["top"].as_array().unwrap().iter().map(|t| t["class"].as_str().unwrap()).collect();
+    assert!(classes.len() == 3 && CLASSES.iter().all(|class| classes.contains(class)), "{classes:?}");
 }
 
 #[test]
-fn a_dataset_that_is_none_is_named() {
+fn train_rejects_an_unusable_dataset() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     fs::create_dir_all(path("one/daisy")).unwrap();
@@ -94,17 +95,17 @@ fn a_dataset_that_is_none_is_named() {
     }
     let (code, text) = train("two");
     assert!(code == 1 && text.contains("two: no image of the class daisy is left for training"), "{code} {text}");
-    assert!(!path("run/model.bloom").exists(), "no bundle that could be taken for a finished one");
+    assert!(!path("run/model.bloom").exists(), "no bundle is written");
 }
 
 #[test]
-fn a_share_of_the_photographs_is_split_off_and_doubles_are_left_out() {
-    let Some(folder) = photographs("a_share_of_the_photographs_is_split_off_and_doubles_are_left_out") else { return };
+fn train_splits_off_validation_photographs_and_skips_duplicates() {
+    let Some(folder) = photographs("train_splits_off_validation_photographs_and_skips_duplicates") else { return };
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     dataset(&folder, &path("photos"), 0, 20);
-    let double = of_class(&folder, "daisy", 1).remove(0);
-    fs::copy(&double, path("photos/daisy/zz-again.jpg")).unwrap();
+    let original = of_class(&folder, "daisy", 1).remove(0);
+    fs::copy(&original, path("photos/daisy/zz-again.jpg")).unwrap();
     let run = output(
         bloomcast()
             .arg("train")
@@ -120,7 +121,7 @@ fn a_share_of_the_photographs_is_split_off_and_doubles_are_left_out() {
     assert!((4..=24).contains(&held_out), "about a fifth of 60: {held_out}");
 
     let check = output(bloomcast().args(["dataset", "check", "--json"]).arg(path("photos")));
-    assert_eq!(check.status.code(), Some(1), "something was found");
+    assert_eq!(check.status.code(), Some(1), "the check has a finding");
     let found: serde_json::Value = serde_json::from_slice(&check.stdout).unwrap();
     assert_eq!((&found["images"], found["findings"].as_array().unwrap().len()), (&61.into(), 1));
     assert!(found["findings"][0]["file"].as_str().unwrap().ends_with("zz-again.jpg"));
@@ -129,8 +130,8 @@ fn a_share_of_the_photographs_is_split_off_and_doubles_are_left_out() {
 }
 
 #[test]
-fn settings_that_make_no_sense_are_a_mistake_in_usage() {
-    for (wrong, named) in [
+fn train_rejects_values_out_of_range_as_usage_errors() {
+    for (flag, expected) in [
         ("--batch=0", "sgd.batch: 0, expected 1 to 100000"),
         ("--epochs=0", "sgd.epochs: 0, expected 1 to 100000"),
         ("--reject=nan", "reject: NaN, expected 0 to 1"),
@@ -142,8 +143,8 @@ fn settings_that_make_no_sense_are_a_mistake_in_usage() {
         ("--val-fraction=1", "cannot be used with"),
         ("--recipe=best", "invalid value 'best' for '--recipe"),
     ] {
-        let (code, text) = failure(bloomcast().args(["train", "x", "--val", "y", "--out", "z", wrong]));
-        assert!(code == 2 && text.contains(named), "{wrong}: {code} {text}");
+        let (code, text) = failure(bloomcast().args(["train", "x", "--val", "y", "--out", "z", flag]));
+        assert!(code == 2 && text.contains(expected), "{flag}: {code} {text}");
     }
     assert_eq!(failure(bloomcast().args(["bench", "--runs", "0"])).0, 2);
 }
@@ -159,15 +160,15 @@ fn bench_prints_every_stage() {
     assert!(report["peak_gmacs"].as_f64().unwrap() > 0.0);
     assert!(parts.iter().all(|part| part["share_of_peak"].as_f64().unwrap() > 0.0));
     for stage in ["decode", "preprocess", "backbone", "head", "frame"] {
-        let figures = &report["stages"][stage];
-        assert_eq!(figures["runs"], 3, "{stage}");
-        assert!(figures["median_ms"].as_f64().unwrap() > 0.0, "{stage}");
-        assert!(figures["p99_ms"].as_f64() >= figures["median_ms"].as_f64(), "{stage}");
+        let timing = &report["stages"][stage];
+        assert_eq!(timing["runs"], 3, "{stage}");
+        assert!(timing["median_ms"].as_f64().unwrap() > 0.0, "{stage}");
+        assert!(timing["p99_ms"].as_f64() >= timing["median_ms"].as_f64(), "{stage}");
     }
 }
 
 #[test]
-fn man_pages_and_completions_are_written_for_a_package() {
+fn writes_manual_pages_and_completions() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("papers");
     assert!(output(bloomcast().arg("papers").arg(&out)).status.success());

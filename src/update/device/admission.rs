@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use super::UpdateOptions;
-use super::model_loader::{LoadedModel, Model, ModelLoader};
+use super::model::{DeviceBackbone, LoadedModel, Model};
 use super::store::State;
 use crate::bundle::selftest::SelfTestError;
 use crate::bundle::signature::{KeyError, Keyring, UntrustedSigner};
@@ -140,7 +140,7 @@ pub struct Admitted {
 /// If a check or `accept` fails.
 pub fn admit<E: From<Refusal>>(
     candidate: &Candidate<'_>,
-    loader: &ModelLoader,
+    backbone: &DeviceBackbone,
     checks: &Checks<'_>,
     accept: impl FnOnce(&Identity) -> Result<(), E>,
 ) -> Result<Admitted, E> {
@@ -155,10 +155,11 @@ pub fn admit<E: From<Refusal>>(
             accept(&identity(bundle.manifest(), bundle.sha256()))?;
         }
         Ok(match checks {
-            Checks::Integrity { reuse } => {
-                Admitted { loaded: LoadedModel::new(bundle, candidate.source, loader, *reuse)?, cpu_time_max: None }
-            }
-            Checks::Full { options, active, .. } => validate(bundle, candidate.source, options, loader, active)?,
+            Checks::Integrity { reuse } => Admitted {
+                loaded: LoadedModel::new(bundle, candidate.source, backbone, *reuse).map_err(Refusal::from)?,
+                cpu_time_max: None,
+            },
+            Checks::Full { options, active, .. } => validate(bundle, candidate.source, options, backbone, active)?,
         })
     })
 }
@@ -177,23 +178,23 @@ fn validate(
     bundle: Bundle,
     source: ModelSource,
     options: &UpdateOptions,
-    loader: &ModelLoader,
+    backbone: &DeviceBackbone,
     active: &Model,
 ) -> Result<Admitted, Refusal> {
     options.policy.rules(&bundle.manifest().classes)?;
-    check_memory(&bundle, loader, active)?;
-    let mut loaded = LoadedModel::new(bundle, source, loader, Some(active))?;
+    check_memory(&bundle, backbone, active)?;
+    let mut loaded = LoadedModel::new(bundle, source, backbone, Some(active))?;
     loaded.self_test.take().ok_or(Refusal::NoSelfTest)?.verify(&mut loaded.classifier)?;
     let cpu_time_max = check_cpu_time(&loaded.model, active, options.slowdown_max)?;
     Ok(Admitted { loaded, cpu_time_max: Some(cpu_time_max) })
 }
 
 /// Refuses a network that does not fit the free memory; another head alone needs little memory and is not checked.
-fn check_memory(bundle: &Bundle, loader: &ModelLoader, active: &Model) -> Result<(), Refusal> {
+fn check_memory(bundle: &Bundle, backbone: &DeviceBackbone, active: &Model) -> Result<(), Refusal> {
     if active.has_same_features(bundle.manifest()) {
         return Ok(());
     }
-    let network_bytes = match (&bundle.contents().backbone, &loader.backbone) {
+    let network_bytes = match (&bundle.contents().backbone, &backbone.file) {
         (Some(embedded), _) => embedded.len() as u64,
         (None, Some(file)) => std::fs::metadata(file).map_or(0, |file| file.len()),
         (None, None) => MOBILENET_V2.len() as u64,

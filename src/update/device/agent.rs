@@ -11,7 +11,8 @@ use uuid::Uuid;
 
 use super::UpdateOptions;
 use super::admission::{Admitted, Candidate, Checks, Refusal, UpgradeRefused, admit, check_upgrade};
-use super::model_loader::{ActiveModel, LoadedModel, Model, ModelLoader, NoStore, persist_or_keep};
+use super::model::{LoadedModel, Model};
+use super::model_loader::{ActiveModel, ModelLoader, NoStore, persist_or_keep};
 use super::store::{Phase, State, StoreError};
 use super::trial::{Trial, TrialOutcome};
 use crate::bundle::signature::KeyError;
@@ -289,7 +290,7 @@ impl UpdateAgent {
     fn install(&mut self, offer: &Offer, bytes: &[u8]) -> Result<(), RequestError> {
         let candidate = Candidate { file: "offered", bytes, source: ModelSource::Store };
         let checks = Checks::Full { options: &self.options, active: &self.model, signature_required: true };
-        let Admitted { loaded, cpu_time_max } = admit(&candidate, &self.loader, &checks, |model| {
+        let Admitted { loaded, cpu_time_max } = admit(&candidate, self.loader.backbone(), &checks, |model| {
             if *model != offer.model {
                 return Err(RequestError::OtherModel { model: model.to_string(), offered: offer.model.to_string() });
             }

@@ -66,7 +66,7 @@ pub fn install(
     let candidate = Candidate { file, bytes, source: ModelSource::Store };
     let signature_required = options.signature_required;
     let checks = Checks::Full { options: update, active: &present, signature_required };
-    let model = admission::admit(&candidate, loader, &checks, accept)?.loaded.model.identity();
+    let model = admission::admit(&candidate, loader.backbone(), &checks, accept)?.loaded.model.identity();
     store.start_trial(model.clone(), bytes, Phase::Waiting)?;
     Ok(model)
 }

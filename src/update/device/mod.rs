@@ -3,6 +3,7 @@
 pub mod admission;
 pub mod agent;
 pub mod install;
+pub mod model;
 pub mod model_loader;
 pub mod store;
 pub mod trial;
@@ -10,7 +11,8 @@ pub mod trial;
 use std::path::PathBuf;
 
 pub use agent::UpdateAgent;
-pub use model_loader::{ActiveModel, Model, ModelFiles, ModelLoader};
+pub use model::Model;
+pub use model_loader::{ActiveModel, ModelFiles, ModelLoader};
 pub use store::Store;
 
 use super::protocol::TrialLimits;

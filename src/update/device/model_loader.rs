@@ -9,41 +9,15 @@ use bloomcast_kernels::{Isa, ThreadPool};
 use tracing::warn;
 
 use super::admission::{Candidate, Checks, Refusal, admit};
+use super::model::{DeviceBackbone, LoadedModel, Model};
 use super::store::{ModelSlot, Phase, State, Store, StoreError, StoredTrial};
 use crate::bundle::manifest::FORMAT;
-use crate::bundle::{
-    ArchiveError, BACKBONE, BUILT_IN, Bundle, BundleError, Identity, LAST_CONV, Manifest, SelfTest, archive,
-};
+use crate::bundle::{ArchiveError, BACKBONE, BUILT_IN, BundleError, Identity, Manifest, archive};
 use crate::mqtt::message::SCHEMA;
 use crate::system::hash::sha256_hex;
-use crate::update::protocol::{ModelSource, ModelStatus, NetworkRef, identity};
+use crate::update::protocol::{ModelSource, ModelStatus, NetworkRef};
+use crate::vision::BackboneError;
 use crate::vision::backbone::{self, MOBILENET_V2, MOBILENET_V2_NAME};
-use crate::vision::{Backbone, BackboneError, Classifier};
-
-/// A loaded model without its classifier.
-#[derive(Clone)]
-pub struct Model {
-    /// Its manifest.
-    pub manifest: Manifest,
-    /// SHA-256 of the bundle, hexadecimal.
-    pub sha256: String,
-    /// Id of the key that signed it; `None` if it is not signed.
-    pub signed_by: Option<String>,
-    /// Its origin.
-    pub source: ModelSource,
-    /// Its backbone.
-    pub backbone: Backbone,
-}
-
-/// A model that is ready to be activated.
-pub struct LoadedModel {
-    /// The model.
-    pub model: Model,
-    /// Its classifier.
-    pub classifier: Classifier,
-    /// Its self-test, if the bundle has one.
-    pub self_test: Option<SelfTest>,
-}
 
 /// An error of loading the device's model.
 #[derive(Debug, thiserror::Error)]
@@ -90,52 +64,6 @@ impl ModelError {
     }
 }
 
-impl Model {
-    /// Returns the name, version and SHA-256.
-    pub fn identity(&self) -> Identity {
-        identity(&self.manifest, &self.sha256)
-    }
-
-    /// Returns whether another model has the same backbone and preprocessing, so that only the head differs.
-    pub fn has_same_features(&self, other: &Manifest) -> bool {
-        let same_member = |name| self.manifest.members.get(name) == other.members.get(name);
-        self.manifest.backbone == other.backbone
-            && self.manifest.preprocess == other.preprocess
-            && [LAST_CONV, BACKBONE].into_iter().all(same_member)
-    }
-}
-
-impl LoadedModel {
-    /// Loads a bundle on the device's backbone; on that of `reuse` if it is the same.
-    ///
-    /// # Errors
-    /// If the bundle and the backbone do not fit together, or the backbone cannot be loaded.
-    pub fn new(
-        mut bundle: Bundle,
-        source: ModelSource,
-        loader: &ModelLoader,
-        reuse: Option<&Model>,
-    ) -> Result<Self, Refusal> {
-        let backbone = match reuse.filter(|reuse| reuse.has_same_features(bundle.manifest())) {
-            Some(reuse) => reuse.backbone.clone(),
-            None => {
-                let network = bundle.network(loader.backbone.as_deref())?.with_kernels(loader.kernels);
-                bundle.backbone(&network.with_thread_pool(loader.thread_pool.clone()))?
-            }
-        };
-        let classifier = Classifier::new(&backbone, bundle.classifier_params())?;
-        let self_test = bundle.take_self_test();
-        let model = Model {
-            manifest: bundle.manifest().clone(),
-            sha256: bundle.sha256().to_owned(),
-            signed_by: bundle.signer().map(crate::bundle::PublicKey::id),
-            source,
-            backbone,
-        };
-        Ok(LoadedModel { model, classifier, self_test })
-    }
-}
-
 /// The paths of a device's models, from the configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ModelFiles {
@@ -151,11 +79,8 @@ pub struct ModelFiles {
 #[derive(Debug, Clone)]
 pub struct ModelLoader {
     bundle: Option<PathBuf>,
-    pub(super) backbone: Option<PathBuf>,
+    backbone: DeviceBackbone,
     store: Option<Store>,
-    /// The kernels that compute a backbone; `None` uses tract's operators.
-    kernels: Option<Isa>,
-    thread_pool: Option<Arc<ThreadPool>>,
 }
 
 /// The model that is active at the start.
@@ -190,12 +115,18 @@ impl ModelLoader {
     pub fn new(files: &ModelFiles, kernels: Option<Isa>, open: fn(&Path) -> Store) -> Self {
         let ModelFiles { bundle, backbone, store } = files.clone();
         let store = store.filter(|_| bundle.is_none()).map(|folder| open(&folder));
-        ModelLoader { bundle, backbone, store, kernels, thread_pool: None }
+        ModelLoader { bundle, backbone: DeviceBackbone { file: backbone, kernels, thread_pool: None }, store }
     }
 
     /// Returns the loader with a pool whose threads compute backbones; `None` uses the caller's thread alone.
-    pub fn with_thread_pool(self, thread_pool: Option<Arc<ThreadPool>>) -> Self {
-        ModelLoader { thread_pool, ..self }
+    pub fn with_thread_pool(mut self, thread_pool: Option<Arc<ThreadPool>>) -> Self {
+        self.backbone.thread_pool = thread_pool;
+        self
+    }
+
+    /// Returns the backbone that models are loaded on.
+    pub fn backbone(&self) -> &DeviceBackbone {
+        &self.backbone
     }
 
     /// Returns the store.
@@ -310,7 +241,9 @@ impl ModelLoader {
         };
         // Names the configured file that is at fault.
         loaded.map_err(|refusal| match refusal {
-            Refusal::Bundle(BundleError::Backbone(error)) | Refusal::Backbone(error) if self.backbone.is_some() => {
+            Refusal::Bundle(BundleError::Backbone(error)) | Refusal::Backbone(error)
+                if self.backbone.file.is_some() =>
+            {
                 ModelError::ConfiguredBackbone(error)
             }
             Refusal::Bundle(error) if self.bundle.is_some() => ModelError::ConfiguredBundle(error),
@@ -326,7 +259,7 @@ impl ModelLoader {
         reuse: Option<&Model>,
     ) -> Result<LoadedModel, Refusal> {
         let candidate = Candidate { file, bytes, source };
-        let admitted = admit(&candidate, self, &Checks::Integrity { reuse }, |_| Ok::<_, Refusal>(()));
+        let admitted = admit(&candidate, &self.backbone, &Checks::Integrity { reuse }, |_| Ok::<_, Refusal>(()));
         admitted.map(|admitted| admitted.loaded)
     }
 
@@ -356,7 +289,7 @@ impl ModelLoader {
         if !manifest.members.contains_key(BACKBONE) {
             return NetworkRef { name: manifest.backbone.name.clone(), sha256: manifest.backbone.sha256.clone() };
         }
-        match &self.backbone {
+        match &self.backbone.file {
             None => NetworkRef { name: MOBILENET_V2_NAME.into(), sha256: sha256_hex(MOBILENET_V2) },
             Some(file) => NetworkRef {
                 name: file.display().to_string(),
