@@ -8,15 +8,15 @@ use std::time::{Duration, Instant, SystemTime};
 use bloomcast::bench::Bench;
 use bloomcast::bundle::Bundle;
 use bloomcast::train::data::augment::Views;
-use bloomcast::train::data::photographs::Photograph;
-use bloomcast::train::features::device::DeviceChoice;
+use bloomcast::train::data::image_set::HashedImage;
+use bloomcast::train::features::compute_device::ComputeDeviceChoice;
 use bloomcast::train::features::{Extractor, Features, Precision, Values};
 use bloomcast::train::optim::head::HeadLearner;
 use bloomcast::train::optim::last_conv::LastConvLearner;
-use bloomcast::train::optim::sgd::{self, Learner, Sgd};
+use bloomcast::train::optim::training_loop::{self, Learner, TrainingParams};
 use bloomcast::train::{Recipe, RunOptions, train};
 use bloomcast::vision::test_pattern;
-use bloomcast::vision::{Network, Preprocess};
+use bloomcast::vision::{OnnxBackbone, Preprocess};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::f16;
 
@@ -31,10 +31,10 @@ fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn photograph(path: &Path, i: usize) -> Photograph {
+fn photograph(path: &Path, i: usize) -> HashedImage {
     let mut content_hash = [0; 32];
     content_hash[..8].copy_from_slice(&i.to_le_bytes());
-    Photograph { path: path.into(), class: i % CLASSES, content_hash }
+    HashedImage { path: path.into(), class: i % CLASSES, content_hash }
 }
 
 /// Returns pseudorandom features in 0–1.
@@ -57,9 +57,9 @@ fn extraction(c: &mut Criterion) {
     std::fs::create_dir_all(&folder).unwrap();
     let path = folder.join("pattern.jpg");
     std::fs::write(&path, test_pattern::jpeg(640, 480)).unwrap();
-    let photographs: Vec<Photograph> = (0..200).map(|i| photograph(&path, i)).collect();
-    let (network, preprocess) = (Network::built_in().unwrap(), Preprocess::mobilenet_v2());
-    let backbone = network.features(None).unwrap();
+    let photographs: Vec<HashedImage> = (0..200).map(|i| photograph(&path, i)).collect();
+    let (network, preprocess) = (OnnxBackbone::built_in().unwrap(), Preprocess::mobilenet_v2());
+    let backbone = network.compile_features(None).unwrap();
     let mut group = c.benchmark_group("extraction");
     group.sample_size(10).measurement_time(Duration::from_secs(40)).throughput(Throughput::Elements(200));
     let extractor = |threads| Extractor {
@@ -104,13 +104,13 @@ fn cached_run(c: &mut Criterion) {
     let folder = std::env::temp_dir().join(format!("bloomcast-bench-run-{}", std::process::id()));
     let mut settings = Recipe::Frozen.settings(photographs.join("train"));
     settings.val = Some(photographs.join("val"));
-    settings.sgd.epochs = 100;
+    settings.training.epochs = 100;
     let options = RunOptions {
         out: folder.join("run"),
         overwrite: true,
         cache: Some(folder.join("cache")),
         threads: threads(),
-        device: DeviceChoice::Cpu,
+        device: ComputeDeviceChoice::Cpu,
         created_at: SystemTime::UNIX_EPOCH,
     };
     let run = || train(&settings, &options, &|_| {}).unwrap();
@@ -122,12 +122,12 @@ fn cached_run(c: &mut Criterion) {
     std::fs::remove_dir_all(folder).unwrap();
 }
 
-fn fit(learner: &mut dyn Learner, settings: &Sgd) {
-    sgd::fit(learner, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
+fn fit(learner: &mut dyn Learner, settings: &TrainingParams) {
+    training_loop::fit(learner, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
 }
 
 fn fitting(c: &mut Criterion) {
-    let sgd = |recipe: Recipe, epochs: usize| Sgd { epochs, ..recipe.settings("none".into()).sgd };
+    let sgd = |recipe: Recipe, epochs: usize| TrainingParams { epochs, ..recipe.settings("none".into()).training };
     let mut group = c.benchmark_group("fit");
     group.sample_size(10);
     let (train, val) = (
@@ -144,7 +144,7 @@ fn fitting(c: &mut Criterion) {
         synthetic_features(VAL_IMAGES, width, 1, Precision::Single),
     );
     let settings = sgd(Recipe::LastConv, 1);
-    let network = Network::built_in().unwrap();
+    let network = OnnxBackbone::built_in().unwrap();
     let pretrained = &network.last_conv().unwrap().weights;
     group.bench_function("last convolution, 1 epoch", |b| {
         b.iter(|| fit(&mut LastConvLearner::new(&train, &val, pretrained, CLASSES, &settings, threads()), &settings));

@@ -46,7 +46,7 @@ const UPDATE_TIMEOUT: Duration = Duration::from_millis(300);
 /// The longest wait for the event queue, whose sender a vision thread that does not end still holds.
 const QUEUE_TIMEOUT: Duration = Duration::from_millis(100);
 /// Limits of the update agent's answers that wait for the broker.
-const ANSWERS: OutboxLimits = OutboxLimits { entries_max: 64, bytes_max: 256 << 10 };
+const AGENT_OUTBOX_LIMITS: OutboxLimits = OutboxLimits { entries_max: 64, bytes_max: 256 << 10 };
 
 /// An error of the daemon.
 #[derive(Debug, thiserror::Error)]
@@ -109,7 +109,7 @@ pub struct StoppedDaemon {
     counters: Arc<Counters>,
     /// Events, and answers of the update agent, that the broker has not acknowledged.
     outbox: Outbox,
-    answers: Outbox,
+    agent_outbox: Outbox,
     /// The decision state; `None` if the vision thread did not end in time.
     decider: Option<Decider>,
 }
@@ -121,8 +121,8 @@ impl StoppedDaemon {
             error!("{} events were not acknowledged by the broker and are lost", self.outbox.len());
             self.counters.events_lost.add(self.outbox.len() as u64);
         }
-        if !self.answers.is_empty() {
-            warn!("{} answers about models were not acknowledged by the broker and are lost", self.answers.len());
+        if !self.agent_outbox.is_empty() {
+            warn!("{} answers about models were not acknowledged by the broker and are lost", self.agent_outbox.len());
         }
         info!("{}", self.counters);
         self.counters
@@ -139,7 +139,7 @@ pub struct Daemon {
     pace: Pace,
     counters: Arc<Counters>,
     outbox: Outbox,
-    answers: Outbox,
+    agent_outbox: Outbox,
 }
 
 impl Daemon {
@@ -168,7 +168,7 @@ impl Daemon {
         let thread_pool = thread_pool.map_err(|source| DaemonError::Thread { name: "kernels", source })?;
         // Last: an error in the configuration must not end a model's trial.
         let loader = ModelLoader::new(&config.models, config.kernels, open).with_thread_pool(thread_pool);
-        let active = loader.active_model()?;
+        let active = loader.load_at_start()?;
         let labels = active.loaded.classifier.labels().clone();
         // A device with a used store may switch between models: thresholds for classes of another one are not an error.
         let rules = match active.state == State::default() {
@@ -176,15 +176,15 @@ impl Daemon {
             false => config.update.policy.rules_for_known(&labels),
         };
         let decider = Decider::new(rules, labels, active.loaded.model.manifest.version, SystemTime::now());
-        let (outbox, answers) = (Outbox::new(config.outbox), Outbox::new(ANSWERS));
-        Ok(Daemon { config, loader, active, decider, source, pace, counters: Arc::default(), outbox, answers })
+        let (outbox, agent_outbox) = (Outbox::new(config.outbox), Outbox::new(AGENT_OUTBOX_LIMITS));
+        Ok(Daemon { config, loader, active, decider, source, pace, counters: Arc::default(), outbox, agent_outbox })
     }
 
     /// Continues a daemon that has stopped: its counters, its unacknowledged messages and, if the classes are the same, its
     /// observation.
     pub fn resume(mut self, stopped: StoppedDaemon) -> Self {
-        let StoppedDaemon { counters, outbox, answers, decider, .. } = stopped;
-        self.answers.append(&answers);
+        let StoppedDaemon { counters, outbox, agent_outbox, decider, .. } = stopped;
+        self.agent_outbox.append(&agent_outbox);
         let lost = self.outbox.append(&outbox);
         if lost > 0 {
             error!("{lost} events lost: mqtt.outbox_entries_max or outbox_bytes_max is smaller now");
@@ -259,7 +259,7 @@ impl Daemon {
         stop: impl Future<Output = StopReason>,
         on_classified: OnClassified,
     ) -> Result<StoppedDaemon, DaemonError> {
-        let (counters, outbox, answers) = (self.counters.clone(), self.outbox.clone(), self.answers.clone());
+        let (counters, outbox, agent_outbox) = (self.counters.clone(), self.outbox.clone(), self.agent_outbox.clone());
         let log_interval = self.config.log.counters_interval;
         let model = self.model();
         let heartbeats = [Heartbeat::new("camera"), Heartbeat::new("vision")];
@@ -269,7 +269,7 @@ impl Daemon {
             tokio::join!(log_counters(&counters, log_interval), systemd::feed_watchdog(&heartbeats));
         };
         let reason = runtime.block_on(run_stages(stages, client, queue, stop, monitors))?;
-        Ok(StoppedDaemon { reason, counters, outbox, answers, decider: decider.try_recv().ok() })
+        Ok(StoppedDaemon { reason, counters, outbox, agent_outbox, decider: decider.try_recv().ok() })
     }
 
     /// Makes the channels and starts the threads. Returns them with the MQTT client and the event queue, which the caller runs,
@@ -279,7 +279,7 @@ impl Daemon {
         on_classified: OnClassified,
         heartbeats: &[Heartbeat; 2],
     ) -> Result<(Stages, DeviceClient, EventQueue, mpsc::Receiver<Decider>), DaemonError> {
-        let Daemon { config, loader, active, mut decider, mut source, pace, counters, outbox, answers } = self;
+        let Daemon { config, loader, active, mut decider, mut source, pace, counters, outbox, agent_outbox } = self;
         let [camera_heartbeat, vision_heartbeat] = heartbeats.clone();
         let Config { camera, connection, topics, update, .. } = config;
         let (settings_sender, settings) = mpsc::sync_channel(SETTINGS_MAX);
@@ -287,13 +287,20 @@ impl Daemon {
         let (frames, mailbox) = latest::mailbox();
         let (stop, stopped) = watch::channel(false);
         let discovery = update.discovery;
-        let (agent, classifier, AgentHandles { commands, announcement, observer }) =
-            UpdateAgent::new(update, topics.clone(), loader, active, answers.clone(), swap_sender, stopped.clone());
+        let (agent, classifier, AgentHandles { commands, announcement, trial_observer }) = UpdateAgent::new(
+            update,
+            topics.clone(),
+            loader,
+            active,
+            agent_outbox.clone(),
+            swap_sender,
+            stopped.clone(),
+        );
         let (publisher, events, state) = Publisher::new(&mut decider, EVENTS_MAX, counters.clone());
         let supervisor = camera.supervisor(&pace);
         let frame_diff = FrameDiff::new(camera.still_threshold);
         let options = VisionOptions { pace, lost_after: camera.stall, frame_diff };
-        let vision_commands = Commands { settings, swaps, observer };
+        let vision_commands = Commands { settings, swaps, trial_observer };
         let vision = VisionStage::new(mailbox, classifier, decider, publisher, vision_commands, options, on_classified);
         let encoder = Encoder { device: topics.device().to_string(), camera: camera.name };
         let queue = queue_events(events, encoder.clone(), topics.event(), outbox.clone(), counters.clone());
@@ -305,7 +312,7 @@ impl Daemon {
             announcements: Announcements::new(announcement),
             state,
             outbox,
-            answers,
+            agent_outbox,
             settings: settings_sender,
             commands: Box::new(move |command| commands.try_send(command).is_ok()),
             counters: counters.clone(),

@@ -274,7 +274,7 @@ impl Decider {
     }
 
     /// Continues with a model of other classes and drops the present observation, which the caller has ended with
-    /// [`Decider::signal_lost`] before.
+    /// [`Decider::observe_unknown`] before.
     ///
     /// # Panics
     /// If there is not one threshold a label.
@@ -296,7 +296,7 @@ impl Decider {
 
     /// Observes `unknown` from now on, without dwell time: before the first frame, when the camera fails, while
     /// classification is paused.
-    pub fn signal_lost(&mut self, at: SystemTime, camera_ok: bool) -> Decision {
+    pub fn observe_unknown(&mut self, at: SystemTime, camera_ok: bool) -> Decision {
         self.scores.fill(0.0);
         self.last_frame = None;
         self.pending = None;
@@ -306,7 +306,7 @@ impl Decider {
     /// Pauses or resumes classification; either observes `unknown` and publishes.
     pub fn set_paused(&mut self, paused: bool, at: SystemTime) -> Decision {
         self.paused = paused;
-        let decision = self.signal_lost(at, self.camera_ok());
+        let decision = self.observe_unknown(at, self.camera_ok());
         self.published = Some(decision.observation.clone());
         Decision { publish: true, ..decision }
     }
@@ -585,16 +585,16 @@ mod tests {
     #[test]
     fn a_lost_camera_is_unknown_at_once_and_restarts_the_dwell_time() {
         let mut decider = decider(rules(0, 500));
-        let first = decider.signal_lost(at(0), false);
+        let first = decider.observe_unknown(at(0), false);
         assert_eq!((first.observation.class, first.observation.camera_ok, first.publish), (None, false, true));
         decider.classified(&prediction(0.9, true), at(0));
         let entered = decider.classified(&prediction(0.9, true), at(500)).event.unwrap();
         assert_eq!((index(&entered.class), entered.previous), (A, None));
-        let lost = decider.signal_lost(at(600), false);
+        let lost = decider.observe_unknown(at(600), false);
         assert_eq!(index(&lost.event.unwrap().previous), A);
         assert_eq!((lost.observation.class, lost.observation.camera_ok), (None, false));
         assert_eq!(lost.observation.confidence, 1.0);
-        let again = decider.signal_lost(at(700), false);
+        let again = decider.observe_unknown(at(700), false);
         assert_eq!((again.event, again.publish), (None, false));
         let back = decider.classified(&prediction(0.9, true), at(800));
         assert_eq!((back.event, back.observation.camera_ok, back.publish), (None, true, true));
@@ -640,7 +640,7 @@ mod tests {
         let others = Labels::new(vec!["aster".into(), "rose".into(), "lily".into()]).unwrap();
         decider.reset_classes(others, 9, vec![Thresholds { enter: 0.7, leave: 0.5 }; 3]);
         assert_eq!(decider.published(), None);
-        let first = decider.signal_lost(at(100), true);
+        let first = decider.observe_unknown(at(100), true);
         assert_eq!((first.publish, first.event, first.observation.model), (true, None, 9));
         assert_eq!(first.observation.top.len(), 3);
     }

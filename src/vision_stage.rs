@@ -82,7 +82,7 @@ pub struct Swap {
     /// The thresholds of its classes.
     pub thresholds: Vec<Thresholds>,
     /// Observes its frames, if it is on trial.
-    pub observer: Option<FrameObserver>,
+    pub trial_observer: Option<FrameObserver>,
     /// Receives the replaced model once the swap is done.
     pub replaced: mpsc::SyncSender<Classifier>,
 }
@@ -94,7 +94,7 @@ pub struct Commands {
     /// Models to swap in.
     pub swaps: mpsc::Receiver<Swap>,
     /// Observes the frames of the first model, if it is on trial.
-    pub observer: Option<FrameObserver>,
+    pub trial_observer: Option<FrameObserver>,
 }
 
 /// The outputs of the vision thread. Neither waits for its receiver.
@@ -147,7 +147,7 @@ impl Publisher {
     ) -> (Self, queue::Receiver<Event>, watch::Receiver<Observation>) {
         let first = match decider.published() {
             Some(published) => published.clone(),
-            None => decider.signal_lost(SystemTime::now(), false).observation,
+            None => decider.observe_unknown(SystemTime::now(), false).observation,
         };
         let (events, event_queue) = queue::channel(events_max);
         let (state, newest) = watch::channel(first);
@@ -190,7 +190,7 @@ impl VisionStage {
             self.apply_commands();
             match self.mailbox.recv(IDLE) {
                 RecvResult::Item(MailboxItem::Frame(frame)) => self.process(frame),
-                RecvResult::Item(MailboxItem::Lost { at }) => self.signal_lost(at, false),
+                RecvResult::Item(MailboxItem::Lost { at }) => self.observe_unknown(at, false),
                 RecvResult::Timeout => {}
                 RecvResult::Closed => {
                     info!("the camera has no more frames");
@@ -204,7 +204,7 @@ impl VisionStage {
     fn process(&mut self, frame: Frame) {
         if self.decider.paused() {
             // Frames while paused still show that the camera works.
-            return self.signal_lost(frame.captured_at, true);
+            return self.observe_unknown(frame.captured_at, true);
         }
         let captured_at = frame.captured_at;
         let (decision, class, stages) = match self.classify(&frame) {
@@ -228,7 +228,8 @@ impl VisionStage {
         let picture = decode::picture(&frame.picture)?;
         let decode = started.elapsed();
         let VisionStage { classifier, commands, options, decider, .. } = self;
-        let (prediction, stages) = predict(classifier, &mut commands.observer, &mut options.frame_diff, &picture)?;
+        let (prediction, stages) =
+            predict(classifier, &mut commands.trial_observer, &mut options.frame_diff, &picture)?;
         let decision = decider.classified(prediction, frame.captured_at);
         Ok((decision, prediction.class(), stages.map(|stages| StageTimes { decode, ..stages })))
     }
@@ -238,12 +239,12 @@ impl VisionStage {
         let origin = frame.origin.as_ref().map_or(String::new(), |path| format!("{}: ", path.display()));
         warn!("{origin}broken frame skipped: {error}");
         if self.last_classified.elapsed() >= self.options.lost_after {
-            self.signal_lost(frame.captured_at, false);
+            self.observe_unknown(frame.captured_at, false);
         }
     }
 
-    fn signal_lost(&mut self, at: SystemTime, camera_ok: bool) {
-        let decision = self.decider.signal_lost(at, camera_ok);
+    fn observe_unknown(&mut self, at: SystemTime, camera_ok: bool) {
+        let decision = self.decider.observe_unknown(at, camera_ok);
         self.publisher.publish(decision);
     }
 
@@ -288,11 +289,11 @@ impl VisionStage {
         let same_classes = self.decider.labels() == swap.classifier.labels();
         let camera_ok = self.decider.camera_ok();
         if !same_classes {
-            self.signal_lost(SystemTime::now(), camera_ok);
+            self.observe_unknown(SystemTime::now(), camera_ok);
         }
         let replaced = std::mem::replace(&mut self.classifier, swap.classifier);
         self.options.frame_diff.reset();
-        self.commands.observer = swap.observer;
+        self.commands.trial_observer = swap.trial_observer;
         if same_classes {
             self.decider.set_model(swap.version);
             if let Some(observation) = self.decider.published() {
@@ -301,7 +302,7 @@ impl VisionStage {
         } else {
             let labels = self.classifier.labels().clone();
             self.decider.reset_classes(labels, swap.version, swap.thresholds);
-            self.signal_lost(SystemTime::now(), camera_ok);
+            self.observe_unknown(SystemTime::now(), camera_ok);
         }
         // The receiver is gone if the daemon is about to stop.
         let _ = swap.replaced.send(replaced);
@@ -312,11 +313,11 @@ impl VisionStage {
 /// an error, as it is for the trial.
 fn predict<'a>(
     classifier: &'a mut Classifier,
-    observer: &mut Option<FrameObserver>,
+    trial_observer: &mut Option<FrameObserver>,
     frame_diff: &mut FrameDiff,
     picture: &RgbImage,
 ) -> Result<(&'a Prediction, Option<StageTimes>), FrameError> {
-    if observer.is_some() {
+    if trial_observer.is_some() {
         frame_diff.reset();
     }
     let classify = || classifier.classify_if_changed(picture, frame_diff);
@@ -324,13 +325,13 @@ fn predict<'a>(
         Ok(classified) => classified.map_err(FrameError::from),
         Err(_) => Err(FrameError::Panicked),
     };
-    if let Some(observe) = observer {
+    if let Some(report_to_trial) = trial_observer {
         let report = match &classified {
             Ok(stages) => FrameReport::Classified(stages.map_or(Duration::ZERO, |stages| stages.cpu_time)),
             Err(error) => FrameReport::Failed(error.to_string()),
         };
-        if !observe(report) {
-            *observer = None;
+        if !report_to_trial(report) {
+            *trial_observer = None;
         }
     }
     classified.map(|stages| (classifier.last_prediction(), stages))

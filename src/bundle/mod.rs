@@ -27,7 +27,7 @@ use tensors::TensorError;
 use crate::system::hash::sha256_hex;
 use crate::vision::backbone;
 use crate::vision::classifier::ClassifierParams;
-use crate::vision::{Backbone, BackboneError, Classifier, Head, LastConvWeights, Network, OodDetector};
+use crate::vision::{BackboneError, Classifier, CompiledBackbone, Head, LastConvWeights, OnnxBackbone, OodDetector};
 
 /// The bundle inside this program: a model of five flowers.
 pub static BUILT_IN: &[u8] = include_bytes!("../../models/flowers.bloom");
@@ -280,8 +280,8 @@ impl Bundle {
     ///
     /// # Errors
     /// If the network cannot be compiled, or its features are not as long as the head expects.
-    pub fn backbone(&self, network: &Network) -> Result<Backbone, BundleError> {
-        let backbone = network.features(self.contents.last_conv.as_ref())?;
+    pub fn backbone(&self, network: &OnnxBackbone) -> Result<CompiledBackbone, BundleError> {
+        let backbone = network.compile_features(self.contents.last_conv.as_ref())?;
         let (outputs, width) = (backbone.width(), self.contents.head.width());
         if outputs != width {
             let source = Box::new(ContentError::BackboneWidth { outputs, width });
@@ -295,7 +295,7 @@ impl Bundle {
     ///
     /// # Errors
     /// If the network cannot be loaded, or is not the one that the model was trained on.
-    pub fn network(&self, file: Option<&Path>) -> Result<Network, BundleError> {
+    pub fn network(&self, file: Option<&Path>) -> Result<OnnxBackbone, BundleError> {
         let (backbone, preprocess) = (&self.manifest.backbone, &self.manifest.preprocess);
         let feature = Some(backbone.feature.as_str());
         let describe = |name: &str, sha256: &str| format!("{name} (sha256 {sha256:.12}…)");
@@ -312,7 +312,7 @@ impl Bundle {
                 actual: describe(&name, &sha256),
             });
         }
-        Ok(Network::from_hashed(&name, sha256, onnx, preprocess, feature)?)
+        Ok(OnnxBackbone::from_hashed(&name, sha256, onnx, preprocess, feature)?)
     }
 
     /// Returns the parameters of a classifier.

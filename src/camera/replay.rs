@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 use std::{fs, io};
 
 use super::{CameraError, FrameSource, NextFrame, Pace};
-use crate::frame::files::{EXTENSIONS, is_picture};
+use crate::frame::picture_files::{EXTENSIONS, is_picture};
 use crate::frame::{Frame, Picture};
 
 /// A [`FrameSource`] that reads image files in order.

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use super::{CameraError, FrameSource, NextFrame};
-use crate::frame::jpeg::{Extent, Scanner};
+use crate::frame::jpeg_extent::{Extent, Scanner};
 use crate::frame::{Frame, Picture};
 
 /// The command to run and the video to request from it.

@@ -22,7 +22,7 @@ use tracing::{info, warn};
 
 use super::v4l2_fallback::FallbackCamera;
 use super::{CameraError, CaptureOptions, FrameSource, NextFrame, PixelFormat};
-use crate::frame::{Frame, Layout, Picture, RawPicture, jpeg};
+use crate::frame::{Frame, Layout, Picture, RawPicture, jpeg_extent};
 
 /// The longest wait for the capture thread to end when the camera is closed.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(200);
@@ -247,10 +247,10 @@ fn describe(offered: &[CameraFormat]) -> String {
 pub(super) fn picture(layout: Option<Layout>, (width, height): (u32, u32), bytes: &[u8]) -> Option<Picture> {
     let Some(layout) = layout else {
         // The driver returns the whole buffer, with stale bytes behind the end marker.
-        let length = match jpeg::extent(bytes) {
-            jpeg::Extent::Whole(length) => length,
+        let length = match jpeg_extent::extent(bytes) {
+            jpeg_extent::Extent::Whole(length) => length,
             // Passed on unchanged: the decoder rejects it, and it counts as broken.
-            jpeg::Extent::Short | jpeg::Extent::NotJpeg => bytes.len(),
+            jpeg_extent::Extent::Short | jpeg_extent::Extent::NotJpeg => bytes.len(),
         };
         return Some(Picture::Encoded(bytes[..length].to_vec()));
     };

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::Write;
 
 use bloomcast::train::run::settings::{BackboneFile, PreprocessPreset};
-use bloomcast::vision::Network;
+use bloomcast::vision::OnnxBackbone;
 use bloomcast::vision::backbone::ModelInfo;
 use bloomcast::zoo;
 use clap::{Args, Subcommand, ValueEnum};
@@ -116,10 +116,10 @@ pub fn inspect(mut args: BackboneInspectArgs) -> Result<(), Failure> {
     // The output does not depend on the normalization.
     args.backbone.preprocess.get_or_insert(PreprocessArg::Keras);
     let network = match args.backbone.file()? {
-        Some(named) => Network::from_file(&named.file, &named.preprocess, named.feature.as_deref())?,
-        None => Network::built_in()?,
+        Some(named) => OnnxBackbone::from_file(&named.file, &named.preprocess, named.feature.as_deref())?,
+        None => OnnxBackbone::built_in()?,
     };
-    let width = network.features(None)?.width();
+    let width = network.compile_features(None)?.width();
     let ModelInfo { input, feature, parameters, last_conv, .. } = network.info().clone();
     let info = BackboneInfo {
         name: network.name().into(),

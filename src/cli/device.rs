@@ -43,13 +43,13 @@ pub struct CheckArgs {
 #[cfg(feature = "demo")]
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// Photographs, one folder a class [default: those at hand, else a download]
+    /// ImageSet, one folder a class [default: those at hand, else a download]
     #[arg(long)]
     frames: Option<PathBuf>,
     /// Port of the demo's broker on 127.0.0.1; 0 chooses a free one
     #[arg(long, default_value_t = 0)]
     port: u16,
-    /// Photographs of each class
+    /// ImageSet of each class
     #[arg(long, default_value_t = 20)]
     per_class: usize,
     /// Interval between two photographs

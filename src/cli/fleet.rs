@@ -10,7 +10,7 @@ use bloomcast::config::Config;
 use bloomcast::mqtt::topics::{DeviceName, Topics};
 use bloomcast::update::device::Store;
 use bloomcast::update::device::admission::Refusal;
-use bloomcast::update::device::install::{InstallError, InstallOptions, install as install_bundle};
+use bloomcast::update::device::local_install::{InstallError, InstallOptions, install as install_bundle};
 use bloomcast::update::device::model_loader::ModelLoader;
 use bloomcast::update::device::store::ModelSlot;
 use bloomcast::update::protocol::{UpdateStatus, identity};
@@ -229,7 +229,7 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
     let mut failed = 0;
     for topics in &devices {
         let gone = match rollback_device(&access, topics, &key) {
-            Ok(answer) if answer.answer == UpdateStatus::RolledBack => Ok(answer.model),
+            Ok(answer) if answer.status == UpdateStatus::RolledBack => Ok(answer.model),
             Ok(answer) => Err(format!("{}: refused: {}", topics.device(), answer.reason.unwrap_or_default())),
             Err(error) => Err(error.to_string()),
         };

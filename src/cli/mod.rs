@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use bloomcast::bundle::Bundle;
-use bloomcast::vision::Network;
+use bloomcast::vision::OnnxBackbone;
 use bloomcast::vision::backbone::KernelChoice;
 use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
@@ -176,7 +176,7 @@ impl ModelArgs {
     }
 
     /// The backbone network of a bundle, with the chosen kernels.
-    fn network(&self, bundle: &Bundle) -> Result<Network, Failure> {
+    fn network(&self, bundle: &Bundle) -> Result<OnnxBackbone, Failure> {
         let kernels = device::resolve(self.kernels)?;
         Ok(bundle.network(self.backbone.as_deref())?.with_kernels(kernels))
     }

@@ -7,10 +7,10 @@ use std::time::{Duration, SystemTime};
 use anyhow::anyhow;
 use bloomcast::train::compare::Comparison;
 use bloomcast::train::data::dataset::Dataset;
+use bloomcast::train::data::image_set::DatasetProblem;
 use bloomcast::train::data::inspect;
-use bloomcast::train::data::photographs::DatasetProblem;
-use bloomcast::train::features::device::DeviceChoice;
-use bloomcast::train::optim::sgd::{Optimizer, Schedule};
+use bloomcast::train::features::compute_device::ComputeDeviceChoice;
+use bloomcast::train::optim::training_loop::{Optimizer, Schedule};
 use bloomcast::train::run::settings::{DEFAULT_VAL_FRACTION, FineTune};
 use bloomcast::train::{self, Recipe, RunOptions, Settings};
 use clap::{Args, Subcommand, ValueEnum, value_parser};
@@ -236,12 +236,12 @@ enum DeviceArg {
     Gpu,
 }
 
-impl From<DeviceArg> for DeviceChoice {
+impl From<DeviceArg> for ComputeDeviceChoice {
     fn from(arg: DeviceArg) -> Self {
         match arg {
-            DeviceArg::Auto => DeviceChoice::Auto,
-            DeviceArg::Cpu => DeviceChoice::Cpu,
-            DeviceArg::Gpu => DeviceChoice::Gpu,
+            DeviceArg::Auto => ComputeDeviceChoice::Auto,
+            DeviceArg::Cpu => ComputeDeviceChoice::Cpu,
+            DeviceArg::Gpu => ComputeDeviceChoice::Gpu,
         }
     }
 }
@@ -344,23 +344,23 @@ impl TrainArgs {
         let training = self.training;
         set(&mut settings.fine_tune, training.fine_tune.map(Into::into));
         set(&mut settings.views, training.augment);
-        let sgd = &mut settings.sgd;
-        set(&mut sgd.epochs, training.epochs);
-        set(&mut sgd.patience, training.patience);
-        set(&mut sgd.batch, training.batch);
-        set(&mut sgd.optimizer, training.optimiser.map(Into::into));
-        set(&mut sgd.learning_rate, training.learning_rate);
-        set(&mut sgd.schedule, training.schedule.map(Into::into));
-        set(&mut sgd.warm_up, training.warm_up);
-        set(&mut sgd.step_epochs, training.step_epochs);
-        set(&mut sgd.step_factor, training.step_factor);
-        set(&mut sgd.momentum, training.momentum);
-        set(&mut sgd.nesterov, training.nesterov);
-        set(&mut sgd.weight_decay, training.weight_decay);
-        set(&mut sgd.label_smoothing, training.label_smoothing);
-        set(&mut sgd.balance, training.balance);
-        set(&mut sgd.dropout, training.dropout);
-        set(&mut sgd.seed, training.seed);
+        let params = &mut settings.training;
+        set(&mut params.epochs, training.epochs);
+        set(&mut params.patience, training.patience);
+        set(&mut params.batch, training.batch);
+        set(&mut params.optimizer, training.optimiser.map(Into::into));
+        set(&mut params.learning_rate, training.learning_rate);
+        set(&mut params.schedule, training.schedule.map(Into::into));
+        set(&mut params.warm_up, training.warm_up);
+        set(&mut params.step_epochs, training.step_epochs);
+        set(&mut params.step_factor, training.step_factor);
+        set(&mut params.momentum, training.momentum);
+        set(&mut params.nesterov, training.nesterov);
+        set(&mut params.weight_decay, training.weight_decay);
+        set(&mut params.label_smoothing, training.label_smoothing);
+        set(&mut params.balance, training.balance);
+        set(&mut params.dropout, training.dropout);
+        set(&mut params.seed, training.seed);
         training.expect_used(&settings)?;
         Ok(settings)
     }
@@ -369,12 +369,12 @@ impl TrainArgs {
 impl TrainingArgs {
     /// Rejects flags that have no effect with the other settings.
     fn expect_used(&self, settings: &Settings) -> Result<(), Failure> {
-        let sgd = &settings.sgd;
+        let params = &settings.training;
         let momentum = self.momentum.is_some() || self.nesterov.is_some();
         let step = self.step_epochs.is_some() || self.step_factor.is_some();
         for (unused, message) in [
-            (momentum && sgd.optimizer != Optimizer::Sgd, "--momentum and --nesterov belong to --optimiser sgd"),
-            (step && sgd.schedule != Schedule::Step, "--step-epochs and --step-factor belong to --schedule step"),
+            (momentum && params.optimizer != Optimizer::Sgd, "--momentum and --nesterov belong to --optimiser sgd"),
+            (step && params.schedule != Schedule::Step, "--step-epochs and --step-factor belong to --schedule step"),
             (
                 self.dropout.is_some() && settings.fine_tune == FineTune::None,
                 "--dropout belongs to --fine-tune last-conv",

@@ -5,7 +5,7 @@
 //! line.
 
 mod layers;
-mod settings;
+mod tables;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -29,7 +29,7 @@ use crate::mqtt::{BrokerAccess, ConnectionOptions, DeviceName, Topics};
 use crate::update::device::{ModelFiles, UpdateOptions};
 use crate::update::protocol::TrialLimits;
 use crate::vision::decode::{FILE_BYTES_MAX, SIDE_MAX};
-use settings::{Settings, Source};
+use tables::{Settings, Source};
 
 /// Every setting with its default and its reason.
 pub const DEFAULTS: &str = include_str!("../../systemd/bloomcast.toml");
@@ -299,7 +299,7 @@ fn check_ranges(settings: &Settings) -> Result<(), ConfigError> {
 }
 
 /// Returns the device's topics. An empty name is the host's.
-fn topics(name: &str, mqtt: &settings::Mqtt) -> Result<Topics, ConfigError> {
+fn topics(name: &str, mqtt: &tables::Mqtt) -> Result<Topics, ConfigError> {
     let name = match name {
         "" => fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
         name => name.to_owned(),
@@ -312,7 +312,7 @@ fn topics(name: &str, mqtt: &settings::Mqtt) -> Result<Topics, ConfigError> {
     Ok(Topics::new(&mqtt.base, prefix, device))
 }
 
-fn source(camera: &settings::Camera) -> Result<SourceOptions, ConfigError> {
+fn source(camera: &tables::Camera) -> Result<SourceOptions, ConfigError> {
     let (width, height, fps) = (camera.width, camera.height, camera.fps);
     Ok(match camera.source {
         Source::V4l2 => SourceOptions::V4l2 {
@@ -338,7 +338,7 @@ fn source(camera: &settings::Camera) -> Result<SourceOptions, ConfigError> {
     })
 }
 
-fn policy(decide: &settings::Decide) -> Result<Policy, ConfigError> {
+fn policy(decide: &tables::Decide) -> Result<Policy, ConfigError> {
     for (key, value) in [("decide.enter", decide.enter), ("decide.leave", decide.leave)] {
         if !(value > 0.0 && value <= 1.0) {
             return Err(ConfigError::invalid(key, &value, "expected a number above 0, at most 1"));
@@ -366,7 +366,7 @@ fn policy(decide: &settings::Decide) -> Result<Policy, ConfigError> {
     })
 }
 
-fn groups(fleet: &settings::Fleet) -> Result<BTreeMap<String, Vec<DeviceName>>, ConfigError> {
+fn groups(fleet: &tables::Fleet) -> Result<BTreeMap<String, Vec<DeviceName>>, ConfigError> {
     let mut groups = BTreeMap::new();
     for (group, names) in &fleet.groups {
         if names.is_empty() {
@@ -382,7 +382,7 @@ fn groups(fleet: &settings::Fleet) -> Result<BTreeMap<String, Vec<DeviceName>>, 
 }
 
 /// Returns the broker's address; reads the credentials.
-fn access(mqtt: &settings::Mqtt) -> Result<BrokerAccess, ConfigError> {
+fn access(mqtt: &tables::Mqtt) -> Result<BrokerAccess, ConfigError> {
     Ok(BrokerAccess {
         host: mqtt.host.clone(),
         port: mqtt.port,

@@ -1,7 +1,7 @@
 //! Frames and pictures: what the camera and the vision stage share.
 
-pub mod files;
-pub mod jpeg;
+pub mod jpeg_extent;
+pub mod picture_files;
 
 use std::path::PathBuf;
 use std::time::SystemTime;

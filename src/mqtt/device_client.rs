@@ -76,7 +76,7 @@ pub struct DeviceClient {
     /// Events.
     pub outbox: Outbox,
     /// Answers of the update agent.
-    pub answers: Outbox,
+    pub agent_outbox: Outbox,
     /// Receives settings from `…/set/<setting>`.
     pub settings: SyncSender<Setting>,
     /// Receives commands for the update agent.
@@ -181,7 +181,7 @@ impl DeviceClient {
     /// Starts a connection, on which nothing is in flight.
     fn open(&mut self) -> Connection {
         self.outbox.rewind();
-        self.answers.rewind();
+        self.agent_outbox.rewind();
         self.announcements.pending = true;
         Connection::open(&self.options, &self.topics)
     }
@@ -194,7 +194,7 @@ impl DeviceClient {
         {
             debug!("{error}");
         }
-        while !self.outbox.is_empty() || !self.answers.is_empty() {
+        while !self.outbox.is_empty() || !self.agent_outbox.is_empty() {
             let mut connection = self.open();
             let drained = match connection.accepted().await {
                 Ok(()) => self.drain(&mut connection).await,
@@ -226,20 +226,20 @@ impl DeviceClient {
                     self.publish_state(connection)?;
                 }
                 () = self.outbox.changed() => self.publish_waiting(connection)?,
-                () = self.answers.changed() => self.publish_waiting(connection)?,
+                () = self.agent_outbox.changed() => self.publish_waiting(connection)?,
                 () = stopped(stop) => return Ok(()),
             }
         }
     }
 
-    /// Publishes the last state, the remaining events and answers, and `offline`; waits for the acknowledgements; disconnects.
+    /// Publishes the last state, the remaining events and agent_outbox, and `offline`; waits for the acknowledgements; disconnects.
     async fn drain(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
         // `Ref::has_changed` also works after the sender was dropped, unlike `Receiver::has_changed`.
         if self.state.borrow().has_changed() {
             self.publish_state(connection)?;
         }
         self.publish_waiting(connection)?;
-        while !self.outbox.is_empty() || !self.answers.is_empty() {
+        while !self.outbox.is_empty() || !self.agent_outbox.is_empty() {
             let event = connection.next().await?;
             self.handle(connection, event)?;
         }
@@ -268,7 +268,7 @@ impl DeviceClient {
 
     /// Publishes answers and events as far as there is room.
     fn publish_waiting(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
-        self.publish_from(self.answers.clone(), InFlight::Answer, connection)?;
+        self.publish_from(self.agent_outbox.clone(), InFlight::Answer, connection)?;
         self.publish_from(self.outbox.clone(), InFlight::Event, connection)
     }
 
@@ -313,7 +313,7 @@ impl DeviceClient {
     fn acknowledge(&self, message: Option<InFlight>) {
         match message {
             Some(InFlight::Event(sequence)) if self.outbox.acknowledged(sequence) => self.counters.acknowledged.add(1),
-            Some(InFlight::Answer(sequence)) => drop(self.answers.acknowledged(sequence)),
+            Some(InFlight::Answer(sequence)) => drop(self.agent_outbox.acknowledged(sequence)),
             _ => {}
         }
     }

@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use crate::bundle::{Bundle, BundleError};
 use crate::train::data::augment::Views;
 use crate::train::data::dataset::{Dataset, fingerprint};
-use crate::train::data::photographs::{DatasetProblem, Photograph, Photographs};
+use crate::train::data::image_set::{DatasetProblem, HashedImage, ImageSet};
 use crate::train::features::{Extractor, Precision};
 use crate::vision::head::argmax;
-use crate::vision::{Labels, Network, Prediction};
+use crate::vision::{Labels, OnnxBackbone, Prediction};
 
 /// Number of equal-width confidence bins of the calibration error (Guo et al., 2017, use 15).
 const BINS: usize = 15;
@@ -54,7 +54,7 @@ pub struct ClassMetrics {
 #[derive(Debug, Clone)]
 pub struct EvaluatedSet {
     /// The images with their true classes.
-    pub photographs: Vec<Photograph>,
+    pub photographs: Vec<HashedImage>,
     /// The prediction for each image.
     pub predictions: Vec<Prediction>,
     /// The metrics of the predictions.
@@ -66,7 +66,7 @@ impl EvaluatedSet {
     ///
     /// # Panics
     /// Panics if a true or a top class is not an index into `labels`, or if a prediction has too few probabilities.
-    pub fn new(labels: &Labels, photographs: Vec<Photograph>, predictions: Vec<Prediction>) -> Self {
+    pub fn new(labels: &Labels, photographs: Vec<HashedImage>, predictions: Vec<Prediction>) -> Self {
         let classes: Vec<usize> = photographs.iter().map(|photograph| photograph.class).collect();
         let evaluation = Evaluation::new(labels, &predictions, &classes);
         EvaluatedSet { photographs, predictions, evaluation }
@@ -89,13 +89,13 @@ impl EvaluatedSet {
 /// rejects that.
 pub fn evaluate(
     bundle: &Bundle,
-    network: &Network,
+    network: &OnnxBackbone,
     dataset: &Dataset,
     mirror: bool,
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<(EvaluatedSet, Vec<DatasetProblem>), BundleError> {
-    let photographs = Photographs::read(dataset, threads, &|_| {});
+    let photographs = ImageSet::read(dataset, threads, &|_| {});
     let extractor = Extractor {
         network,
         backbone: &bundle.backbone(network)?,

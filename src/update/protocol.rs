@@ -31,7 +31,7 @@ pub enum ProtocolError {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CommandError {
     /// The command is signed for another generation of the store.
-    #[error("the order is for generation {signed}, this is {present}")]
+    #[error("the signed command is for generation {signed}, this is {present}")]
     Generation {
         /// Generation that the command is valid for.
         signed: u64,
@@ -39,13 +39,13 @@ pub enum CommandError {
         present: u64,
     },
     /// The signature is not in the expected encoding.
-    #[error("the order's signature: {0}")]
+    #[error("the signature of the command: {0}")]
     Malformed(SignatureError),
     /// The signature is of another action, device or model.
-    #[error("the order's signature {0}")]
+    #[error("the signature of the command {0}")]
     Signature(SignatureError),
     /// The command is signed by a key that is not trusted.
-    #[error("the order: {0}")]
+    #[error("the signed command: {0}")]
     Untrusted(#[from] UntrustedSigner),
 }
 
@@ -101,7 +101,8 @@ pub struct ModelStatus {
     /// Generation of the store; a command signed for it is valid once.
     pub generation: u64,
     /// The reason why it is not the model that was installed last.
-    pub trouble: Option<String>,
+    #[serde(rename = "trouble")]
+    pub fallback_reason: Option<String>,
 }
 
 /// An offer of a model, which follows in chunks.
@@ -152,7 +153,8 @@ pub struct RollbackRequest {
     /// Id of the request, repeated in the answer.
     pub transfer: Uuid,
     /// Its authorisation.
-    pub order: SignedCommand,
+    #[serde(rename = "order")]
+    pub command: SignedCommand,
 }
 
 impl RollbackRequest {
@@ -229,7 +231,8 @@ pub struct Answer {
     /// Id of the offer or request that it answers; `None` for an answer without a request.
     pub transfer: Option<Uuid>,
     /// The state of the update.
-    pub answer: UpdateStatus,
+    #[serde(rename = "answer")]
+    pub status: UpdateStatus,
     /// Reason of a refusal or a rollback.
     pub reason: Option<String>,
     /// Name, version and SHA-256 of the model.
@@ -320,7 +323,7 @@ pub fn older_status(manifest: &Manifest) -> ModelStatus {
         trial: false,
         previous: None,
         generation: 0,
-        trouble: None,
+        fallback_reason: None,
     }
 }
 
@@ -334,8 +337,8 @@ mod tests {
         let path = dir.path().join("trainer.key");
         PrivateKey::generate(&path).unwrap();
         let (key, trusted) = (PrivateKey::read(&path).unwrap(), Keyring::read(dir.path()).unwrap());
-        let order = SignedCommand::sign(&key, Action::Rollback, "bloomcast/pi", 7, "ab");
-        let check = |action, device, generation, sha256| order.check(&trusted, action, device, generation, sha256);
+        let command = SignedCommand::sign(&key, Action::Rollback, "bloomcast/pi", 7, "ab");
+        let check = |action, device, generation, sha256| command.check(&trusted, action, device, generation, sha256);
         assert!(check(Action::Rollback, "bloomcast/pi", 7, "ab").is_ok());
         assert!(check(Action::Force, "bloomcast/pi", 7, "ab").unwrap_err().to_string().contains("does not fit"));
         assert!(check(Action::Rollback, "bloomcast/pi2", 7, "ab").is_err());
@@ -346,8 +349,8 @@ mod tests {
                 .contains("generation 7, this is 8")
         );
         assert!(check(Action::Rollback, "bloomcast/pi", 7, "ac").is_err());
-        let untrusted = order.check(&Keyring::default(), Action::Rollback, "bloomcast/pi", 7, "ab");
-        assert_eq!(untrusted.unwrap_err().to_string(), "the order: no key is trusted here");
+        let untrusted = command.check(&Keyring::default(), Action::Rollback, "bloomcast/pi", 7, "ab");
+        assert_eq!(untrusted.unwrap_err().to_string(), "the signed command: no key is trusted here");
     }
 
     /// The wire format is stable: a change of these texts needs another schema number.
@@ -358,7 +361,7 @@ mod tests {
             schema: SCHEMA,
             device: "pi".into(),
             transfer: Some(Uuid::nil()),
-            answer: UpdateStatus::RolledBack,
+            status: UpdateStatus::RolledBack,
             reason: Some("slow".into()),
             model: model.clone(),
             trial: None,
@@ -382,7 +385,7 @@ mod tests {
             trial: false,
             previous: None,
             generation: 3,
-            trouble: None,
+            fallback_reason: None,
         };
         let json = r#"{"schema":1,"name":"garden","version":7,"sha256":"ab","classes":["daisy","tulips"],"backbone":"n","format":1,"network":{"name":"n","sha256":"cd"},"dataset":"ef","metrics":{"accuracy":0.5,"loss":0.25,"ece":0.125},"signed_by":null,"source":"built-in","trial":false,"previous":null,"generation":3,"trouble":null}"#;
         assert_eq!(serde_json::to_string(&status).unwrap(), json);

@@ -7,7 +7,7 @@ use image::{RgbImage, imageops};
 
 use super::backbone::Session;
 use super::head::argmax;
-use super::{Backbone, BackboneError, FrameDiff, Head, Labels, OodDetector, Preprocess, Preprocessor};
+use super::{BackboneError, CompiledBackbone, FrameDiff, Head, Labels, OodDetector, Preprocess, Preprocessor};
 
 /// The classification of one image.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -102,7 +102,7 @@ impl Classifier {
     ///
     /// # Panics
     /// If the head or the subspace has another width than the features of the backbone.
-    pub fn new(backbone: &Backbone, params: ClassifierParams) -> Result<Self, BackboneError> {
+    pub fn new(backbone: &CompiledBackbone, params: ClassifierParams) -> Result<Self, BackboneError> {
         assert_eq!(params.head.width(), backbone.width(), "width of the head and of the backbone's features");
         assert_eq!(params.ood.width(), backbone.width(), "width of the subspace and of the backbone's features");
         Ok(Classifier {
@@ -132,7 +132,7 @@ impl Classifier {
     pub fn classify_with_mirror(&mut self, image: &RgbImage) -> Result<Prediction, BackboneError> {
         let mut features = |image: &RgbImage| {
             self.preprocessor.run(image, &mut self.input);
-            Ok::<_, BackboneError>(self.session.features(&self.input)?.to_vec())
+            Ok::<_, BackboneError>(self.session.run(&self.input)?.to_vec())
         };
         let views = [features(image)?, features(&imageops::flip_horizontal(image))?];
         Ok(self.params.predict_views(views.iter()))
@@ -168,7 +168,7 @@ impl Classifier {
     fn classify_resized(&mut self, started: Instant) -> Result<(&Prediction, StageTimes), BackboneError> {
         self.preprocessor.normalise(&mut self.input);
         let preprocessed = Instant::now();
-        let features = self.session.features(&self.input)?;
+        let features = self.session.run(&self.input)?;
         let extracted = Instant::now();
         self.params.predict_into(features, &mut self.prediction);
         let cpu_time = self.session.cpu_time();
@@ -193,7 +193,7 @@ impl Classifier {
     /// If the backbone fails.
     pub fn backbone_alone(&mut self) -> Result<Duration, BackboneError> {
         let started = Instant::now();
-        self.session.features(&self.input)?;
+        self.session.run(&self.input)?;
         Ok(started.elapsed())
     }
 

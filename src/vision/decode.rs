@@ -10,7 +10,7 @@ use zune_jpeg::JpegDecoder;
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
-use crate::frame::{Layout, Picture, RawPicture, jpeg};
+use crate::frame::{Layout, Picture, RawPicture, jpeg_extent};
 
 /// Largest image file, in bytes.
 pub const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -119,7 +119,7 @@ fn check_size(width: u32, height: u32) -> Result<(), DecodeError> {
 
 fn decode_jpeg(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     // The decoder fills missing data with grey and reports no error.
-    let jpeg::Extent::Whole(length) = jpeg::extent(bytes) else {
+    let jpeg_extent::Extent::Whole(length) = jpeg_extent::extent(bytes) else {
         return Err(DecodeError::CutShort);
     };
     let bytes = with_huffman_tables(&bytes[..length]);

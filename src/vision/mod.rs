@@ -13,7 +13,7 @@ pub mod ood;
 pub mod preprocess;
 pub mod test_pattern;
 
-pub use backbone::{Backbone, BackboneError, Network};
+pub use backbone::{BackboneError, CompiledBackbone, OnnxBackbone};
 pub use classifier::{Classifier, Prediction, StageTimes};
 pub use frame_diff::FrameDiff;
 pub use head::Head;

@@ -370,7 +370,10 @@ fn rollback_and_downgrade_require_a_signed_command() {
     assert_eq!(device.model_status()["previous"], format!("flowers {}", version + 1));
 
     let (_, text) = failure(&mut rollback(&untrusted));
-    assert!(text.contains("refused: the order: it is signed by the key") && text.contains("not trusted"), "{text}");
+    assert!(
+        text.contains("refused: the signed command: it is signed by the key") && text.contains("not trusted"),
+        "{text}"
+    );
     let listener = Listener::connect(broker.port);
     let rolled_back = output(&mut rollback(&trainer));
     assert!(rolled_back.status.success(), "{}", String::from_utf8_lossy(&rolled_back.stderr));
@@ -389,7 +392,7 @@ fn rollback_and_downgrade_require_a_signed_command() {
     let client = Client::connect(&BrokerAccess::local(broker.port), &["bloomcast/pi/model/answer".into()]).unwrap();
     assert!(client.publish("bloomcast/pi/model/rollback", serde_json::to_vec(&replayed_command).unwrap()));
     let answer = listener.wait("/pi/model/answer", |answer| answer["transfer"] == replayed_command["transfer"]);
-    assert!(answer["reason"].as_str().unwrap().contains("the order is for generation"), "{answer}");
+    assert!(answer["reason"].as_str().unwrap().contains("the signed command is for generation"), "{answer}");
 
     // A model that was rolled back, or an older one, needs --force.
     let (status, reason) = push(&second, &[]);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use bloomcast::bundle::Bundle;
 use bloomcast::vision::preprocess::TensorLayout;
-use bloomcast::vision::{Classifier, Network, Preprocess, decode};
+use bloomcast::vision::{Classifier, OnnxBackbone, Preprocess, decode};
 use bloomcast_kernels::{Isa, ThreadPool};
 
 use super::backbones::network;
@@ -64,12 +64,12 @@ fn kernels_compute_other_networks_with_inverted_residuals_as_tract_does() {
     for (file, layout, supported) in cases {
         let Some(path) = network(&format!("{test} ({file})"), file) else { continue };
         let preprocess = Preprocess { layout, ..Preprocess::mobilenet_v2() };
-        let network = Network::from_file(&path, &preprocess, None).unwrap();
+        let network = OnnxBackbone::from_file(&path, &preprocess, None).unwrap();
         let input: Vec<f32> = (0..preprocess.input_len()).map(|index| (index as f32 * 0.37).sin()).collect();
         let features = |kernels: Option<Isa>| {
-            let backbone = network.with_kernels(kernels).features(None).unwrap();
+            let backbone = network.with_kernels(kernels).compile_features(None).unwrap();
             let uses_kernels = backbone.kernels().is_some();
-            (backbone.session().unwrap().features(&input).unwrap().to_vec(), uses_kernels)
+            (backbone.session().unwrap().run(&input).unwrap().to_vec(), uses_kernels)
         };
         let (expected, _) = features(None);
         let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, value| largest.max(value.abs()));

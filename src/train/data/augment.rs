@@ -8,7 +8,7 @@ use image::{Rgb, RgbImage, imageops};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-use crate::train::data::photographs::ContentHash;
+use crate::train::data::image_set::ContentHash;
 
 /// Part of the feature cache key. Raise it when the same seed, hash and index give another view.
 pub const VERSION: u32 = 1;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::frame::files::is_picture;
+use crate::frame::picture_files::is_picture;
 use crate::system::hash::hex;
 use crate::vision::Labels;
 use crate::vision::labels::LabelsError;

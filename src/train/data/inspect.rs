@@ -7,7 +7,7 @@ use image::imageops::{self, FilterType};
 use serde::Serialize;
 
 use crate::train::data::dataset::Dataset;
-use crate::train::data::photographs::{DatasetProblem, PhotographError, Photographs};
+use crate::train::data::image_set::{DatasetProblem, ImageError, ImageSet};
 use crate::train::parallel;
 
 /// Largest Hamming distance of the difference hashes of two images that look the same, of 256 bits.
@@ -42,7 +42,7 @@ type DifferenceHash = [u64; 4];
 
 /// Decodes every image of `dataset` and `val` on `threads` threads and returns what should be fixed before training:
 /// images that cannot be used, duplicates, and validation images that look like a training image. Without `val`, a
-/// `val_fraction` (0–1) of the dataset is split off as [`Photographs::split`] does. `progress` is called with the number
+/// `val_fraction` (0–1) of the dataset is split off as [`ImageSet::split`] does. `progress` is called with the number
 /// of images decoded.
 ///
 /// # Panics
@@ -54,7 +54,7 @@ pub fn inspect(
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Inspection {
-    let read = |set: &Dataset| Photographs::read(set, threads, &|_| {}).dedup(None);
+    let read = |set: &Dataset| ImageSet::read(set, threads, &|_| {}).dedup(None);
     let (train, val_photographs) = match val.map(read) {
         Some(val) => (read(dataset).dedup(Some(&val)), val),
         None => read(dataset).split(val_fraction),
@@ -88,7 +88,7 @@ pub fn inspect(
 }
 
 /// Returns the index of the hash with the smallest distance to `hash`, if that is at most [`DISTANCE_MAX`].
-fn nearest(hashes: &[Result<DifferenceHash, PhotographError>], hash: &DifferenceHash) -> Option<usize> {
+fn nearest(hashes: &[Result<DifferenceHash, ImageError>], hash: &DifferenceHash) -> Option<usize> {
     let distance = |other: &DifferenceHash| -> u32 { hash.iter().zip(other).map(|(a, b)| (a ^ b).count_ones()).sum() };
     let distances = hashes.iter().enumerate().filter_map(|(i, other)| Some((i, distance(other.as_ref().ok()?))));
     distances.min_by_key(|(_, bits)| *bits).filter(|(_, bits)| *bits <= DISTANCE_MAX).map(|(i, _)| i)

@@ -2,5 +2,5 @@
 
 pub mod augment;
 pub mod dataset;
+pub mod image_set;
 pub mod inspect;
-pub mod photographs;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use crate::system::hash::hex;
-use crate::train::data::photographs::ContentHash;
+use crate::train::data::image_set::ContentHash;
 
 const MAGIC: &[u8; 8] = b"bloomft1";
 /// Bytes of a SHA-256 digest.

@@ -1,7 +1,7 @@
 //! Feature extraction: the frozen backbone's output for every view of every image, computed on all cores.
 
 pub mod cache;
-pub mod device;
+pub mod compute_device;
 
 use std::borrow::Cow;
 use std::env::consts::ARCH;
@@ -15,12 +15,12 @@ use image::RgbImage;
 
 use crate::system::hash::sha256_hex;
 use crate::train::data::augment::{self, Views};
-use crate::train::data::photographs::{DatasetProblem, Photograph, PhotographError};
+use crate::train::data::image_set::{DatasetProblem, HashedImage, ImageError};
 use crate::train::features::cache::FeatureCache;
 use crate::train::parallel;
 use crate::vision::backbone::{Session, channels_last};
 use crate::vision::preprocess::{self, Preprocess, Preprocessor};
-use crate::vision::{Backbone, BackboneError, Network};
+use crate::vision::{BackboneError, CompiledBackbone, OnnxBackbone};
 
 /// Part of the cache key: another version may decode or compute differently.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -35,7 +35,7 @@ pub struct Features {
     /// `[views, width]` for each image.
     pub values: Vec<Values>,
     /// The images that have features.
-    pub images: Vec<Photograph>,
+    pub images: Vec<HashedImage>,
     /// Images that could not be decoded.
     pub skipped: Vec<DatasetProblem>,
 }
@@ -131,9 +131,9 @@ impl Precision {
 /// Extracts the features of images.
 pub struct Extractor<'a> {
     /// The network that `backbone` is a part of; its SHA-256 and device are part of the cache key.
-    pub network: &'a Network,
+    pub network: &'a OnnxBackbone,
     /// The frozen layers.
-    pub backbone: &'a Backbone,
+    pub backbone: &'a CompiledBackbone,
     /// Number of channels if the backbone returns a feature map `[channels, height, width]`; `None` if it returns a feature
     /// vector.
     pub map_channels: Option<usize>,
@@ -154,7 +154,7 @@ pub struct Extractor<'a> {
 enum ExtractError {
     /// The image is skipped.
     #[error(transparent)]
-    Photograph(#[from] PhotographError),
+    HashedImage(#[from] ImageError),
     /// The extraction ends.
     #[error(transparent)]
     Backbone(#[from] BackboneError),
@@ -172,7 +172,7 @@ impl Extractor<'_> {
     /// Panics if a thread cannot be started.
     pub fn run(
         &self,
-        images: &[Photograph],
+        images: &[HashedImage],
         progress: &(dyn Fn(usize) + Sync),
     ) -> Result<(Features, Option<io::Error>), BackboneError> {
         let cache = self.cache.map(|root| FeatureCache::open(root, &self.cache_key()));
@@ -188,7 +188,7 @@ impl Extractor<'_> {
             let result = self.extract(worker, &images[i], cache.as_ref(), &on_cache_error);
             match result {
                 Ok(values) => Ok(Ok(values)),
-                Err(ExtractError::Photograph(error)) => Ok(Err(error)),
+                Err(ExtractError::HashedImage(error)) => Ok(Err(error)),
                 Err(ExtractError::Backbone(error)) => Err(error),
             }
         };
@@ -213,7 +213,7 @@ impl Extractor<'_> {
     fn extract(
         &self,
         worker: &mut Option<Worker>,
-        image: &Photograph,
+        image: &HashedImage,
         cache: Option<&FeatureCache>,
         on_cache_error: &dyn Fn(io::Error),
     ) -> Result<Values, ExtractError> {
@@ -264,7 +264,7 @@ impl Extractor<'_> {
         &self,
         worker: &mut Worker,
         pixels: &RgbImage,
-        image: &Photograph,
+        image: &HashedImage,
         view: usize,
     ) -> Result<Values, BackboneError> {
         let Worker { session, preprocessor, input } = worker;
@@ -273,7 +273,7 @@ impl Extractor<'_> {
         } else {
             preprocessor.run(&self.views.view(pixels, &image.content_hash, view, self.preprocess.size), input);
         }
-        let row = session.features(input)?;
+        let row = session.run(input)?;
         let row = match self.map_channels {
             Some(channels) => channels_last(row, channels),
             None => row.to_vec(),
@@ -315,15 +315,15 @@ mod tests {
     fn extends_cached_views_and_gives_the_same_values_with_and_without_cache() {
         let dir = tempfile::tempdir().unwrap();
         let photograph =
-            |name: &str, hash: u8| Photograph { path: dir.path().join(name), class: 0, content_hash: [hash; 32] };
+            |name: &str, hash: u8| HashedImage { path: dir.path().join(name), class: 0, content_hash: [hash; 32] };
         fs::write(dir.path().join("a.png"), encode(&gradient(60, 40), ImageFormat::Png)).unwrap();
         fs::write(dir.path().join("b.png"), encode(&gradient(40, 90), ImageFormat::Png)).unwrap();
         fs::write(dir.path().join("cut.png"), &encode(&gradient(40, 90), ImageFormat::Png)[..60]).unwrap();
         fs::write(dir.path().join("tiny.png"), encode(&gradient(90, 31), ImageFormat::Png)).unwrap();
         let images =
             [photograph("a.png", 1), photograph("cut.png", 2), photograph("tiny.png", 3), photograph("b.png", 4)];
-        let (network, preprocess) = (Network::built_in().unwrap(), Preprocess::mobilenet_v2());
-        let backbone = network.feature_maps().unwrap();
+        let (network, preprocess) = (OnnxBackbone::built_in().unwrap(), Preprocess::mobilenet_v2());
+        let backbone = network.compile_feature_maps().unwrap();
         let cache = dir.path().join("cache");
         let run = |count: usize, cache: Option<&Path>, precision: Precision| {
             let views = Views { count, seed: 7 };
@@ -361,10 +361,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("a.png"), encode(&gradient(60, 40), ImageFormat::Png)).unwrap();
         fs::write(dir.path().join("cache"), "a file where a folder should be").unwrap();
-        let (network, preprocess) = (Network::built_in().unwrap(), Preprocess::mobilenet_v2());
+        let (network, preprocess) = (OnnxBackbone::built_in().unwrap(), Preprocess::mobilenet_v2());
         let extractor = Extractor {
             network: &network,
-            backbone: &network.features(None).unwrap(),
+            backbone: &network.compile_features(None).unwrap(),
             map_channels: None,
             preprocess: &preprocess,
             precision: Precision::Single,
@@ -372,7 +372,7 @@ mod tests {
             cache: Some(&dir.path().join("cache")),
             threads: 1,
         };
-        let image = Photograph { path: dir.path().join("a.png"), class: 0, content_hash: [1; 32] };
+        let image = HashedImage { path: dir.path().join("a.png"), class: 0, content_hash: [1; 32] };
         let (features, cache_error) = extractor.run(&[image], &|_| {}).unwrap();
         assert!(features.len() == 1 && cache_error.is_some());
     }

@@ -3,8 +3,8 @@
 use rand_chacha::ChaCha8Rng;
 
 use crate::train::features::Features;
-use crate::train::optim::sgd::{Learner, ParamGroup, Sgd, ValMetrics, random_below};
 use crate::train::optim::temperature;
+use crate::train::optim::training_loop::{Learner, ParamGroup, TrainingParams, ValMetrics, random_below};
 use crate::vision::head::{argmax, linear, softmax};
 
 /// A linear layer with its training and validation sets.
@@ -18,7 +18,7 @@ pub struct HeadLearner<'a> {
 
 impl<'a> HeadLearner<'a> {
     /// Creates a learner with all weights and biases zero.
-    pub fn new(train: &'a Features, val: &'a Features, classes: usize, settings: &Sgd) -> Self {
+    pub fn new(train: &'a Features, val: &'a Features, classes: usize, settings: &TrainingParams) -> Self {
         let groups = head_groups(classes, train.width);
         HeadLearner { train, val, targets: SoftTargets::new(&train.classes(), classes, settings), groups }
     }
@@ -100,9 +100,9 @@ pub struct SoftTargets {
 }
 
 impl SoftTargets {
-    /// `labels` is the class of each training image. With [`Sgd::balance`] the weight of a class is inversely proportional
+    /// `labels` is the class of each training image. With [`TrainingParams::balance`] the weight of a class is inversely proportional
     /// to its frequency, with mean 1 over the images.
-    pub fn new(labels: &[usize], classes: usize, settings: &Sgd) -> Self {
+    pub fn new(labels: &[usize], classes: usize, settings: &TrainingParams) -> Self {
         let weight = |class: usize| {
             let count = labels.iter().filter(|label| **label == class).count().max(1);
             if settings.balance { labels.len() as f32 / (classes * count) as f32 } else { 1.0 }
@@ -135,10 +135,10 @@ mod tests {
 
     use rand_chacha::rand_core::SeedableRng;
 
-    use super::super::sgd::tests::{expect_gradient, settings};
-    use super::super::sgd::{Optimizer, fit};
+    use super::super::training_loop::tests::{expect_gradient, settings};
+    use super::super::training_loop::{Optimizer, fit};
     use super::*;
-    use crate::train::data::photographs::Photograph;
+    use crate::train::data::image_set::HashedImage;
     use crate::train::features::Values;
 
     /// Features of three classes in four dimensions: coordinate `class` is raised, with uniform noise; two views each.
@@ -151,7 +151,7 @@ mod tests {
             values[class] += 1.0;
             values[4 + class] += 1.0;
             features.values.push(Values::Single(values));
-            features.images.push(Photograph { path: i.to_string().into(), class, content_hash: [0; 32] });
+            features.images.push(HashedImage { path: i.to_string().into(), class, content_hash: [0; 32] });
         }
         features
     }
@@ -159,7 +159,7 @@ mod tests {
     #[test]
     fn gradient_matches_finite_differences() {
         let features = features(13);
-        let settings = Sgd { label_smoothing: 0.1, balance: true, ..settings() };
+        let settings = TrainingParams { label_smoothing: 0.1, balance: true, ..settings() };
         let mut learner = HeadLearner::new(&features, &features, 3, &settings);
         let params = learner.groups.iter_mut().flat_map(|group| &mut group.values);
         params.enumerate().for_each(|(i, value)| *value = (i as f32 * 0.7).sin());
@@ -169,18 +169,18 @@ mod tests {
     #[test]
     fn converges_and_is_reproducible_for_a_seed() {
         let features = features(300);
-        let run = |settings: &Sgd| {
+        let run = |settings: &TrainingParams| {
             let mut learner = HeadLearner::new(&features, &features, 3, settings);
             let history = fit(&mut learner, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
             (learner.into_params(), history)
         };
         for optimizer in [Optimizer::Sgd, Optimizer::Adam] {
-            let settings = Sgd { optimizer, ..settings() };
+            let settings = TrainingParams { optimizer, ..settings() };
             let (params, history) = run(&settings);
             assert!(history[19].train_loss < history[0].train_loss * 0.6, "{history:?}");
             assert!(history[19].val.accuracy > 0.96, "{history:?}");
             assert_eq!(run(&settings), (params.clone(), history));
-            assert_ne!(run(&Sgd { seed: 2, ..settings }).0, params);
+            assert_ne!(run(&TrainingParams { seed: 2, ..settings }).0, params);
         }
     }
 
@@ -188,7 +188,7 @@ mod tests {
     fn balance_weights_a_rare_class_more() {
         let labels = [0, 0, 0, 1];
         assert_eq!(SoftTargets::new(&labels, 2, &settings()).class_weights, [1.0, 1.0]);
-        let balanced = SoftTargets::new(&labels, 2, &Sgd { balance: true, ..settings() });
+        let balanced = SoftTargets::new(&labels, 2, &TrainingParams { balance: true, ..settings() });
         assert_eq!(balanced.class_weights, [4.0 / 6.0, 2.0]);
     }
 }

@@ -13,7 +13,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::train::features::Features;
 use crate::train::optim::head::{SoftTargets, head_groups, val_metrics};
-use crate::train::optim::sgd::{Learner, ParamGroup, Sgd, ValMetrics, random_below};
+use crate::train::optim::training_loop::{Learner, ParamGroup, TrainingParams, ValMetrics, random_below};
 use crate::train::parallel;
 use crate::vision::LastConvWeights;
 use crate::vision::head::{dot, linear};
@@ -68,7 +68,7 @@ impl<'a> LastConvLearner<'a> {
         val: &'a Features,
         pretrained: &LastConvWeights,
         classes: usize,
-        settings: &Sgd,
+        settings: &TrainingParams,
         threads: usize,
     ) -> Self {
         let [head, bias] = head_groups(classes, pretrained.outputs());
@@ -270,10 +270,10 @@ impl Learner for LastConvLearner<'_> {
 mod tests {
     use std::convert::Infallible;
 
-    use super::super::sgd::tests::{expect_gradient, settings};
-    use super::super::sgd::{Optimizer, fit};
+    use super::super::training_loop::tests::{expect_gradient, settings};
+    use super::super::training_loop::{Optimizer, fit};
     use super::*;
-    use crate::train::data::photographs::Photograph;
+    use crate::train::data::image_set::HashedImage;
     use crate::train::features::Values;
 
     /// Feature maps of two positions and three channels; channel `class` is raised at one of the positions.
@@ -288,7 +288,7 @@ mod tests {
                 values[view * 6 + 3 * random_below(&mut rng, 2) + class] += 2.0;
             }
             maps.values.push(Values::Single(values));
-            maps.images.push(Photograph { path: i.to_string().into(), class, content_hash: [0; 32] });
+            maps.images.push(HashedImage { path: i.to_string().into(), class, content_hash: [0; 32] });
         }
         maps
     }
@@ -301,7 +301,7 @@ mod tests {
     #[test]
     fn gradient_matches_finite_differences() {
         let maps = maps(11, 2);
-        let settings = Sgd { label_smoothing: 0.1, dropout: 0.3, balance: true, ..settings() };
+        let settings = TrainingParams { label_smoothing: 0.1, dropout: 0.3, balance: true, ..settings() };
         let mut learner = LastConvLearner::new(&maps, &maps, &pretrained(), 3, &settings, 2);
         for group in [GAIN, HEAD, BIAS] {
             let values = learner.groups[group].values.iter_mut();
@@ -312,9 +312,10 @@ mod tests {
 
     #[test]
     fn converges_and_does_not_depend_on_the_number_of_threads() {
-        let (maps, settings) = (maps(120, 3), Sgd { optimizer: Optimizer::Adam, dropout: 0.1, ..settings() });
+        let (maps, settings) =
+            (maps(120, 3), TrainingParams { optimizer: Optimizer::Adam, dropout: 0.1, ..settings() });
         let run = |threads: usize| {
-            let settings = Sgd { learning_rate: 0.05, ..settings.clone() };
+            let settings = TrainingParams { learning_rate: 0.05, ..settings.clone() };
             let mut learner = LastConvLearner::new(&maps, &maps, &pretrained(), 3, &settings, threads);
             let history = fit(&mut learner, &settings, |_, _| Ok::<(), Infallible>(())).unwrap();
             (learner.groups.map(|group| group.values), history)

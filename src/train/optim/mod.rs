@@ -4,5 +4,5 @@
 pub mod head;
 pub mod last_conv;
 pub mod ood;
-pub mod sgd;
 pub mod temperature;
+pub mod training_loop;

@@ -7,15 +7,15 @@ use image::imageops::{self, FilterType};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 
-use crate::train::data::photographs::Photograph;
+use crate::train::data::image_set::HashedImage;
 use crate::train::evaluate::EvaluatedSet;
-use crate::train::optim::sgd;
+use crate::train::optim::training_loop;
 use crate::train::parallel;
-use crate::train::report::cam::ClassActivationMaps;
+use crate::train::report::class_activation_maps::ClassActivationMaps;
 use crate::train::run::outcome::Trained;
 use crate::train::run::settings::Settings;
 use crate::vision::head::argmax;
-use crate::vision::{BackboneError, Labels, Network, Prediction};
+use crate::vision::{BackboneError, Labels, OnnxBackbone, Prediction};
 
 /// Images of the random sample: six columns, five rows.
 const SAMPLE_LEN: usize = 30;
@@ -65,12 +65,12 @@ impl Gallery {
     /// Panics if a thread cannot be started.
     pub fn load(
         settings: &Settings,
-        network: &Network,
+        network: &OnnxBackbone,
         trained: &Trained,
         threads: usize,
     ) -> Result<Self, BackboneError> {
         let (labels, val, preprocess) = (&trained.labels, &trained.val, settings.preprocess());
-        let sample = random_sample(val, SAMPLE_LEN, settings.sgd.seed);
+        let sample = random_sample(val, SAMPLE_LEN, settings.training.seed);
         let mut correct = most_confident_correct(val, labels.names().len(), CAMS_PER_CLASS);
         correct.truncate(CAMS_MAX);
         let cams = ClassActivationMaps::new(network, trained, &preprocess);
@@ -87,7 +87,7 @@ impl GalleryImage {
     ///
     /// # Panics
     /// Panics if the true or the top class is not an index into `labels`, or if `prediction` has no probabilities.
-    pub fn new(labels: &Labels, photograph: &Photograph, prediction: &Prediction, pixels: &RgbImage) -> Self {
+    pub fn new(labels: &Labels, photograph: &HashedImage, prediction: &Prediction, pixels: &RgbImage) -> Self {
         let top = argmax(&prediction.probabilities);
         GalleryImage {
             file: photograph.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
@@ -114,7 +114,7 @@ impl GalleryImage {
 /// Returns `count` random indices into the set, ascending.
 fn random_sample(set: &EvaluatedSet, count: usize, seed: u64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..set.photographs.len()).collect();
-    sgd::shuffle(&mut order, &mut ChaCha8Rng::seed_from_u64(seed));
+    training_loop::shuffle(&mut order, &mut ChaCha8Rng::seed_from_u64(seed));
     order.truncate(count);
     order.sort_unstable();
     order
@@ -132,7 +132,7 @@ fn most_confident_correct(set: &EvaluatedSet, classes: usize, count: usize) -> V
 }
 
 /// Returns the indices of the `count` most confident images for which `filter(photograph, top class)` holds.
-fn most_confident(set: &EvaluatedSet, count: usize, filter: impl Fn(&Photograph, usize) -> bool) -> Vec<usize> {
+fn most_confident(set: &EvaluatedSet, count: usize, filter: impl Fn(&HashedImage, usize) -> bool) -> Vec<usize> {
     let top = |i: usize| argmax(&set.predictions[i].probabilities);
     let confidence = |i: usize| set.predictions[i].probabilities[top(i)];
     let mut indices: Vec<usize> =

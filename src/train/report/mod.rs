@@ -1,6 +1,6 @@
 //! `report.html`: the metrics, charts and example images of a run in one self-contained file.
 
-mod cam;
+mod class_activation_maps;
 mod gallery;
 pub mod tensorboard;
 pub mod tensorboard_images;
@@ -17,11 +17,11 @@ pub use gallery::{Gallery, GalleryImage};
 
 use crate::chart;
 use crate::train::evaluate::{EvaluatedSet, Evaluation, reliability};
-use crate::train::optim::sgd::Epoch;
+use crate::train::optim::training_loop::Epoch;
 use crate::train::run::outcome::{Trained, with_separators};
 use crate::train::run::settings::Settings;
 use crate::vision::head::softmax;
-use crate::vision::{Network, Prediction};
+use crate::vision::{OnnxBackbone, Prediction};
 
 const STYLE: &str = include_str!("style.css");
 /// Columns of a contact sheet.
@@ -36,7 +36,7 @@ const JPEG_QUALITY: u8 = 82;
 ///
 /// # Panics
 /// Panics if a path in `settings` is not UTF-8; [`Settings::check`] rejects that.
-pub fn html(settings: &Settings, network: &Network, trained: &Trained, gallery: &Gallery) -> String {
+pub fn html(settings: &Settings, network: &OnnxBackbone, trained: &Trained, gallery: &Gallery) -> String {
     let name = escaped(&settings.name);
     let sections = [
         header(settings, network, trained),
@@ -67,7 +67,7 @@ const SAMPLE_NOTE: &str = "A random sample. Blue: correct. Red: wrong, followed 
 const ERRORS_NOTE: &str = "The most confident errors first. They point to wrong labels or to weaknesses of the model.";
 
 /// The settings, the sizes and the metrics at a glance.
-fn header(settings: &Settings, network: &Network, trained: &Trained) -> String {
+fn header(settings: &Settings, network: &OnnxBackbone, trained: &Trained) -> String {
     let (evaluation, parameters) = (&trained.val.evaluation, trained.parameters);
     let cell = |value: String, label: &str| format!("<div><b>{value}</b><span>{label}</span></div>\n");
     let cells = [
@@ -84,7 +84,7 @@ fn header(settings: &Settings, network: &Network, trained: &Trained) -> String {
          <div class=\"figures\">\n{}</div>\n",
         escaped(&settings.name),
         settings.recipe.name(),
-        settings.sgd.seed,
+        settings.training.seed,
         escaped(network.name()),
         with_separators(parameters.total),
         with_separators(parameters.trained),

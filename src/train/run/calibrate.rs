@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::bundle::DatasetRef;
 use crate::train::data::augment::Views;
 use crate::train::data::dataset::fingerprint;
-use crate::train::data::photographs::Photographs;
+use crate::train::data::image_set::ImageSet;
 use crate::train::evaluate::EvaluatedSet;
 use crate::train::features::{Features, Precision};
 use crate::train::optim::{ood, temperature};
@@ -21,7 +21,7 @@ use crate::train::run::{Progress, RunContext, TrainError};
 use crate::vision::classifier::ClassifierParams;
 use crate::vision::head::{argmax, linear};
 use crate::vision::ood::OodError;
-use crate::vision::{Head, LastConvWeights, Network, OodDetector, Prediction};
+use crate::vision::{Head, LastConvWeights, OnnxBackbone, OodDetector, Prediction};
 
 /// Directions of the OOD detector's subspace. With fewer, it accepts more out-of-distribution images; more only enlarge the
 /// bundle.
@@ -80,8 +80,8 @@ pub(super) fn evaluate_test_set(
 ) -> Result<(), TrainError> {
     let (Some(dataset), Some(path)) = (&datasets.test, &context.settings.test) else { return Ok(()) };
     let used = [&datasets.train.kept[..], &datasets.val.kept].concat();
-    let used = Photographs { kept: used, skipped: Vec::new() };
-    let photographs = Photographs::read(dataset, context.options.threads, &|_| {});
+    let used = ImageSet { kept: used, skipped: Vec::new() };
+    let photographs = ImageSet::read(dataset, context.options.threads, &|_| {});
     let photographs = photographs.dedup(None).dedup(Some(&used));
     let total = photographs.kept.len();
     let progress = |done| (context.progress)(Progress::Features { done, total });
@@ -131,7 +131,7 @@ fn fit_ood_detector(context: RunContext<'_>, train: &[Vec<f32>], val: &[Vec<f32>
     // A subspace of nearly all dimensions contains nearly every feature vector.
     let rank = RANK.min(width / 2).max(1);
     let rows = train.iter().map(Vec::as_slice);
-    let basis = ood::principal_directions(rows, width, rank, context.settings.sgd.seed);
+    let basis = ood::principal_directions(rows, width, rank, context.settings.training.seed);
     let detector = OodDetector::new(width, basis, 0.0)?;
     let mut similarities: Vec<f32> = val.iter().map(|row| detector.similarity(row)).collect();
     similarities.sort_by(f32::total_cmp);
@@ -162,7 +162,7 @@ fn least_confident_correct(features: &[Vec<f32>], predictions: &[Prediction], cl
     chosen.into_iter().map(|i| features[i].clone()).collect()
 }
 
-fn count_parameters(fine_tune: FineTune, network: &Network, head: &Head) -> Parameters {
+fn count_parameters(fine_tune: FineTune, network: &OnnxBackbone, head: &Head) -> Parameters {
     let head = head.weight().len() + head.bias().len();
     let last_conv = match (fine_tune, &network.info().last_conv) {
         // The batch normalization has a gain and a shift per channel.

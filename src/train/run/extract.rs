@@ -5,7 +5,7 @@ use std::mem::take;
 
 use crate::system::memory;
 use crate::train::data::augment::Views;
-use crate::train::data::photographs::{DatasetProblem, Photograph};
+use crate::train::data::image_set::{DatasetProblem, HashedImage};
 use crate::train::features::{Extractor, Features, Precision};
 use crate::train::run::load::{Datasets, Pretrained};
 use crate::train::run::settings::FineTune;
@@ -29,7 +29,7 @@ pub(super) fn extract(
 ) -> Result<ExtractedFeatures, TrainError> {
     let (settings, labels) = (context.settings, &pretrained.labels);
     let Datasets { train, val, .. } = datasets;
-    let views = Views { count: settings.views, seed: settings.sgd.seed };
+    let views = Views { count: settings.views, seed: settings.training.seed };
     let precision = match settings.fine_tune {
         FineTune::None => Precision::Single,
         FineTune::LastConv => Precision::Half,
@@ -72,7 +72,7 @@ fn expect_memory(bytes: u64) -> Result<(), TrainError> {
 pub(super) fn extract_set(
     context: RunContext<'_>,
     pretrained: &Pretrained,
-    images: &[Photograph],
+    images: &[HashedImage],
     views: Views,
     precision: Precision,
     progress: &(dyn Fn(usize) + Sync),

@@ -2,7 +2,7 @@
 
 use crate::train::optim::head::HeadLearner;
 use crate::train::optim::last_conv::LastConvLearner;
-use crate::train::optim::sgd::{self, Epoch, ParamGroup};
+use crate::train::optim::training_loop::{self, Epoch, ParamGroup};
 use crate::train::run::extract::ExtractedFeatures;
 use crate::train::run::load::Pretrained;
 use crate::train::run::settings::FineTune;
@@ -28,23 +28,23 @@ pub(super) fn fit(
     features: &ExtractedFeatures,
     writer: &mut RunWriter,
 ) -> Result<FittedModel, TrainError> {
-    let (classes, sgd) = (pretrained.labels.names().len(), &context.settings.sgd);
+    let (classes, params) = (pretrained.labels.names().len(), &context.settings.training);
     let mut on_epoch = |epoch: &Epoch, groups: &[ParamGroup]| {
-        (context.progress)(Progress::Epoch { epoch: *epoch, total: sgd.epochs });
+        (context.progress)(Progress::Epoch { epoch: *epoch, total: params.epochs });
         writer.epoch(epoch, groups)
     };
     match context.settings.fine_tune {
         FineTune::None => {
-            let mut learner = HeadLearner::new(&features.train, &features.val, classes, sgd);
-            let history = expect_finite(sgd::fit(&mut learner, sgd, &mut on_epoch)?)?;
+            let mut learner = HeadLearner::new(&features.train, &features.val, classes, params);
+            let history = expect_finite(training_loop::fit(&mut learner, params, &mut on_epoch)?)?;
             let (head_weight, head_bias) = learner.into_params();
             Ok(FittedModel { last_conv: None, head_weight, head_bias, history })
         }
         FineTune::LastConv => {
             let weights = &pretrained.network.last_conv()?.weights;
             let threads = context.options.threads;
-            let mut learner = LastConvLearner::new(&features.train, &features.val, weights, classes, sgd, threads);
-            let history = expect_finite(sgd::fit(&mut learner, sgd, &mut on_epoch)?)?;
+            let mut learner = LastConvLearner::new(&features.train, &features.val, weights, classes, params, threads);
+            let history = expect_finite(training_loop::fit(&mut learner, params, &mut on_epoch)?)?;
             let (last_conv, head_weight, head_bias) = learner.params()?;
             Ok(FittedModel { last_conv: Some(last_conv), head_weight, head_bias, history })
         }

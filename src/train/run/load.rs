@@ -4,11 +4,11 @@ use std::path::Path;
 
 use crate::bundle::archive::FILE_BYTES_MAX;
 use crate::train::data::dataset::{Dataset, DatasetError};
-use crate::train::data::photographs::{DatasetProblem, Photograph, Photographs};
-use crate::train::features::device::{self, Selected};
+use crate::train::data::image_set::{DatasetProblem, HashedImage, ImageSet};
+use crate::train::features::compute_device::{self, Selected};
 use crate::train::run::settings::FineTune;
 use crate::train::run::{Progress, RunContext, TrainError};
-use crate::vision::{Backbone, Labels, Network};
+use crate::vision::{CompiledBackbone, Labels, OnnxBackbone};
 
 /// Upper bound on the size of a bundle's members besides an embedded network, in bytes.
 const OTHER_MEMBERS_MAX: u64 = 16 << 20;
@@ -16,15 +16,15 @@ const OTHER_MEMBERS_MAX: u64 = 16 << 20;
 /// The pretrained network, and the classes to train it for.
 pub(super) struct Pretrained {
     pub labels: Labels,
-    pub network: Network,
+    pub network: OnnxBackbone,
     /// The frozen layers: up to the features, or up to the last convolution if that is fine-tuned.
-    pub backbone: Backbone,
+    pub backbone: CompiledBackbone,
 }
 
 /// The datasets of a run, all with the same classes. The training and validation sets have no image in common.
 pub(super) struct Datasets {
-    pub train: Photographs,
-    pub val: Photographs,
+    pub train: ImageSet,
+    pub val: ImageSet,
     pub test: Option<Dataset>,
 }
 
@@ -43,17 +43,17 @@ pub(super) fn load(context: RunContext<'_>) -> Result<(Pretrained, Datasets), Tr
 fn load_network(context: RunContext<'_>, labels: Labels) -> Result<Pretrained, TrainError> {
     let settings = context.settings;
     let network = match &settings.backbone {
-        None => Network::built_in()?,
-        Some(named) => Network::from_file(&named.file, &named.preprocess, named.feature.as_deref())?,
+        None => OnnxBackbone::built_in()?,
+        Some(named) => OnnxBackbone::from_file(&named.file, &named.preprocess, named.feature.as_deref())?,
     };
     if settings.embed_backbone && network.onnx().len() as u64 > FILE_BYTES_MAX - OTHER_MEMBERS_MAX {
         return Err(TrainError::TooLargeToEmbed { name: network.name().into(), bytes: network.onnx().len() });
     }
-    let build = |network: &Network| match settings.fine_tune {
-        FineTune::None => network.features(None),
-        FineTune::LastConv => network.feature_maps(),
+    let build = |network: &OnnxBackbone| match settings.fine_tune {
+        FineTune::None => network.compile_features(None),
+        FineTune::LastConv => network.compile_feature_maps(),
     };
-    let Selected { network, backbone, fallback } = device::select(network, context.options.device, &build)?;
+    let Selected { network, backbone, fallback } = compute_device::select(network, context.options.device, &build)?;
     if let Some(reason) = fallback {
         (context.progress)(Progress::Warning(reason.to_string()));
     }
@@ -72,12 +72,12 @@ fn load_photographs(
     context: RunContext<'_>,
     dataset: &Dataset,
     labels: &Labels,
-) -> Result<(Photographs, Photographs), TrainError> {
+) -> Result<(ImageSet, ImageSet), TrainError> {
     let settings = context.settings;
     let read = |set: &Dataset| {
         let total = set.images.len();
         let progress = |done| (context.progress)(Progress::Read { done, total });
-        Photographs::read(set, context.options.threads, &progress).dedup(None)
+        ImageSet::read(set, context.options.threads, &progress).dedup(None)
     };
     let (train, val) = match &settings.val {
         Some(path) => {
@@ -103,7 +103,7 @@ impl RunContext<'_> {
     pub(super) fn expect_all_classes(
         &self,
         labels: &Labels,
-        images: &[Photograph],
+        images: &[HashedImage],
         path: &Path,
         purpose: &'static str,
         skipped: &[DatasetProblem],

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use crate::train::data::dataset::DatasetError;
-use crate::train::optim::sgd::Epoch;
+use crate::train::optim::training_loop::Epoch;
 use crate::train::run::options::RunOptions;
 use crate::train::run::outcome::Trained;
 use crate::train::run::settings::{Settings, SettingsError};
@@ -131,7 +131,7 @@ struct RunContext<'a> {
 /// use std::time::SystemTime;
 ///
 /// use bloomcast::bundle::Bundle;
-/// use bloomcast::train::features::device::DeviceChoice;
+/// use bloomcast::train::features::compute_device::ComputeDeviceChoice;
 /// use bloomcast::train::{Recipe, RunOptions, train};
 /// use image::{Rgb, RgbImage};
 ///
@@ -152,7 +152,7 @@ struct RunContext<'a> {
 ///     overwrite: false,
 ///     cache: None,
 ///     threads: 1,
-///     device: DeviceChoice::Cpu,
+///     device: ComputeDeviceChoice::Cpu,
 ///     created_at: SystemTime::UNIX_EPOCH,
 /// };
 /// let trained = train(&settings, &options, &|_| {})?;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use crate::train::features::device::DeviceChoice;
+use crate::train::features::compute_device::ComputeDeviceChoice;
 
 /// The options of a run besides its [`Settings`](crate::train::Settings). The device may change the last digits of the
 /// trained parameters; `created_at` is written into the bundle.
@@ -18,7 +18,7 @@ pub struct RunOptions {
     /// Number of threads, at least 1.
     pub threads: usize,
     /// The device that extracts the features.
-    pub device: DeviceChoice,
+    pub device: ComputeDeviceChoice,
     /// Creation time of the bundle; the model version is derived from it.
     pub created_at: SystemTime,
 }

@@ -6,9 +6,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::DatasetRef;
-use crate::train::data::photographs::DatasetProblem;
+use crate::train::data::image_set::DatasetProblem;
 use crate::train::evaluate::EvaluatedSet;
-use crate::train::optim::sgd::Epoch;
+use crate::train::optim::training_loop::Epoch;
 use crate::vision::{Head, Labels, LastConvWeights, OodDetector};
 
 /// A trained and calibrated model with its evaluation.

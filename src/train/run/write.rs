@@ -14,15 +14,15 @@ use crate::bundle::selftest::SelfTestError;
 use crate::bundle::tensors;
 use crate::bundle::{BackboneRef, Bundle, BundleError, Contents, Manifest, Metrics, SelfTest, Unknown, UnknownRule};
 use crate::train::evaluate::Evaluation;
-use crate::train::optim::sgd::{Epoch, ParamGroup};
+use crate::train::optim::training_loop::{Epoch, ParamGroup};
 use crate::train::report::tensorboard::{self, EventWriter};
 use crate::train::report::tensorboard_images;
 use crate::train::report::{self, Gallery};
 use crate::train::run::options::RunOptions;
 use crate::train::run::outcome::{Parameters, Trained};
 use crate::train::run::settings::{Recipe, Settings};
-use crate::vision::backbone::Device;
-use crate::vision::{BackboneError, Classifier, Network, test_pattern};
+use crate::vision::backbone::ComputeDevice;
+use crate::vision::{BackboneError, Classifier, OnnxBackbone, test_pattern};
 
 /// The bundle in the folder of a run.
 pub const MODEL: &str = "model.bloom";
@@ -83,7 +83,7 @@ pub struct RunMetrics {
     /// Duration of the run, up to the writing of its results.
     pub seconds: f64,
     /// The device that extracted the features.
-    pub device: Device,
+    pub device: ComputeDevice,
     /// Number of training images.
     pub train_images: usize,
     /// Parameter counts of the model.
@@ -180,11 +180,11 @@ impl RunWriter {
     ///
     /// # Panics
     /// Panics if a thread cannot be started.
-    pub fn finish(mut self, network: &Network, trained: &Trained) -> Result<(), RunWriterError> {
+    pub fn finish(mut self, network: &OnnxBackbone, trained: &Trained) -> Result<(), RunWriterError> {
         let metrics = RunMetrics {
             name: self.settings.name.clone(),
             recipe: self.settings.recipe,
-            seed: self.settings.sgd.seed,
+            seed: self.settings.training.seed,
             seconds: trained.elapsed.as_secs_f64(),
             device: network.device(),
             train_images: trained.train_images.iter().sum(),
@@ -204,7 +204,7 @@ impl RunWriter {
         self.write_bundle(network, trained)
     }
 
-    fn write_bundle(&self, network: &Network, trained: &Trained) -> Result<(), RunWriterError> {
+    fn write_bundle(&self, network: &OnnxBackbone, trained: &Trained) -> Result<(), RunWriterError> {
         let parts = Contents {
             head: trained.head.clone(),
             ood: trained.ood.clone(),
@@ -214,7 +214,8 @@ impl RunWriter {
         };
         let mut bundle = Bundle::new(manifest(&self.settings, self.created_at, network, trained), parts);
         // The expected outputs are those of a CPU, as on the devices, also if a GPU extracted the features.
-        let mut classifier = Classifier::new(&bundle.backbone(&network.on(Device::Cpu))?, bundle.classifier_params())?;
+        let mut classifier =
+            Classifier::new(&bundle.backbone(&network.on(ComputeDevice::Cpu))?, bundle.classifier_params())?;
         let images = SELF_TEST_SIZES.map(|(width, height)| test_pattern::jpeg(width, height)).to_vec();
         bundle.set_self_test(SelfTest::record(&mut classifier, trained.self_test_features.clone(), images)?);
         Ok(bundle.write(&self.folder.join(MODEL))?)
@@ -236,7 +237,7 @@ impl RunWriter {
 }
 
 /// Returns the manifest of the trained model, without its members.
-fn manifest(settings: &Settings, created_at: SystemTime, network: &Network, trained: &Trained) -> Manifest {
+fn manifest(settings: &Settings, created_at: SystemTime, network: &OnnxBackbone, trained: &Trained) -> Manifest {
     let evaluation = &trained.val.evaluation;
     let created_at = format_rfc3339_millis(created_at).to_string();
     Manifest {
@@ -260,7 +261,7 @@ fn manifest(settings: &Settings, created_at: SystemTime, network: &Network, trai
         },
         dataset: trained.dataset.clone(),
         metrics: Metrics { accuracy: evaluation.accuracy, loss: evaluation.loss, ece: evaluation.ece },
-        seed: settings.sgd.seed,
+        seed: settings.training.seed,
         program: format!("bloomcast {}", env!("CARGO_PKG_VERSION")),
         members: Default::default(),
     }

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use super::UpdateOptions;
-use super::model::{DeviceBackbone, LoadedModel, Model};
+use super::model::{DeviceBackbone, LoadedModel, ModelHandle};
 use super::store::State;
 use crate::bundle::selftest::SelfTestError;
 use crate::bundle::signature::{KeyError, Keyring, UntrustedSigner};
@@ -14,7 +14,7 @@ use crate::decide::UnknownClass;
 use crate::system::memory;
 use crate::update::protocol::{ModelSource, identity};
 use crate::vision::backbone::MOBILENET_V2;
-use crate::vision::{Backbone, BackboneError};
+use crate::vision::{BackboneError, CompiledBackbone};
 
 /// Runs of each network when it is timed.
 const TIMED_RUNS: usize = 5;
@@ -87,12 +87,12 @@ pub enum UpgradeRefused {
         active: String,
     },
     /// Its version is not above the highest that was confirmed.
-    #[error("{model} is not newer than version {newest}, which was confirmed here before")]
-    BelowNewest {
+    #[error("{model} is not newer than version {highest_confirmed_version}, which was confirmed here before")]
+    BelowConfirmed {
         /// Name and version of the new model.
         model: String,
         /// The highest version that was confirmed on this device.
-        newest: u64,
+        highest_confirmed_version: u64,
     },
 }
 
@@ -112,14 +112,14 @@ pub enum Checks<'a> {
     /// the configured and the built-in one.
     Integrity {
         /// A model whose backbone is used again if it is the same.
-        reuse: Option<&'a Model>,
+        reuse: Option<&'a ModelHandle>,
     },
     /// Checks a new model: signature, classes, memory, self-test, and processor time beside the active model.
     Full {
         /// Options of the update agent.
         options: &'a UpdateOptions,
         /// The active model.
-        active: &'a Model,
+        active: &'a ModelHandle,
         /// Whether a trusted key must have signed the model.
         signature_required: bool,
     },
@@ -179,7 +179,7 @@ fn validate(
     source: ModelSource,
     options: &UpdateOptions,
     backbone: &DeviceBackbone,
-    active: &Model,
+    active: &ModelHandle,
 ) -> Result<Admitted, Refusal> {
     options.policy.rules(&bundle.manifest().classes)?;
     check_memory(&bundle, backbone, active)?;
@@ -190,7 +190,7 @@ fn validate(
 }
 
 /// Refuses a network that does not fit the free memory; another head alone needs little memory and is not checked.
-fn check_memory(bundle: &Bundle, backbone: &DeviceBackbone, active: &Model) -> Result<(), Refusal> {
+fn check_memory(bundle: &Bundle, backbone: &DeviceBackbone, active: &ModelHandle) -> Result<(), Refusal> {
     if active.has_same_features(bundle.manifest()) {
         return Ok(());
     }
@@ -207,7 +207,7 @@ fn check_memory(bundle: &Bundle, backbone: &DeviceBackbone, active: &Model) -> R
 }
 
 /// Returns the most processor time that a frame may take; refuses a network that takes more.
-fn check_cpu_time(model: &Model, active: &Model, slowdown_max: f64) -> Result<Duration, Refusal> {
+fn check_cpu_time(model: &ModelHandle, active: &ModelHandle, slowdown_max: f64) -> Result<Duration, Refusal> {
     let active_time = cpu_time(&active.backbone, &active.manifest)?;
     let limit = active_time.mul_f64(slowdown_max).max(active_time + TIMING_NOISE);
     if active.has_same_features(&model.manifest) {
@@ -222,12 +222,12 @@ fn check_cpu_time(model: &Model, active: &Model, slowdown_max: f64) -> Result<Du
 }
 
 /// Returns the least processor time of some runs of a network on zeros.
-fn cpu_time(backbone: &Backbone, manifest: &Manifest) -> Result<Duration, BackboneError> {
+fn cpu_time(backbone: &CompiledBackbone, manifest: &Manifest) -> Result<Duration, BackboneError> {
     let input = vec![0.0; manifest.preprocess.input_len()];
     let mut session = backbone.session()?;
     let mut least = Duration::MAX;
     for _ in 0..TIMED_RUNS {
-        session.features(&input)?;
+        session.run(&input)?;
         least = least.min(session.cpu_time());
     }
     Ok(least)
@@ -239,12 +239,12 @@ fn cpu_time(backbone: &Backbone, manifest: &Manifest) -> Result<Duration, Backbo
 /// If the model is not newer, or was rolled back.
 pub fn check_upgrade(model: &Identity, active: &Identity, state: &State) -> Result<(), UpgradeRefused> {
     let named = model.to_string();
-    if state.taken_back.contains(&model.sha256) {
+    if state.rolled_back.contains(&model.sha256) {
         Err(UpgradeRefused::RolledBack(named))
     } else if model.version <= active.version {
         Err(UpgradeRefused::NotNewer { model: named, active: active.to_string() })
-    } else if model.version <= state.newest {
-        Err(UpgradeRefused::BelowNewest { model: named, newest: state.newest })
+    } else if model.version <= state.highest_confirmed_version {
+        Err(UpgradeRefused::BelowConfirmed { model: named, highest_confirmed_version: state.highest_confirmed_version })
     } else {
         Ok(())
     }
@@ -257,7 +257,7 @@ mod tests {
     #[test]
     fn refuses_models_that_are_not_newer_or_were_rolled_back() {
         let model = |version, sha256: &str| Identity { name: "m".into(), version, sha256: sha256.into() };
-        let state = State { taken_back: vec!["bad".into()], newest: 5, ..State::default() };
+        let state = State { rolled_back: vec!["bad".into()], highest_confirmed_version: 5, ..State::default() };
         let refused = |new| check_upgrade(&new, &model(3, "active"), &state).unwrap_err().to_string();
         assert_eq!(check_upgrade(&model(6, "new"), &model(3, "active"), &state), Ok(()));
         assert_eq!(refused(model(6, "bad")), "m 6 was rolled back here, or failed its trial");

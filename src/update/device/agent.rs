@@ -1,4 +1,4 @@
-//! The update agent: receives offered models, admits them, activates them on trial, answers. It runs in a thread of its own, so
+//! The update agent: receives offered models, admits them, activates them on trial, agent_outbox. It runs in a thread of its own, so
 //! that neither frames nor the broker's connection wait for it.
 
 use std::collections::VecDeque;
@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::UpdateOptions;
 use super::admission::{Admitted, Candidate, Checks, Refusal, UpgradeRefused, admit, check_upgrade};
-use super::model::{LoadedModel, Model};
+use super::model::{LoadedModel, ModelHandle};
 use super::model_loader::{ActiveModel, ModelLoader, NoStore, persist_or_keep};
 use super::store::{Phase, State, StoreError};
 use super::trial::{Trial, TrialOutcome};
@@ -35,7 +35,7 @@ const REPORTS_MAX: usize = 64;
 const ANSWERS_MAX: usize = 8;
 /// The longest reason in an answer, in characters.
 const REASON_CHARS_MAX: usize = 500;
-/// Bytes by which a status message may grow: a reason in `trouble`.
+/// Bytes by which a status message may grow: a reason in `fallback_reason`.
 const STATUS_MARGIN: usize = 1024;
 
 /// The state of a device's updates.
@@ -43,16 +43,16 @@ pub struct UpdateAgent {
     options: UpdateOptions,
     topics: Topics,
     loader: ModelLoader,
-    answers: Outbox,
+    agent_outbox: Outbox,
     swaps: SyncSender<Swap>,
     /// The active model, and the state of its store.
-    model: Model,
+    model: ModelHandle,
     state: State,
     commands: mpsc::Receiver<Command>,
     announcement: watch::Sender<ModelAnnouncement>,
     transfer: Option<Transfer>,
     trial: Option<ActiveTrial>,
-    /// The newest answers.
+    /// The newest agent_outbox.
     answered: VecDeque<Answer>,
     /// Set when the program is about to stop.
     stop: watch::Receiver<bool>,
@@ -65,7 +65,7 @@ pub struct AgentHandles {
     /// The retained messages about the active model.
     pub announcement: watch::Receiver<ModelAnnouncement>,
     /// Observes the frames of the first model, if it is on trial.
-    pub observer: Option<FrameObserver>,
+    pub trial_observer: Option<FrameObserver>,
 }
 
 struct ActiveTrial {
@@ -120,7 +120,7 @@ impl UpdateAgent {
         topics: Topics,
         loader: ModelLoader,
         active: ActiveModel,
-        answers: Outbox,
+        agent_outbox: Outbox,
         swaps: SyncSender<Swap>,
         stop: watch::Receiver<bool>,
     ) -> (Self, Classifier, AgentHandles) {
@@ -132,7 +132,7 @@ impl UpdateAgent {
             options,
             topics,
             loader,
-            answers,
+            agent_outbox,
             swaps,
             model,
             state,
@@ -146,11 +146,11 @@ impl UpdateAgent {
         for (model, reason) in rolled_back {
             agent.answer(UpdateStatus::RolledBack, Some(reason), model, None);
         }
-        let observer = on_trial.then(|| {
+        let trial_observer = on_trial.then(|| {
             info!("{} is active on trial", agent.model.identity());
             agent.start_trial(None, None)
         });
-        (agent, classifier, AgentHandles { commands: command_sender, announcement: newest, observer })
+        (agent, classifier, AgentHandles { commands: command_sender, announcement: newest, trial_observer })
     }
 
     /// Runs until the program is about to stop.
@@ -247,7 +247,7 @@ impl UpdateAgent {
 
     /// Refuses to work on a store whose state is not the one that this agent wrote last.
     fn expect_unchanged_store(&self) -> Result<(), RequestError> {
-        let compared = |state: &State| State { trouble: None, ..state.clone() };
+        let compared = |state: &State| State { fallback_reason: None, ..state.clone() };
         match compared(&self.loader.store()?.state()?) == compared(&self.state) {
             true => Ok(()),
             false => Err(RequestError::StoreChanged),
@@ -281,13 +281,13 @@ impl UpdateAgent {
         // Before the validation, which takes its time.
         self.send_progress(false);
         let Some(Transfer { offer, .. }) = self.transfer.take() else { return };
-        if let Err(error) = bundle.and_then(|bytes| self.install(&offer, &bytes)) {
+        if let Err(error) = bundle.and_then(|bytes| self.activate_received(&offer, &bytes)) {
             self.answer(UpdateStatus::Refused, Some(error.to_string()), offer.model, Some(offer.transfer));
         }
     }
 
     /// Admits a received model and activates it on trial.
-    fn install(&mut self, offer: &Offer, bytes: &[u8]) -> Result<(), RequestError> {
+    fn activate_received(&mut self, offer: &Offer, bytes: &[u8]) -> Result<(), RequestError> {
         let candidate = Candidate { file: "offered", bytes, source: ModelSource::Store };
         let checks = Checks::Full { options: &self.options, active: &self.model, signature_required: true };
         let Admitted { loaded, cpu_time_max } = admit(&candidate, self.loader.backbone(), &checks, |model| {
@@ -306,14 +306,14 @@ impl UpdateAgent {
         }
         self.expect_unchanged_store()?;
         self.state = self.loader.store()?.start_trial(model.clone(), bytes, Phase::Running)?;
-        let observer = self.start_trial(Some(offer.transfer), cpu_time_max);
-        self.swap(loaded, Some(observer));
+        let trial_observer = self.start_trial(Some(offer.transfer), cpu_time_max);
+        self.swap(loaded, Some(trial_observer));
         self.answer(UpdateStatus::Accepted, None, model, Some(offer.transfer));
         Ok(())
     }
 
     /// Refuses a model whose retained messages would be too large to publish: those of another model would stay.
-    fn expect_status_fits(&self, model: &Model) -> Result<(), RequestError> {
+    fn expect_status_fits(&self, model: &ModelHandle) -> Result<(), RequestError> {
         let bytes_max = self.options.packet_bytes_max;
         let messages = announce(&self.loader, model, &self.state).messages(&self.topics, self.options.discovery);
         let bytes = messages.iter().map(|(topic, payload)| topic.len() + payload.len() + STATUS_MARGIN).max();
@@ -323,7 +323,7 @@ impl UpdateAgent {
         }
     }
 
-    /// Starts a trial; returns the observer of its frames.
+    /// Starts a trial; returns the trial_observer of its frames.
     fn start_trial(&mut self, transfer: Option<Uuid>, cpu_time_max: Option<Duration>) -> FrameObserver {
         let (sender, reports) = mpsc::sync_channel(REPORTS_MAX);
         let trial = Trial::start(self.options.trial, cpu_time_max, Instant::now());
@@ -333,7 +333,7 @@ impl UpdateAgent {
     }
 
     fn end_trial(&mut self, outcome: TrialOutcome) {
-        // The receiver lives to the end of this function: until then the vision thread keeps the observer.
+        // The receiver lives to the end of this function: until then the vision thread keeps the trial_observer.
         let Some(ActiveTrial { transfer, reports: _reports, .. }) = self.trial.take() else { return };
         let model = self.model.identity();
         let confirmed = match outcome {
@@ -381,7 +381,7 @@ impl UpdateAgent {
         let (store, trusted) = (self.loader.store()?, self.trusted_keys()?);
         let model = self.model.identity();
         let (device, generation) = (self.topics.root(), self.state.generation);
-        request.order.check(&trusted, Action::Rollback, device, generation, &model.sha256)?;
+        request.command.check(&trusted, Action::Rollback, device, generation, &model.sha256)?;
         let state = store.roll_back()?;
         let _trial = self.trial.take();
         self.activate_current(state);
@@ -404,11 +404,11 @@ impl UpdateAgent {
     }
 
     /// Hands a model to the vision thread; returns once it is active or the program is about to stop.
-    fn swap(&mut self, LoadedModel { model, classifier, .. }: LoadedModel, observer: Option<FrameObserver>) {
+    fn swap(&mut self, LoadedModel { model, classifier, .. }: LoadedModel, trial_observer: Option<FrameObserver>) {
         let rules = self.options.policy.rules_for_known(classifier.labels());
         let (sender, replaced) = mpsc::sync_channel(1);
         let (version, thresholds) = (model.manifest.version, rules.thresholds);
-        let swap = Swap { classifier, version, thresholds, observer, replaced: sender };
+        let swap = Swap { classifier, version, thresholds, trial_observer, replaced: sender };
         // Before the swap: it is published before the first observation of the model.
         self.announcement.send_replace(announce(&self.loader, &model, &self.state));
         if self.swaps.send(swap).is_ok() && replaced.recv().is_ok() {
@@ -420,7 +420,7 @@ impl UpdateAgent {
 
     fn send_progress(&self, again: bool) {
         if let Some(transfer) = &self.transfer {
-            self.answers.push(self.topics.progress(), json(&transfer.progress(again)));
+            self.agent_outbox.push(self.topics.progress(), json(&transfer.progress(again)));
         }
     }
 
@@ -435,7 +435,7 @@ impl UpdateAgent {
             schema: SCHEMA,
             device: self.topics.device().to_string(),
             transfer,
-            answer: status,
+            status,
             reason,
             model,
             trial: (status == UpdateStatus::Accepted).then_some(self.options.trial),
@@ -450,12 +450,12 @@ impl UpdateAgent {
 
     fn send_answer(&self, answer: &Answer) {
         // A full outbox drops the oldest answers; a workstation that waits for one asks again.
-        self.answers.push(self.topics.answer(), json(answer));
+        self.agent_outbox.push(self.topics.answer(), json(answer));
     }
 }
 
 /// Returns the retained messages about a model.
-fn announce(loader: &ModelLoader, model: &Model, state: &State) -> ModelAnnouncement {
+fn announce(loader: &ModelLoader, model: &ModelHandle, state: &State) -> ModelAnnouncement {
     ModelAnnouncement {
         version: model.manifest.version,
         classes: model.manifest.classes.clone(),
@@ -490,7 +490,7 @@ mod tests {
     struct Device {
         commands: SyncSender<Command>,
         swapped: Channel<Swap>,
-        answers: Outbox,
+        agent_outbox: Outbox,
         stop: watch::Sender<bool>,
         thread: thread::JoinHandle<()>,
         /// The active model.
@@ -525,16 +525,16 @@ mod tests {
             let topics = Topics::new("bloomcast", "homeassistant", DeviceName::new("pi").unwrap());
             let files = ModelFiles { store: Some(folder.clone()), ..ModelFiles::default() };
             let loader = ModelLoader::new(&files, None, Store::new);
-            let answers = Outbox::new(OutboxLimits { entries_max: 100, bytes_max: 1 << 20 });
+            let agent_outbox = Outbox::new(OutboxLimits { entries_max: 100, bytes_max: 1 << 20 });
             let (swaps, swapped) = mpsc::sync_channel(1);
-            let active = loader.active_model().unwrap();
+            let active = loader.load_at_start().unwrap();
             let (stop, stopped) = watch::channel(false);
             let (agent, classifier, AgentHandles { commands, .. }) =
-                UpdateAgent::new(options, topics, loader, active, answers.clone(), swaps, stopped);
+                UpdateAgent::new(options, topics, loader, active, agent_outbox.clone(), swaps, stopped);
             Device {
                 commands,
                 swapped,
-                answers,
+                agent_outbox,
                 stop,
                 thread: thread::spawn(move || agent.run()),
                 active: Some(classifier),
@@ -561,19 +561,19 @@ mod tests {
             }
         }
 
-        /// Swaps as the vision thread does; returns the version of the active model and the observer of its frames.
+        /// Swaps as the vision thread does; returns the version of the active model and the trial_observer of its frames.
         fn swap(&mut self) -> (u64, Option<FrameObserver>) {
             let swap = self.swapped.recv_timeout(Duration::from_secs(60)).unwrap();
             let replaced = self.active.replace(swap.classifier).unwrap();
             swap.replaced.send(replaced).unwrap();
-            (swap.version, swap.observer)
+            (swap.version, swap.trial_observer)
         }
 
         /// Waits for the next answer; progress messages are skipped.
         fn answer(&self) -> Answer {
             let deadline = Instant::now() + Duration::from_secs(60);
             while Instant::now() < deadline {
-                match self.answers.take_next() {
+                match self.agent_outbox.take_next() {
                     Some(entry) if entry.topic.ends_with("/answer") => {
                         return serde_json::from_slice(&entry.payload).unwrap();
                     }
@@ -596,9 +596,9 @@ mod tests {
         let version = Bundle::built_in().unwrap().manifest().version;
         let mut device = Device::new();
         device.push();
-        let (active, observer) = device.swap();
-        let mut observe = observer.expect("it is on trial");
-        assert_eq!((active, device.answer().answer), (version + 1, UpdateStatus::Accepted));
+        let (active, trial_observer) = device.swap();
+        let mut observe = trial_observer.expect("it is on trial");
+        assert_eq!((active, device.answer().status), (version + 1, UpdateStatus::Accepted));
         for report in reports {
             assert!(observe(report.clone()));
         }
@@ -625,8 +625,8 @@ mod tests {
     #[test]
     fn confirms_a_model_after_enough_frames() {
         let (answer, state) = try_model(&[classified(1), classified(2), classified(3)]);
-        assert_eq!((answer.answer, answer.transfer), (UpdateStatus::Confirmed, Some(Uuid::from_u128(7))));
-        assert_eq!((state.active(), state.newest), (state.current.clone(), answer.model.version));
+        assert_eq!((answer.status, answer.transfer), (UpdateStatus::Confirmed, Some(Uuid::from_u128(7))));
+        assert_eq!((state.active(), state.highest_confirmed_version), (state.current.clone(), answer.model.version));
         assert_ne!(state.current, ModelSlot::BuiltIn);
     }
 
@@ -638,11 +638,11 @@ mod tests {
         ];
         for (reports, expected) in cases {
             let (answer, state) = try_model(&reports);
-            assert_eq!(answer.answer, UpdateStatus::RolledBack);
+            assert_eq!(answer.status, UpdateStatus::RolledBack);
             assert!(answer.reason.unwrap().starts_with(expected));
             assert_eq!((&state.current, &state.trial), (&ModelSlot::BuiltIn, &None));
-            assert_eq!(state.taken_back, [answer.model.sha256]);
-            assert!(state.trouble.unwrap().contains(&format!("is rolled back: {expected}")));
+            assert_eq!(state.rolled_back, [answer.model.sha256]);
+            assert!(state.fallback_reason.unwrap().contains(&format!("is rolled back: {expected}")));
         }
     }
 
@@ -651,7 +651,7 @@ mod tests {
         let mut device = Device::new();
         device.push();
         device.swap();
-        assert_eq!(device.answer().answer, UpdateStatus::Accepted);
+        assert_eq!(device.answer().status, UpdateStatus::Accepted);
         assert_eq!(device.end().trial.unwrap().phase, Phase::Waiting);
     }
 }

@@ -2,7 +2,7 @@
 
 pub mod admission;
 pub mod agent;
-pub mod install;
+pub mod local_install;
 pub mod model;
 pub mod model_loader;
 pub mod store;
@@ -11,7 +11,7 @@ pub mod trial;
 use std::path::PathBuf;
 
 pub use agent::UpdateAgent;
-pub use model::Model;
+pub use model::ModelHandle;
 pub use model_loader::{ActiveModel, ModelFiles, ModelLoader};
 pub use store::Store;
 

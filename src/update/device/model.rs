@@ -7,7 +7,7 @@ use bloomcast_kernels::{Isa, ThreadPool};
 
 use crate::bundle::{BACKBONE, Bundle, BundleError, Identity, LAST_CONV, Manifest, SelfTest};
 use crate::update::protocol::{ModelSource, identity};
-use crate::vision::{Backbone, Classifier};
+use crate::vision::{Classifier, CompiledBackbone};
 
 /// The backbone that the device has for models that do not carry their own.
 #[derive(Debug, Clone)]
@@ -22,7 +22,7 @@ pub struct DeviceBackbone {
 
 /// A loaded model without its classifier.
 #[derive(Clone)]
-pub struct Model {
+pub struct ModelHandle {
     /// Its manifest.
     pub manifest: Manifest,
     /// SHA-256 of the bundle, hexadecimal.
@@ -32,20 +32,20 @@ pub struct Model {
     /// Its origin.
     pub source: ModelSource,
     /// Its backbone.
-    pub backbone: Backbone,
+    pub backbone: CompiledBackbone,
 }
 
 /// A model that is ready to be activated.
 pub struct LoadedModel {
     /// The model.
-    pub model: Model,
+    pub model: ModelHandle,
     /// Its classifier.
     pub classifier: Classifier,
     /// Its self-test, if the bundle has one.
     pub self_test: Option<SelfTest>,
 }
 
-impl Model {
+impl ModelHandle {
     /// Returns the name, version and SHA-256.
     pub fn identity(&self) -> Identity {
         identity(&self.manifest, &self.sha256)
@@ -69,7 +69,7 @@ impl LoadedModel {
         mut bundle: Bundle,
         source: ModelSource,
         device: &DeviceBackbone,
-        reuse: Option<&Model>,
+        reuse: Option<&ModelHandle>,
     ) -> Result<Self, BundleError> {
         let backbone = match reuse.filter(|reuse| reuse.has_same_features(bundle.manifest())) {
             Some(reuse) => reuse.backbone.clone(),
@@ -80,7 +80,7 @@ impl LoadedModel {
         };
         let classifier = Classifier::new(&backbone, bundle.classifier_params())?;
         let self_test = bundle.take_self_test();
-        let model = Model {
+        let model = ModelHandle {
             manifest: bundle.manifest().clone(),
             sha256: bundle.sha256().to_owned(),
             signed_by: bundle.signer().map(crate::bundle::PublicKey::id),

@@ -9,7 +9,7 @@ use bloomcast_kernels::{Isa, ThreadPool};
 use tracing::warn;
 
 use super::admission::{Candidate, Checks, Refusal, admit};
-use super::model::{DeviceBackbone, LoadedModel, Model};
+use super::model::{DeviceBackbone, LoadedModel, ModelHandle};
 use super::store::{ModelSlot, Phase, State, Store, StoreError, StoredTrial};
 use crate::bundle::manifest::FORMAT;
 use crate::bundle::{ArchiveError, BACKBONE, BUILT_IN, BundleError, Identity, Manifest, archive};
@@ -145,22 +145,22 @@ impl ModelLoader {
     ///
     /// # Errors
     /// If the configured or the built-in model cannot be loaded.
-    pub fn active_model(&self) -> Result<ActiveModel, ModelError> {
+    pub fn load_at_start(&self) -> Result<ActiveModel, ModelError> {
         let Some(store) = &self.store else {
             return Ok(ActiveModel::new(self.default_model()?, State::default()));
         };
         let mut state = match store.state() {
             Ok(state) => state,
             Err(error @ StoreError::Damaged { .. }) => {
-                let trouble = error.to_string();
-                warn!("{trouble}");
-                let written = store.fall_back(ModelSlot::BuiltIn, trouble.clone());
-                persist_or_keep(written, State::default(), |state| state.trouble = Some(trouble))
+                let fallback_reason = error.to_string();
+                warn!("{fallback_reason}");
+                let written = store.fall_back(ModelSlot::BuiltIn, fallback_reason.clone());
+                persist_or_keep(written, State::default(), |state| state.fallback_reason = Some(fallback_reason))
             }
             // The error may be gone at the next start: the state stays.
             Err(error) => {
                 warn!("{error}; the built-in model is active");
-                let state = State { trouble: Some(error.to_string()), ..State::default() };
+                let state = State { fallback_reason: Some(error.to_string()), ..State::default() };
                 return Ok(ActiveModel::new(self.default_model()?, state));
             }
         };
@@ -187,13 +187,18 @@ impl ModelLoader {
     ///
     /// # Errors
     /// The built-in model cannot be loaded.
-    pub fn load_current(&self, store: &Store, state: State, reuse: Option<&Model>) -> Result<ActiveModel, ModelError> {
-        let (trouble, damaged) = match self.load(store, &state.current, reuse) {
+    pub fn load_current(
+        &self,
+        store: &Store,
+        state: State,
+        reuse: Option<&ModelHandle>,
+    ) -> Result<ActiveModel, ModelError> {
+        let (fallback_reason, damaged) = match self.load(store, &state.current, reuse) {
             Ok(loaded) => return Ok(ActiveModel::new(loaded, state)),
             Err(error) if state.current == ModelSlot::BuiltIn => return Err(error),
             Err(error) => (error.to_string(), error.is_damage()),
         };
-        warn!("the current model cannot be loaded: {trouble}");
+        warn!("the current model cannot be loaded: {fallback_reason}");
         let previous = state.previous.as_ref().filter(|slot| **slot != ModelSlot::BuiltIn).and_then(|slot| {
             let loaded = self.load(store, slot, reuse);
             let loaded = loaded.map_err(|error| warn!("the previous model cannot be loaded: {error}"));
@@ -204,11 +209,11 @@ impl ModelLoader {
             None => (self.default_model()?, ModelSlot::BuiltIn),
         };
         let state = match damaged {
-            true => persist_or_keep(store.fall_back(slot.clone(), trouble.clone()), state, |state| {
-                state.fall_back(slot, trouble);
+            true => persist_or_keep(store.fall_back(slot.clone(), fallback_reason.clone()), state, |state| {
+                state.fall_back(slot, fallback_reason);
             }),
             // The model may be usable at another time or under another configuration: the state stays.
-            false => State { trouble: Some(trouble), ..state },
+            false => State { fallback_reason: Some(fallback_reason), ..state },
         };
         Ok(ActiveModel::new(loaded, state))
     }
@@ -222,7 +227,7 @@ impl ModelLoader {
         Ok((self.load(store, &ModelSlot::Slot(trial.slot.clone()), None)?, state))
     }
 
-    fn load(&self, store: &Store, slot: &ModelSlot, reuse: Option<&Model>) -> Result<LoadedModel, ModelError> {
+    fn load(&self, store: &Store, slot: &ModelSlot, reuse: Option<&ModelHandle>) -> Result<LoadedModel, ModelError> {
         let ModelSlot::Slot(slot) = slot else { return self.default_model() };
         let file = store.slot_file(slot).display().to_string();
         self.read(&file, &store.read(slot)?, ModelSource::Store, reuse).map_err(ModelError::from)
@@ -256,7 +261,7 @@ impl ModelLoader {
         file: &str,
         bytes: &[u8],
         source: ModelSource,
-        reuse: Option<&Model>,
+        reuse: Option<&ModelHandle>,
     ) -> Result<LoadedModel, Refusal> {
         let candidate = Candidate { file, bytes, source };
         let admitted = admit(&candidate, &self.backbone, &Checks::Integrity { reuse }, |_| Ok::<_, Refusal>(()));
@@ -264,7 +269,7 @@ impl ModelLoader {
     }
 
     /// Returns the message about the active model.
-    pub fn status(&self, model: &Model, state: &State) -> ModelStatus {
+    pub fn status(&self, model: &ModelHandle, state: &State) -> ModelStatus {
         ModelStatus {
             schema: SCHEMA,
             model: model.identity(),
@@ -279,7 +284,7 @@ impl ModelLoader {
             trial: state.trial.is_some(),
             previous: rollback_target(state),
             generation: state.generation,
-            trouble: state.trouble.clone(),
+            fallback_reason: state.fallback_reason.clone(),
         }
     }
 

@@ -26,7 +26,7 @@ const SCHEMA: u32 = 1;
 /// The largest state file that is read, in bytes.
 const STATE_BYTES_MAX: u64 = 64 << 10;
 /// Models that are remembered as rolled back.
-const TAKEN_BACK_MAX: usize = 16;
+const ROLLED_BACK_MAX: usize = 16;
 
 /// An error of the store.
 #[derive(Debug, thiserror::Error)]
@@ -114,11 +114,14 @@ pub struct State {
     /// Active in place of `current` until it is confirmed or fails.
     pub trial: Option<StoredTrial>,
     /// SHA-256 of models that were rolled back or failed their trial, oldest first.
-    pub taken_back: Vec<String>,
+    #[serde(rename = "taken_back")]
+    pub rolled_back: Vec<String>,
     /// The highest version that was confirmed on this device.
-    pub newest: u64,
+    #[serde(rename = "newest")]
+    pub highest_confirmed_version: u64,
     /// The reason why the active model is not the one that was installed last.
-    pub trouble: Option<String>,
+    #[serde(rename = "trouble")]
+    pub fallback_reason: Option<String>,
 }
 
 impl Default for State {
@@ -129,9 +132,9 @@ impl Default for State {
             current: ModelSlot::BuiltIn,
             previous: None,
             trial: None,
-            taken_back: Vec::new(),
-            newest: 0,
-            trouble: None,
+            rolled_back: Vec::new(),
+            highest_confirmed_version: 0,
+            fallback_reason: None,
         }
     }
 }
@@ -142,16 +145,16 @@ impl State {
         self.trial.as_ref().map_or_else(|| self.current.clone(), |trial| ModelSlot::Slot(trial.slot.clone()))
     }
 
-    /// Makes `slot` the current model; `trouble` is the reason why the current one cannot be used.
-    pub fn fall_back(&mut self, slot: ModelSlot, trouble: String) {
-        (self.current, self.previous, self.trouble) = (slot, None, Some(trouble));
+    /// Makes `slot` the current model; `fallback_reason` is the reason why the current one cannot be used.
+    pub fn fall_back(&mut self, slot: ModelSlot, fallback_reason: String) {
+        (self.current, self.previous, self.fallback_reason) = (slot, None, Some(fallback_reason));
     }
 
-    fn remember_rolled_back(&mut self, taken_back: String) {
-        self.taken_back.retain(|sha256| *sha256 != taken_back);
-        self.taken_back.push(taken_back);
-        let excess = self.taken_back.len().saturating_sub(TAKEN_BACK_MAX);
-        self.taken_back.drain(..excess);
+    fn remember_rolled_back(&mut self, rolled_back: String) {
+        self.rolled_back.retain(|sha256| *sha256 != rolled_back);
+        self.rolled_back.push(rolled_back);
+        let excess = self.rolled_back.len().saturating_sub(ROLLED_BACK_MAX);
+        self.rolled_back.drain(..excess);
     }
 
     fn trial_mut(&mut self, sha256: &str) -> Result<&mut StoredTrial, StoreError> {
@@ -272,10 +275,10 @@ impl Store {
     pub fn confirm(&self, sha256: &str) -> Result<State, StoreError> {
         self.change(|state| {
             let slot = state.trial_mut(sha256)?.slot.clone();
-            state.taken_back.retain(|taken_back| taken_back != sha256);
-            state.newest = state.newest.max(slot.version);
+            state.rolled_back.retain(|rolled_back| rolled_back != sha256);
+            state.highest_confirmed_version = state.highest_confirmed_version.max(slot.version);
             let before = std::mem::replace(&mut state.current, ModelSlot::Slot(slot));
-            (state.previous, state.trial, state.trouble) = (Some(before), None, None);
+            (state.previous, state.trial, state.fallback_reason) = (Some(before), None, None);
             Ok(())
         })
     }
@@ -286,8 +289,8 @@ impl Store {
     /// The model is not on trial, or the state cannot be written.
     pub fn fail_trial(&self, sha256: &str, reason: &str) -> Result<State, StoreError> {
         self.change(|state| {
-            let trouble = format!("{} is rolled back: {reason}", state.trial_mut(sha256)?.slot);
-            state.trouble = Some(trouble);
+            let fallback_reason = format!("{} is rolled back: {reason}", state.trial_mut(sha256)?.slot);
+            state.fallback_reason = Some(fallback_reason);
             state.trial = None;
             state.remember_rolled_back(sha256.to_owned());
             Ok(())
@@ -310,21 +313,21 @@ impl Store {
             if let ModelSlot::Slot(slot) = rolled_back {
                 state.remember_rolled_back(slot.sha256);
             }
-            state.trouble = None;
+            state.fallback_reason = None;
             Ok(())
         })
     }
 
-    /// Makes `slot` the current model because the current one cannot be used, for the reason `trouble`.
+    /// Makes `slot` the current model because the current one cannot be used, for the reason `fallback_reason`.
     ///
     /// # Errors
     /// The state cannot be written.
-    pub fn fall_back(&self, slot: ModelSlot, trouble: String) -> Result<State, StoreError> {
+    pub fn fall_back(&self, slot: ModelSlot, fallback_reason: String) -> Result<State, StoreError> {
         self.create_folders()?;
         self.change_from(
             |store| Ok(store.state().unwrap_or_default()),
             |state| {
-                state.fall_back(slot, trouble);
+                state.fall_back(slot, fallback_reason);
                 Ok(())
             },
         )
@@ -468,8 +471,8 @@ mod tests {
         assert_eq!(version(&store.fail_trial(&name(2), "slow").unwrap().active()), 1);
         assert_eq!(files(&store), 1, "the failed model is removed");
         let state = store.state().unwrap();
-        assert_eq!(state.trouble.as_deref(), Some("m 2 is rolled back: slow"));
-        assert_eq!((state.taken_back, state.newest), (vec![name(2)], 1));
+        assert_eq!(state.fallback_reason.as_deref(), Some("m 2 is rolled back: slow"));
+        assert_eq!((state.rolled_back, state.highest_confirmed_version), (vec![name(2)], 1));
     }
 
     #[test]
@@ -478,13 +481,13 @@ mod tests {
         assert_eq!(files(&store), 2, "the current and the previous model");
         let back = store.roll_back().unwrap();
         assert_eq!((version(&back.current), back.previous.clone()), (2, None));
-        assert_eq!(back.taken_back, [name(3)]);
+        assert_eq!(back.rolled_back, [name(3)]);
         assert_eq!(files(&store), 1);
         assert!(matches!(store.roll_back(), Err(StoreError::NoPrevious)));
         install(&store, 4);
         assert_eq!(version(&store.roll_back().unwrap().active()), 2, "from a trial to the current model");
         install(&store, 3);
-        assert!(!store.confirm(&name(3)).unwrap().taken_back.contains(&name(3)));
+        assert!(!store.confirm(&name(3)).unwrap().rolled_back.contains(&name(3)));
     }
 
     #[test]
@@ -496,7 +499,10 @@ mod tests {
         fs::write(store.slot_file(current), "x").unwrap();
         assert!(store.read(current).unwrap_err().to_string().contains("is damaged: its sha256 is"));
         let settled = store.fall_back(state.previous.unwrap(), "the disk".into()).unwrap();
-        assert_eq!((version(&settled.current), settled.previous, settled.trouble), (1, None, Some("the disk".into())));
+        assert_eq!(
+            (version(&settled.current), settled.previous, settled.fallback_reason),
+            (1, None, Some("the disk".into()))
+        );
         assert_eq!(files(&store), 1);
 
         fs::write(store.folder.join(STATE), "{").unwrap();
@@ -541,6 +547,15 @@ mod tests {
         let state = fs::read_to_string(store.folder.join(STATE)).unwrap();
         fs::write(store.folder.join(STATE), state.replace(&slot(&[1], 1).sha256, "../../etc/passwd")).unwrap();
         assert!(store.state().unwrap_err().to_string().contains("not a SHA-256"));
+    }
+
+    /// `state.json` is read by other versions of the program: its names are stable.
+    #[test]
+    fn the_state_keeps_its_names_on_disk() {
+        let json = serde_json::to_value(State::default()).unwrap();
+        let names: Vec<&String> = json.as_object().unwrap().keys().collect();
+        let expected = ["current", "generation", "newest", "previous", "schema", "taken_back", "trial", "trouble"];
+        assert_eq!(names, expected);
     }
 
     #[test]

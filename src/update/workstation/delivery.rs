@@ -151,7 +151,7 @@ pub struct Delivery {
     next: u32,
     /// Whether an offer is due or unanswered. No chunk is sent until the answer; by then, each chunk sent before the offer
     /// has arrived or is lost.
-    awaiting_answer: bool,
+    offer_unanswered: bool,
     next_offer_at: Instant,
     /// Interval after the next offer.
     offer_interval: Duration,
@@ -180,7 +180,7 @@ impl Delivery {
             received: 0,
             received_max: 0,
             next: 0,
-            awaiting_answer: true,
+            offer_unanswered: true,
             next_offer_at: now,
             offer_interval: OFFER_INTERVAL_MIN,
             stalls: 0,
@@ -265,7 +265,7 @@ impl Delivery {
 
     /// Makes an offer due now; the device answers it with its progress.
     fn schedule_offer(&mut self, now: Instant) {
-        (self.awaiting_answer, self.next_offer_at, self.offer_interval) = (true, now, OFFER_INTERVAL_MIN);
+        (self.offer_unanswered, self.next_offer_at, self.offer_interval) = (true, now, OFFER_INTERVAL_MIN);
     }
 
     /// Counts a stall; after [`STALLS_MAX`] of them, starts again with chunks of half the size. The broker may not accept
@@ -336,7 +336,7 @@ impl Delivery {
         self.received_max = self.received_max.max(self.received);
         if progress.next == self.chunks {
             self.state = DeliveryState::Validating { deadline: now + VALIDATION_TIMEOUT };
-            self.awaiting_answer = true;
+            self.offer_unanswered = true;
             (self.next_offer_at, self.offer_interval) = (now + OFFER_INTERVAL_MAX, OFFER_INTERVAL_MAX);
             return;
         }
@@ -348,7 +348,7 @@ impl Delivery {
         }
         if progress.again {
             self.next = progress.next;
-            self.awaiting_answer = false;
+            self.offer_unanswered = false;
             if has_sent && !has_advanced {
                 return self.handle_stall(now);
             }
@@ -370,7 +370,7 @@ impl Delivery {
             return;
         }
         let reason = answer.reason.clone().unwrap_or_default();
-        match answer.answer {
+        match answer.status {
             UpdateStatus::Accepted => {
                 let trial = answer.trial.map_or(TRIAL_MAX, |limits| Duration::from_secs(limits.seconds));
                 self.received = self.chunks;
@@ -413,7 +413,7 @@ impl Delivery {
                 );
             }
             DeliveryState::Sending { .. } | DeliveryState::Validating { .. } | DeliveryState::OnTrial { .. } => {
-                if !self.awaiting_answer {
+                if !self.offer_unanswered {
                     self.send_chunks(payload, publish);
                 }
                 // The device answers a repeated offer with its present state, which replaces a lost message.
@@ -468,7 +468,7 @@ impl Delivery {
         };
         self.chunks = offer.chunks();
         if publish(&self.topics.offer(), json(&offer)) {
-            self.awaiting_answer = true;
+            self.offer_unanswered = true;
             self.next_offer_at = now + self.offer_interval;
             self.offer_interval = (self.offer_interval * 2).min(OFFER_INTERVAL_MAX);
         }
@@ -600,7 +600,7 @@ mod tests {
                 schema: SCHEMA,
                 device: "pi".into(),
                 transfer: Some(self.delivery.transfer),
-                answer: status,
+                status,
                 reason: reason.map(str::to_owned),
                 model: self.payload.model.clone(),
                 trial: Some(TrialLimits { frames: 10, seconds: 5 }),
@@ -767,7 +767,7 @@ mod tests {
             schema: SCHEMA,
             device: "pi".into(),
             transfer: Some(Uuid::from_u128(9)),
-            answer: UpdateStatus::Refused,
+            status: UpdateStatus::Refused,
             reason: None,
             model: push.payload.model.clone(),
             trial: Some(TrialLimits { frames: 1, seconds: u64::MAX }),
@@ -777,9 +777,9 @@ mod tests {
         push.handle("bloomcast/pi/model/answer", b"rubbish");
         assert_eq!(push.final_status(), None);
         let accepted =
-            Answer { transfer: Some(push.delivery.transfer), answer: UpdateStatus::Accepted, ..answer.clone() };
+            Answer { transfer: Some(push.delivery.transfer), status: UpdateStatus::Accepted, ..answer.clone() };
         push.handle("bloomcast/pi/model/answer", &json(&accepted));
-        let rolled_back = Answer { answer: UpdateStatus::RolledBack, ..answer };
+        let rolled_back = Answer { status: UpdateStatus::RolledBack, ..answer };
         push.handle("bloomcast/pi/model/answer", &json(&rolled_back));
         assert_eq!(push.final_status(), Some(DeliveryStatus::RolledBack), "requested by another client");
     }

@@ -63,8 +63,8 @@ pub fn rollback_device(access: &BrokerAccess, topics: &Topics, key: &PrivateKey)
         (true, None) => return Err(RollbackError::NoModelStatus { device, topic: topics.model() }),
         (true, Some(status)) => status,
     };
-    let order = SignedCommand::sign(key, Action::Rollback, topics.root(), status.generation, &status.model.sha256);
-    let request = RollbackRequest { schema: SCHEMA, transfer: Uuid::now_v7(), order };
+    let command = SignedCommand::sign(key, Action::Rollback, topics.root(), status.generation, &status.model.sha256);
+    let request = RollbackRequest { schema: SCHEMA, transfer: Uuid::now_v7(), command };
     let (mut deadline, mut next_request) = (Instant::now() + ANSWER_TIMEOUT, Instant::now());
     while Instant::now() < deadline {
         if Instant::now() >= next_request && client.publish(&topics.rollback(), json(&request)) {

@@ -146,43 +146,43 @@ pub enum BackboneError {
 /// The device that runs a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Device {
+pub enum ComputeDevice {
     /// The processor.
     Cpu,
     /// The first NVIDIA GPU, with tract's CUDA runtime; requires the cargo feature `cuda`.
     Cuda,
 }
 
-/// A parsed ONNX model; [`Network::features`] and [`Network::feature_maps`] compile it.
+/// A parsed ONNX model; [`OnnxBackbone::compile_features`] and [`OnnxBackbone::compile_feature_maps`] compile it.
 ///
 /// ```
-/// use bloomcast::vision::{Network, Preprocess, Preprocessor, decode, test_pattern};
+/// use bloomcast::vision::{OnnxBackbone, Preprocess, Preprocessor, decode, test_pattern};
 ///
-/// let backbone = Network::built_in()?.features(None)?;
+/// let backbone = OnnxBackbone::built_in()?.compile_features(None)?;
 /// assert_eq!(backbone.width(), 1280);
 /// let mut preprocessor = Preprocessor::new(Preprocess::mobilenet_v2());
 /// let mut input = vec![0.0; preprocessor.spec().input_len()];
 /// preprocessor.run(&decode::encoded(&test_pattern::jpeg(640, 480))?, &mut input);
 /// let mut session = backbone.session()?;
-/// assert_eq!(session.features(&input)?.len(), 1280);
+/// assert_eq!(session.run(&input)?.len(), 1280);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone)]
-pub struct Network {
+pub struct OnnxBackbone {
     name: String,
     sha256: String,
     onnx: Arc<Cow<'static, [u8]>>,
     model: Arc<ModelProto>,
     info: ModelInfo,
     input: [usize; 4],
-    device: Device,
+    device: ComputeDevice,
     kernels: Option<Isa>,
     pool: Option<Arc<ThreadPool>>,
 }
 
-/// A [`Network`] compiled up to one of its tensors; any number of [`Session`]s run it.
+/// A [`OnnxBackbone`] compiled up to one of its tensors; any number of [`Session`]s run it.
 #[derive(Clone)]
-pub struct Backbone {
+pub struct CompiledBackbone {
     name: String,
     /// Shape of the output tensor, without the batch axis.
     shape: Vec<usize>,
@@ -207,7 +207,7 @@ struct Loaded {
     kernels: Option<Isa>,
 }
 
-/// The state of one thread that runs a [`Backbone`]: its buffers and the time of the last run.
+/// The state of one thread that runs a [`CompiledBackbone`]: its buffers and the time of the last run.
 pub struct Session {
     name: String,
     input: [usize; 4],
@@ -222,7 +222,7 @@ enum Runner {
     Kernels { net: CompiledNet, workspace: Box<Workspace> },
 }
 
-impl Network {
+impl OnnxBackbone {
     /// Loads [`MOBILENET_V2`], which is part of the program.
     ///
     /// # Errors
@@ -282,8 +282,8 @@ impl Network {
             TensorLayout::Nhwc => [1, size, size, 3],
         };
         let (onnx, model) = (Arc::new(onnx), Arc::new(model));
-        let (device, kernels, pool) = (Device::Cpu, Some(Isa::best()), None);
-        Ok(Network { name: name.into(), sha256, onnx, model, info, input, device, kernels, pool })
+        let (device, kernels, pool) = (ComputeDevice::Cpu, Some(Isa::best()), None);
+        Ok(OnnxBackbone { name: name.into(), sha256, onnx, model, info, input, device, kernels, pool })
     }
 
     /// Returns the name.
@@ -312,24 +312,24 @@ impl Network {
     }
 
     /// Returns the same network for another device.
-    pub fn on(&self, device: Device) -> Self {
-        Network { device, ..self.clone() }
+    pub fn on(&self, device: ComputeDevice) -> Self {
+        OnnxBackbone { device, ..self.clone() }
     }
 
     /// Returns the device that runs the network.
-    pub fn device(&self) -> Device {
+    pub fn device(&self) -> ComputeDevice {
         self.device
     }
 
     /// Returns the same network with kernels for an instruction set, which compute the layers that they support; `None` means tract's
     /// own operators. A new network has the kernels of [`Isa::best`]; an instruction set that the processor lacks means tract, too.
     pub fn with_kernels(&self, kernels: Option<Isa>) -> Self {
-        Network { kernels, ..self.clone() }
+        OnnxBackbone { kernels, ..self.clone() }
     }
 
     /// Returns the same network with a pool whose threads share an image in the layers that the kernels compute.
     pub fn with_thread_pool(&self, pool: Option<Arc<ThreadPool>>) -> Self {
-        Network { pool, ..self.clone() }
+        OnnxBackbone { pool, ..self.clone() }
     }
 
     /// Compiles the network up to its features. `fine_tuned` replaces the weights of the last convolution. A session computes:
@@ -337,7 +337,7 @@ impl Network {
     ///
     /// # Errors
     /// If the runtime cannot load the network, the features are not one vector, or `fine_tuned` does not fit the network.
-    pub fn features(&self, fine_tuned: Option<&LastConvWeights>) -> Result<Backbone, BackboneError> {
+    pub fn compile_features(&self, fine_tuned: Option<&LastConvWeights>) -> Result<CompiledBackbone, BackboneError> {
         let mut model = Cow::Borrowed(&*self.model);
         if let Some(fine_tuned) = fine_tuned {
             let last_conv = self.last_conv()?;
@@ -365,7 +365,7 @@ impl Network {
     ///
     /// # Errors
     /// If the network has no such convolution, or the runtime cannot load it.
-    pub fn feature_maps(&self) -> Result<Backbone, BackboneError> {
+    pub fn compile_feature_maps(&self) -> Result<CompiledBackbone, BackboneError> {
         let last_conv = self.last_conv()?;
         let backbone = self.compile(&self.model, &last_conv.input)?;
         let inputs = last_conv.weights.inputs();
@@ -388,13 +388,13 @@ impl Network {
         self.info.last_conv.as_ref().ok_or_else(|| BackboneError::NoLastConv { name: self.name.clone() })
     }
 
-    fn compile(&self, model: &ModelProto, output: &str) -> Result<Backbone, BackboneError> {
+    fn compile(&self, model: &ModelProto, output: &str) -> Result<CompiledBackbone, BackboneError> {
         let loaded = self
             .load(model, output)
             .map_err(|e| BackboneError::Load { name: self.name.clone(), reason: format!("{e:#}") })?;
         let Loaded { plan, shape, kernels } = loaded;
         let (name, pool) = (self.name.clone(), self.pool.clone());
-        Ok(Backbone { name, shape, input: self.input, plan, kernels, pool })
+        Ok(CompiledBackbone { name, shape, input: self.input, plan, kernels, pool })
     }
 
     /// As [`Self::prepare`], but returns an error if tract panics: it may panic on an inconsistent file, and its CUDA runtime
@@ -410,7 +410,7 @@ impl Network {
             .with_input_fact(0, f32::fact(self.input).into())?
             .with_outputs_by_name([output])?
             .into_typed()?;
-        let mut kernels = self.kernels.filter(|_| self.device == Device::Cpu);
+        let mut kernels = self.kernels.filter(|_| self.device == ComputeDevice::Cpu);
         let mut whole = None;
         if let Some(isa) = kernels {
             match fusion::fuse(&mut model, isa, self.pool.clone())? {
@@ -431,14 +431,14 @@ impl Network {
         };
         let plan = match (whole, self.device) {
             (Some(net), _) => Plan::Kernels(net),
-            (None, Device::Cpu) => Plan::Tract(Arc::from(DefaultRuntime.prepare(model)?)),
-            (None, Device::Cuda) => Plan::Tract(Arc::from(prepare_cuda(model)?)),
+            (None, ComputeDevice::Cpu) => Plan::Tract(Arc::from(DefaultRuntime.prepare(model)?)),
+            (None, ComputeDevice::Cuda) => Plan::Tract(Arc::from(prepare_cuda(model)?)),
         };
         Ok(Loaded { plan, shape, kernels })
     }
 }
 
-impl Backbone {
+impl CompiledBackbone {
     /// Returns the number of values that a session computes.
     pub fn width(&self) -> usize {
         self.shape.iter().product()
@@ -487,7 +487,7 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>, BackboneError> {
 }
 
 /// Returns the properties of an ONNX model without compiling it. `name` is used in messages; `feature` as in
-/// [`Network::from_bytes`].
+/// [`OnnxBackbone::from_bytes`].
 ///
 /// # Errors
 /// If the file is not a valid model, or has no such input or tensor.
@@ -507,14 +507,14 @@ fn prepare_cuda(model: TypedModel) -> TractResult<Box<dyn Runnable>> {
 
 impl Session {
     /// Runs the network. in: the input tensor as [`super::Preprocessor::run`] writes it; out: the output tensor of the
-    /// [`Backbone`], without the batch axis.
+    /// [`CompiledBackbone`], without the batch axis.
     ///
     /// # Errors
     /// If the runtime fails.
     ///
     /// # Panics
     /// If `input` has another length than the network's input.
-    pub fn features(&mut self, input: &[f32]) -> Result<&[f32], BackboneError> {
+    pub fn run(&mut self, input: &[f32]) -> Result<&[f32], BackboneError> {
         assert_eq!(input.len(), self.input.iter().product::<usize>(), "length of the input tensor");
         let before = thread_cpu_time();
         match &mut self.runner {
@@ -529,7 +529,7 @@ impl Session {
         Ok(&self.features)
     }
 
-    /// Returns the processor time that the last call of [`Session::features`] took, on all threads.
+    /// Returns the processor time that the last call of [`Session::run`] took, on all threads.
     pub fn cpu_time(&self) -> Duration {
         self.cpu_time
     }
@@ -584,10 +584,10 @@ mod tests {
     /// The expected values are those of ONNX Runtime 1.32 for the same file and image.
     #[test]
     fn features_equal_those_of_onnx_runtime() {
-        let backbone = Network::built_in().unwrap().features(None).unwrap();
+        let backbone = OnnxBackbone::built_in().unwrap().compile_features(None).unwrap();
         assert_eq!(backbone.width(), 1280);
         let mut session = backbone.session().unwrap();
-        let features = session.features(&input()).unwrap();
+        let features = session.run(&input()).unwrap();
         let expected = [0.0, 4.224136, 3.443482, 0.0, 0.004023, 0.0, 0.033327, 0.0];
         for (i, (got, expected)) in features.iter().zip(expected).enumerate() {
             assert!((got - expected).abs() < 1e-3, "feature {i}: {got}, expected {expected}");
@@ -600,42 +600,45 @@ mod tests {
 
     #[test]
     fn feature_maps_and_the_last_convolution_equal_the_whole_network() {
-        let network = Network::built_in().unwrap();
-        let backbone = network.feature_maps().unwrap();
+        let network = OnnxBackbone::built_in().unwrap();
+        let backbone = network.compile_feature_maps().unwrap();
         assert_eq!(backbone.width(), 320 * 7 * 7);
-        let feature_map = channels_last(backbone.session().unwrap().features(&input()).unwrap(), 320);
+        let feature_map = channels_last(backbone.session().unwrap().run(&input()).unwrap(), 320);
         let own = &network.last_conv().unwrap().weights;
         // Other weights: in reverse order and halved.
         let weight: Vec<f32> = own.weight().iter().rev().map(|w| w / 2.0).collect();
         let other = LastConvWeights::new(320, weight, own.bias().to_vec()).unwrap();
-        for (last_conv, whole) in [(own, network.features(None)), (&other, network.features(Some(&other)))] {
+        for (last_conv, whole) in
+            [(own, network.compile_features(None)), (&other, network.compile_features(Some(&other)))]
+        {
             let mut session = whole.unwrap().session().unwrap();
-            let expected = session.features(&input()).unwrap();
+            let expected = session.run(&input()).unwrap();
             let worst =
                 last_conv.features(&feature_map).iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < 1e-4, "differs by {worst}");
         }
         let narrow = LastConvWeights::new(2, vec![0.0; 4], vec![0.0; 2]).unwrap();
-        let error = network.features(Some(&narrow)).err().unwrap().to_string();
+        let error = network.compile_features(Some(&narrow)).err().unwrap().to_string();
         assert!(error.contains("[1280, 320], the fine-tuned one [2, 2]"), "{error}");
     }
 
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn an_unavailable_device_is_an_error() {
-        let error = Network::built_in().unwrap().on(Device::Cuda).features(None).err().unwrap().to_string();
+        let error =
+            OnnxBackbone::built_in().unwrap().on(ComputeDevice::Cuda).compile_features(None).err().unwrap().to_string();
         assert!(error.ends_with("built without the feature `cuda`"), "{error}");
     }
 
     #[test]
     fn errors_name_the_file_and_the_cause() {
         let preprocess = Preprocess::mobilenet_v2();
-        let error = Network::from_bytes("invalid", b"not ONNX".as_slice().into(), &preprocess, None);
+        let error = OnnxBackbone::from_bytes("invalid", b"not ONNX".as_slice().into(), &preprocess, None);
         assert!(error.err().unwrap().to_string().starts_with("backbone invalid: "));
-        let error = Network::from_file(Path::new("none.onnx"), &preprocess, None);
+        let error = OnnxBackbone::from_file(Path::new("none.onnx"), &preprocess, None);
         assert!(error.err().unwrap().to_string().starts_with("backbone none.onnx: No such file"));
         let other_size = Preprocess { size: 160, ..preprocess };
-        let error = Network::from_bytes("x", MOBILENET_V2.into(), &other_size, None).err().unwrap().to_string();
+        let error = OnnxBackbone::from_bytes("x", MOBILENET_V2.into(), &other_size, None).err().unwrap().to_string();
         assert_eq!(error, "backbone x: input size is 224 pixels, expected 160");
     }
 }

@@ -4,8 +4,8 @@ use std::panic::{self, AssertUnwindSafe};
 
 use serde::{Deserialize, Serialize};
 
-use crate::vision::backbone::Device;
-use crate::vision::{Backbone, BackboneError, Network};
+use crate::vision::backbone::ComputeDevice;
+use crate::vision::{BackboneError, CompiledBackbone, OnnxBackbone};
 
 /// Largest accepted difference of GPU features, relative to the largest CPU feature; the convolutions round differently.
 const DIFFERENCE_MAX: f32 = 0.01;
@@ -13,7 +13,7 @@ const DIFFERENCE_MAX: f32 = 0.01;
 /// The device to extract features with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum DeviceChoice {
+pub enum ComputeDeviceChoice {
     /// A GPU if the program is built with the feature `cuda` and a GPU works; the CPU otherwise.
     #[default]
     Auto,
@@ -26,9 +26,9 @@ pub enum DeviceChoice {
 /// A network and its backbone on the selected device.
 pub struct Selected {
     /// The network, with its device set to the selected one.
-    pub network: Network,
+    pub network: OnnxBackbone,
     /// The backbone of `network`.
-    pub backbone: Backbone,
+    pub backbone: CompiledBackbone,
     /// Why the CPU is used although a GPU was requested.
     pub fallback: Option<GpuFallback>,
 }
@@ -53,20 +53,20 @@ pub enum GpuFallback {
 /// # Errors
 /// Fails if `build` fails on the CPU.
 pub fn select(
-    network: Network,
-    choice: DeviceChoice,
-    build: &dyn Fn(&Network) -> Result<Backbone, BackboneError>,
+    network: OnnxBackbone,
+    choice: ComputeDeviceChoice,
+    build: &dyn Fn(&OnnxBackbone) -> Result<CompiledBackbone, BackboneError>,
 ) -> Result<Selected, BackboneError> {
     let on_cpu = build(&network)?;
     let try_gpu = match choice {
-        DeviceChoice::Auto => cfg!(feature = "cuda"),
-        DeviceChoice::Cpu => false,
-        DeviceChoice::Gpu => true,
+        ComputeDeviceChoice::Auto => cfg!(feature = "cuda"),
+        ComputeDeviceChoice::Cpu => false,
+        ComputeDeviceChoice::Gpu => true,
     };
     if !try_gpu {
         return Ok(Selected { network, backbone: on_cpu, fallback: None });
     }
-    let gpu = network.on(Device::Cuda);
+    let gpu = network.on(ComputeDevice::Cuda);
     let side = network.input_size();
     // The CUDA runtime may panic if a part of it is not installed.
     let result = panic::catch_unwind(AssertUnwindSafe(|| {
@@ -85,10 +85,10 @@ pub fn select(
 }
 
 /// Returns the largest absolute difference of the outputs for one test input, divided by the largest CPU output.
-fn relative_difference(cpu: &Backbone, gpu: &Backbone, input_len: usize) -> Result<f32, BackboneError> {
+fn relative_difference(cpu: &CompiledBackbone, gpu: &CompiledBackbone, input_len: usize) -> Result<f32, BackboneError> {
     let input: Vec<f32> = (0..input_len).map(|i| (i as f32 * 0.37).sin()).collect();
     let (mut cpu, mut gpu) = (cpu.session()?, gpu.session()?);
-    let (expected, actual) = (cpu.features(&input)?, gpu.features(&input)?);
+    let (expected, actual) = (cpu.run(&input)?, gpu.run(&input)?);
     let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, v| largest.max(v.abs()));
     // `f32::max` ignores NaN, so a value that is not finite counts as infinitely different.
     let difference = |(a, b): (&f32, &f32)| if b.is_finite() { (a - b).abs() } else { f32::INFINITY };
@@ -99,31 +99,31 @@ fn relative_difference(cpu: &Backbone, gpu: &Backbone, input_len: usize) -> Resu
 mod tests {
     use super::*;
 
-    fn features(network: &Network) -> Result<Backbone, BackboneError> {
-        network.features(None)
+    fn features(network: &OnnxBackbone) -> Result<CompiledBackbone, BackboneError> {
+        network.compile_features(None)
     }
 
     #[test]
     fn difference_is_relative_to_the_largest_feature() {
-        let network = Network::built_in().unwrap();
+        let network = OnnxBackbone::built_in().unwrap();
         let own = &network.last_conv().unwrap().weights;
         let weight: Vec<f32> = own.weight().iter().map(|w| w * 1.1).collect();
         let other = crate::vision::LastConvWeights::new(320, weight, own.bias().to_vec()).unwrap();
-        let (one, two) = (network.features(None).unwrap(), network.features(Some(&other)).unwrap());
-        let difference = |other: &Backbone| relative_difference(&one, other, 3 * 224 * 224).unwrap();
+        let (one, two) = (network.compile_features(None).unwrap(), network.compile_features(Some(&other)).unwrap());
+        let difference = |other: &CompiledBackbone| relative_difference(&one, other, 3 * 224 * 224).unwrap();
         assert_eq!(difference(&one), 0.0);
         assert!(difference(&two) > DIFFERENCE_MAX, "{}", difference(&two));
-        assert!(select(network, DeviceChoice::Cpu, &features).unwrap().fallback.is_none());
+        assert!(select(network, ComputeDeviceChoice::Cpu, &features).unwrap().fallback.is_none());
     }
 
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn falls_back_to_the_cpu_with_a_reason_if_no_gpu_works() {
         let Selected { network, fallback, .. } =
-            select(Network::built_in().unwrap(), DeviceChoice::Gpu, &features).unwrap();
-        assert_eq!(network.device(), Device::Cpu);
+            select(OnnxBackbone::built_in().unwrap(), ComputeDeviceChoice::Gpu, &features).unwrap();
+        assert_eq!(network.device(), ComputeDevice::Cpu);
         let reason = fallback.unwrap().to_string();
         assert!(reason.contains("built without the feature `cuda`; the CPU computes the features"), "{reason}");
-        assert!(select(network, DeviceChoice::Auto, &features).unwrap().fallback.is_none());
+        assert!(select(network, ComputeDeviceChoice::Auto, &features).unwrap().fallback.is_none());
     }
 }

@@ -20,7 +20,7 @@ pub type ContentHash = [u8; 32];
 
 /// An image file, its class and its content hash.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Photograph {
+pub struct HashedImage {
     /// Path of the file.
     pub path: PathBuf,
     /// Index of the class in the labels.
@@ -31,7 +31,7 @@ pub struct Photograph {
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum PhotographError {
+pub enum ImageError {
     /// The file cannot be read or decoded.
     #[error(transparent)]
     Decode(#[from] DecodeError),
@@ -45,16 +45,16 @@ pub enum PhotographError {
     },
 }
 
-impl Photograph {
+impl HashedImage {
     /// Decodes the file. out: H×W×3 u8 RGB.
     ///
     /// # Errors
     /// Fails if the file cannot be read or decoded, or if a side is shorter than [`SIDE_MIN`].
-    pub fn decode(&self) -> Result<RgbImage, PhotographError> {
+    pub fn decode(&self) -> Result<RgbImage, ImageError> {
         let pixels = decode::file(&self.path)?;
         let (width, height) = pixels.dimensions();
         if width.min(height) < SIDE_MIN {
-            return Err(PhotographError::TooSmall { width, height });
+            return Err(ImageError::TooSmall { width, height });
         }
         Ok(pixels)
     }
@@ -71,14 +71,14 @@ pub struct DatasetProblem {
 
 /// The usable images of a dataset, and the skipped ones with the reason.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Photographs {
+pub struct ImageSet {
     /// In the order of the dataset.
-    pub kept: Vec<Photograph>,
+    pub kept: Vec<HashedImage>,
     /// Files that are not used, such as unreadable ones and duplicates.
     pub skipped: Vec<DatasetProblem>,
 }
 
-impl Photographs {
+impl ImageSet {
     /// Reads and hashes every file once, on `threads` threads. Files that cannot be read, are empty, or are larger than
     /// [`decode::FILE_BYTES_MAX`] are skipped. `progress` is called with the number of files read.
     ///
@@ -93,11 +93,11 @@ impl Photographs {
             Ok(bytes.map(|bytes| Sha256::digest(bytes).into()))
         };
         let Ok(hashes) = parallel::map(dataset.images.len(), threads, "read", || Ok(()), hash, progress);
-        let mut photographs = Photographs::default();
+        let mut photographs = ImageSet::default();
         for (image, hash) in dataset.images.iter().zip(hashes) {
             let path = image.path.clone();
             match hash {
-                Ok(content_hash) => photographs.kept.push(Photograph { path, class: image.class, content_hash }),
+                Ok(content_hash) => photographs.kept.push(HashedImage { path, class: image.class, content_hash }),
                 Err(error) => photographs.skipped.push(DatasetProblem { file: path, problem: error.to_string() }),
             }
         }
@@ -106,15 +106,15 @@ impl Photographs {
 
     /// Skips duplicates: of equal files in one class all but the first, of equal files in different classes all, and
     /// every file that is also in `other`.
-    pub fn dedup(self, other: Option<&Photographs>) -> Self {
-        let mut by_content: HashMap<ContentHash, Vec<&Photograph>> = HashMap::new();
+    pub fn dedup(self, other: Option<&ImageSet>) -> Self {
+        let mut by_content: HashMap<ContentHash, Vec<&HashedImage>> = HashMap::new();
         for photograph in &self.kept {
             by_content.entry(photograph.content_hash).or_default().push(photograph);
         }
-        let in_other: HashMap<ContentHash, &Photograph> =
+        let in_other: HashMap<ContentHash, &HashedImage> =
             other.map(|other| other.kept.iter().map(|one| (one.content_hash, one)).collect()).unwrap_or_default();
-        let duplicate = |photograph: &Photograph| -> Option<String> {
-            let same = |other: &Photograph| format!("the same file as {}", other.path.display());
+        let duplicate = |photograph: &HashedImage| -> Option<String> {
+            let same = |other: &HashedImage| format!("the same file as {}", other.path.display());
             if let Some(original) = in_other.get(&photograph.content_hash) {
                 return Some(same(original));
             }
@@ -125,7 +125,7 @@ impl Photographs {
             (equal[0].path != photograph.path).then(|| same(equal[0]))
         };
         let problems: Vec<Option<String>> = self.kept.iter().map(duplicate).collect();
-        let mut unique = Photographs { kept: Vec::new(), skipped: self.skipped };
+        let mut unique = ImageSet { kept: Vec::new(), skipped: self.skipped };
         for (photograph, problem) in self.kept.into_iter().zip(problems) {
             match problem {
                 None => unique.kept.push(photograph),
@@ -145,9 +145,9 @@ impl Photographs {
         }
         let limits: HashMap<usize, f64> =
             by_class.into_iter().map(|(class, keys)| (class, split_limit(keys, fraction))).collect();
-        let in_val = |photograph: &Photograph| split_key(&photograph.content_hash) < limits[&photograph.class];
+        let in_val = |photograph: &HashedImage| split_key(&photograph.content_hash) < limits[&photograph.class];
         let (val, train) = self.kept.into_iter().partition(in_val);
-        (Photographs { kept: train, skipped: self.skipped }, Photographs { kept: val, skipped: Vec::new() })
+        (ImageSet { kept: train, skipped: self.skipped }, ImageSet { kept: val, skipped: Vec::new() })
     }
 }
 
@@ -173,13 +173,13 @@ fn split_key(hash: &ContentHash) -> f64 {
 mod tests {
     use super::*;
 
-    fn photographs(rows: &[(u8, usize)]) -> Photographs {
-        let photograph = |(i, (content, class)): (usize, &(u8, usize))| Photograph {
+    fn photographs(rows: &[(u8, usize)]) -> ImageSet {
+        let photograph = |(i, (content, class)): (usize, &(u8, usize))| HashedImage {
             path: format!("{i}.jpg").into(),
             class: *class,
             content_hash: Sha256::digest([*content]).into(),
         };
-        Photographs { kept: rows.iter().enumerate().map(photograph).collect(), skipped: Vec::new() }
+        ImageSet { kept: rows.iter().enumerate().map(photograph).collect(), skipped: Vec::new() }
     }
 
     #[test]
@@ -218,7 +218,7 @@ mod tests {
             let rows: Vec<(u8, usize)> = (0..30 * class_size).map(|i| (i as u8, i / class_size)).collect();
             let (train, val) = photographs(&rows).split(fraction);
             for class in 0..30 {
-                let count = |set: &Photographs| set.kept.iter().filter(|p| p.class == class).count();
+                let count = |set: &ImageSet| set.kept.iter().filter(|p| p.class == class).count();
                 assert!(count(&train) >= 1 && count(&val) >= 1, "class {class} of {class_size} at {fraction}");
             }
         }

@@ -52,7 +52,7 @@ pub fn install(
     update: &UpdateOptions,
     options: InstallOptions,
 ) -> Result<Identity, InstallError> {
-    let active = loader.active_model()?;
+    let active = loader.load_at_start()?;
     let present = active.loaded.model;
     let accept = |model: &Identity| {
         if *model == present.identity() {

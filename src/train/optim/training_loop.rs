@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// Settings of the training loop.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Sgd {
+pub struct TrainingParams {
     /// Seed of all random choices of a run, such as the order of the images, the augmented views and the dropout.
     pub seed: u64,
     /// Largest number of epochs, 1–100,000.
@@ -66,7 +66,7 @@ pub enum Schedule {
     Cosine,
 }
 
-impl Sgd {
+impl TrainingParams {
     /// Returns the learning rate of step `step` (from 0) of `steps`, with `per_epoch` steps an epoch.
     fn rate(&self, step: usize, steps: usize, per_epoch: usize) -> f32 {
         let warm_up = (self.warm_up * per_epoch).min(steps);
@@ -154,7 +154,7 @@ pub struct Epoch {
 /// Panics if the batch size is 0, or if `learner` panics.
 pub fn fit<E>(
     learner: &mut dyn Learner,
-    settings: &Sgd,
+    settings: &TrainingParams,
     mut on_epoch: impl FnMut(&Epoch, &[ParamGroup]) -> Result<(), E>,
 ) -> Result<Vec<Epoch>, E> {
     let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
@@ -212,7 +212,7 @@ impl OptimizerState {
         OptimizerState { steps: 0, first: zeros(), second: zeros() }
     }
 
-    fn step(&mut self, groups: &mut [ParamGroup], settings: &Sgd, rate: f32) {
+    fn step(&mut self, groups: &mut [ParamGroup], settings: &TrainingParams, rate: f32) {
         self.steps += 1;
         for ((group, first), second) in groups.iter_mut().zip(&mut self.first).zip(&mut self.second) {
             let decay = if group.weight_decay { settings.weight_decay } else { 0.0 };
@@ -225,7 +225,7 @@ impl OptimizerState {
 }
 
 /// v ← μ v + g; w ← w − r v, or with Nesterov w − r (g + μ v)
-fn sgd_step(group: &mut ParamGroup, velocity: &mut [f32], settings: &Sgd, rate: f32, decay: f32) {
+fn sgd_step(group: &mut ParamGroup, velocity: &mut [f32], settings: &TrainingParams, rate: f32, decay: f32) {
     let momentum = settings.momentum;
     for ((value, gradient), velocity) in group.values.iter_mut().zip(&group.gradient).zip(velocity) {
         let gradient = gradient + decay * *value;
@@ -270,8 +270,8 @@ pub(crate) mod tests {
 
     use super::*;
 
-    pub fn settings() -> Sgd {
-        Sgd {
+    pub fn settings() -> TrainingParams {
+        TrainingParams {
             seed: 1,
             epochs: 20,
             patience: 0,
@@ -334,7 +334,7 @@ pub(crate) mod tests {
         }
     }
 
-    fn run(settings: &Sgd) -> (f32, Vec<Epoch>) {
+    fn run(settings: &TrainingParams) -> (f32, Vec<Epoch>) {
         let mut learner = Quadratic(vec![ParamGroup::new("x", vec![0.0], true)]);
         let history = fit(&mut learner, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
         (learner.0[0].values[0], history)
@@ -342,19 +342,19 @@ pub(crate) mod tests {
 
     #[test]
     fn keeps_the_best_epoch_and_stops_early_with_patience() {
-        let slow = Sgd { momentum: 0.0, nesterov: false, schedule: Schedule::Constant, ..settings() };
+        let slow = TrainingParams { momentum: 0.0, nesterov: false, schedule: Schedule::Constant, ..settings() };
         let (kept, history) = run(&slow);
         assert_eq!(history.len(), 20);
         let best = history.iter().rev().find(|epoch| epoch.best).unwrap();
         assert!((f64::from(kept - 2.0).abs() - best.val.loss).abs() < 1e-6, "{kept}");
         assert!(history[19].val.loss > best.val.loss + 0.5, "the last epoch is past the optimum");
-        let (again, short) = run(&Sgd { patience: 3, ..slow });
+        let (again, short) = run(&TrainingParams { patience: 3, ..slow });
         assert_eq!((again, short.len()), (kept, best.epoch + 3));
     }
 
     #[test]
     fn every_optimizer_converges() {
-        let final_value = |settings: &Sgd| {
+        let final_value = |settings: &TrainingParams| {
             let mut learner = Quadratic(vec![ParamGroup::new("x", vec![0.0], true)]);
             let mut last = 0.0;
             fit(&mut learner, settings, |_, groups| {
@@ -364,22 +364,22 @@ pub(crate) mod tests {
             .unwrap();
             last
         };
-        let long = Sgd { epochs: 200, ..settings() };
+        let long = TrainingParams { epochs: 200, ..settings() };
         for optimizer in [Optimizer::Sgd, Optimizer::Adam] {
             for nesterov in [false, true] {
-                let reached = final_value(&Sgd { optimizer, nesterov, ..long.clone() });
+                let reached = final_value(&TrainingParams { optimizer, nesterov, ..long.clone() });
                 assert!((reached - 3.0).abs() < 0.02, "{optimizer:?} {nesterov}: {reached}");
             }
         }
         // The gradient x − 3 and the decay x cancel at 1.5.
-        let decayed = final_value(&Sgd { weight_decay: 1.0, ..long });
+        let decayed = final_value(&TrainingParams { weight_decay: 1.0, ..long });
         assert!((decayed - 1.5).abs() < 0.01, "{decayed}");
     }
 
     #[test]
     fn learning_rate_follows_the_schedule() {
         let rates = |schedule: Schedule, warm_up: usize| {
-            let settings = Sgd { schedule, warm_up, learning_rate: 1.0, step_epochs: 2, ..settings() };
+            let settings = TrainingParams { schedule, warm_up, learning_rate: 1.0, step_epochs: 2, ..settings() };
             [0, 9, 10, 20, 39].map(|step| settings.rate(step, 40, 10))
         };
         assert_eq!(rates(Schedule::Constant, 0), [1.0; 5]);

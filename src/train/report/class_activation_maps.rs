@@ -4,21 +4,21 @@
 
 use image::{Rgb, RgbImage};
 
-use crate::train::data::photographs::Photograph;
+use crate::train::data::image_set::HashedImage;
 use crate::train::evaluate::EvaluatedSet;
 use crate::train::parallel;
 use crate::train::report::gallery::GalleryImage;
 use crate::train::run::outcome::Trained;
 use crate::vision::backbone::{Session, channels_last};
 use crate::vision::head::{argmax, dot};
-use crate::vision::{BackboneError, Head, Labels, LastConvWeights, Network, Prediction, Preprocess, Preprocessor};
+use crate::vision::{BackboneError, Head, Labels, LastConvWeights, OnnxBackbone, Prediction, Preprocess, Preprocessor};
 
 /// Opacity of the overlay, 0–1.
 const OPACITY: f32 = 0.6;
 
 /// Computes class activation maps of a trained model.
 pub struct ClassActivationMaps<'a> {
-    network: &'a Network,
+    network: &'a OnnxBackbone,
     last_conv: &'a LastConvWeights,
     head: &'a Head,
     preprocess: &'a Preprocess,
@@ -33,7 +33,7 @@ struct Worker {
 
 impl<'a> ClassActivationMaps<'a> {
     /// Returns `None` if the network does not end in a 1×1 convolution and global average pooling.
-    pub fn new(network: &'a Network, trained: &'a Trained, preprocess: &'a Preprocess) -> Option<Self> {
+    pub fn new(network: &'a OnnxBackbone, trained: &'a Trained, preprocess: &'a Preprocess) -> Option<Self> {
         let pretrained = &network.info().last_conv.as_ref()?.weights;
         let last_conv = trained.last_conv.as_ref().unwrap_or(pretrained);
         Some(ClassActivationMaps { network, last_conv, head: &trained.head, preprocess })
@@ -54,7 +54,7 @@ impl<'a> ClassActivationMaps<'a> {
         indices: &[usize],
         threads: usize,
     ) -> Result<Vec<GalleryImage>, BackboneError> {
-        let trunk = self.network.feature_maps()?;
+        let trunk = self.network.compile_feature_maps()?;
         let init = || {
             Ok(Worker {
                 session: trunk.session()?,
@@ -73,12 +73,12 @@ impl<'a> ClassActivationMaps<'a> {
         &self,
         Worker { session, preprocessor, input }: &mut Worker,
         labels: &Labels,
-        photograph: &Photograph,
+        photograph: &HashedImage,
         prediction: &Prediction,
     ) -> Result<Option<GalleryImage>, BackboneError> {
         let Ok(pixels) = photograph.decode() else { return Ok(None) };
         preprocessor.run(&pixels, input);
-        let feature_map = channels_last(session.features(input)?, self.last_conv.inputs());
+        let feature_map = channels_last(session.run(input)?, self.last_conv.inputs());
         let cam = self.cam(&self.last_conv.activations(&feature_map), argmax(&prediction.probabilities));
         let mut image = GalleryImage::new(labels, photograph, prediction, &pixels);
         overlay(&mut image.thumbnail, &cam);
