@@ -111,7 +111,7 @@ arm64 armhf: setup
 # with a reference, on ARM.
 arm64-smoke: build arm64
 	@$(call install,qemu-user-static)
-	$(call for,arm64,test -p bloomcast-kernels)
+	$(call for,arm64,test -p bloomcast-kernels --lib --tests)
 	$(call for,arm64,test --lib) vision::backbone::fusion
 	BLOOMCAST_FOREIGN="$(EMULATOR) target/cross/$(TRIPLE_arm64)/release/bloomcast" \
 	  $(CARGO) test --release --locked --test program foreign:: -- --nocapture

@@ -13,17 +13,16 @@ use std::time::{Duration, Instant, SystemTime};
 use bloomcast_kernels::ThreadPool;
 use tokio::runtime::Runtime;
 use tokio::sync::{oneshot, watch};
-use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 
 use crate::bundle::Keyring;
 use crate::bundle::signature::KeyError;
 use crate::camera::{self, CameraError, FrameSource, NextFrame, Pace, latest};
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::decide::{Decider, UnknownClass};
 use crate::mqtt::device_client::{Announcements, DeviceClient};
-use crate::mqtt::events::queue_events;
+use crate::mqtt::events::forward_events;
 use crate::mqtt::message::Encoder;
 use crate::mqtt::outbox::{Outbox, OutboxLimits};
 use crate::system::{Counters, Heartbeat, systemd};
@@ -38,19 +37,23 @@ use crate::vision_stage::{Commands, OnClassified, Publisher, VisionOptions, Visi
 const SETTINGS_MAX: usize = 16;
 /// Events that wait for the broker's thread, which moves them to the outbox at once.
 const EVENTS_MAX: usize = 256;
-/// The longest wait for each thread when the daemon stops: the vision thread may be classifying a frame, the update agent
-/// validating a model.
+/// The longest wait for the end of the vision thread, which may be classifying a frame.
 const VISION_TIMEOUT: Duration = Duration::from_millis(800);
+/// The longest wait for the end of the camera's thread.
 const CAMERA_TIMEOUT: Duration = Duration::from_millis(300);
+/// The longest wait for the end of the update agent's thread, which may be validating a model.
 const UPDATE_TIMEOUT: Duration = Duration::from_millis(300);
-/// The longest wait for the event queue, whose sender a vision thread that does not end still holds.
-const QUEUE_TIMEOUT: Duration = Duration::from_millis(100);
+/// The longest wait for the event forwarder. Bounded because a vision thread that does not end keeps the sender open.
+const FORWARDER_TIMEOUT: Duration = Duration::from_millis(100);
 /// Limits of the update agent's answers that wait for the broker.
 const AGENT_OUTBOX_LIMITS: OutboxLimits = OutboxLimits { entries_max: 64, bytes_max: 256 << 10 };
 
 /// An error of the daemon.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
+    /// The processor lacks the configured kernels.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The active model cannot be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -84,7 +87,8 @@ impl DaemonError {
     pub fn is_configuration(&self) -> bool {
         match self {
             DaemonError::Thread { .. } | DaemonError::Panicked(_) | DaemonError::Model(ModelError::Store(_)) => false,
-            DaemonError::Model(_)
+            DaemonError::Config(_)
+            | DaemonError::Model(_)
             | DaemonError::Classes(_)
             | DaemonError::Keys(_)
             | DaemonError::Backbone(_)
@@ -107,8 +111,9 @@ pub struct StoppedDaemon {
     /// The reason why it stopped.
     pub reason: StopReason,
     counters: Arc<Counters>,
-    /// Events, and answers of the update agent, that the broker has not acknowledged.
+    /// Events that the broker has not acknowledged.
     outbox: Outbox,
+    /// Answers of the update agent that the broker has not acknowledged.
     agent_outbox: Outbox,
     /// The decision state; `None` if the vision thread did not end in time.
     decider: Option<Decider>,
@@ -164,10 +169,11 @@ impl Daemon {
         Keyring::read(&config.update.trusted_keys)?;
         let pace = Pace::new(config.camera.interval_ms);
         let source = config.camera.source.create(&pace)?;
+        let isa = config.isa()?;
         let thread_pool = ThreadPool::with_threads(config.threads);
         let thread_pool = thread_pool.map_err(|source| DaemonError::Thread { name: "kernels", source })?;
         // Last: an error in the configuration must not end a model's trial.
-        let loader = ModelLoader::new(&config.models, config.kernels, open).with_thread_pool(thread_pool);
+        let loader = ModelLoader::new(&config.models, isa, open).with_thread_pool(thread_pool);
         let active = loader.load_at_start()?;
         let labels = active.loaded.classifier.labels().clone();
         // A device with a used store may switch between models: thresholds for classes of another one are not an error.
@@ -263,22 +269,22 @@ impl Daemon {
         let log_interval = self.config.log.counters_interval;
         let model = self.model();
         let heartbeats = [Heartbeat::new("camera"), Heartbeat::new("vision")];
-        let (stages, client, queue, decider) = self.start(on_classified, &heartbeats)?;
+        let (stages, client, forwarder, decider) = self.start(on_classified, &heartbeats)?;
         systemd::notify_ready(&format!("{model} is active"));
         let monitors = async {
             tokio::join!(log_counters(&counters, log_interval), systemd::feed_watchdog(&heartbeats));
         };
-        let reason = runtime.block_on(run_stages(stages, client, queue, stop, monitors))?;
+        let reason = runtime.block_on(run_stages(stages, client, forwarder, stop, monitors))?;
         Ok(StoppedDaemon { reason, counters, outbox, agent_outbox, decider: decider.try_recv().ok() })
     }
 
-    /// Makes the channels and starts the threads. Returns them with the MQTT client and the event queue, which the caller runs,
+    /// Makes the channels and starts the threads. Returns them with the MQTT client and the event forwarder, which the caller runs,
     /// and the receiver of the decision state.
     fn start(
         self,
         on_classified: OnClassified,
         heartbeats: &[Heartbeat; 2],
-    ) -> Result<(Stages, DeviceClient, EventQueue, mpsc::Receiver<Decider>), DaemonError> {
+    ) -> Result<(StageThreads, DeviceClient, EventForwarder, mpsc::Receiver<Decider>), DaemonError> {
         let Daemon { config, loader, active, mut decider, mut source, pace, counters, outbox, agent_outbox } = self;
         let [camera_heartbeat, vision_heartbeat] = heartbeats.clone();
         let Config { camera, connection, topics, update, .. } = config;
@@ -303,7 +309,7 @@ impl Daemon {
         let vision_commands = Commands { settings, swaps, trial_observer };
         let vision = VisionStage::new(mailbox, classifier, decider, publisher, vision_commands, options, on_classified);
         let encoder = Encoder { device: topics.device().to_string(), camera: camera.name };
-        let queue = queue_events(events, encoder.clone(), topics.event(), outbox.clone(), counters.clone());
+        let forwarder = forward_events(events, encoder.clone(), topics.event(), outbox.clone(), counters.clone());
         let client = DeviceClient {
             options: connection,
             topics,
@@ -317,22 +323,22 @@ impl Daemon {
             commands: Box::new(move |command| commands.try_send(command).is_ok()),
             counters: counters.clone(),
         };
-        let camera = Stage::spawn("camera", move || {
+        let camera = StageThread::spawn("camera", move || {
             camera::supervise(source.as_mut(), &supervisor, &frames, &counters, &camera_heartbeat);
         })?;
-        let update = Stage::spawn("update", move || agent.run())?;
+        let update = StageThread::spawn("update", move || agent.run())?;
         let (decider_sender, last_decider) = mpsc::sync_channel(1);
-        let vision = Stage::spawn("vision", move || {
+        let vision = StageThread::spawn("vision", move || {
             let decider = vision.run(&stopped, &vision_heartbeat);
             // The receiver is gone if this thread took too long to end.
             let _ = decider_sender.send(decider);
         })?;
-        Ok((Stages { camera, vision, update, stop }, client, Box::pin(queue), last_decider))
+        Ok((StageThreads { camera, vision, update, stop }, client, Box::pin(forwarder), last_decider))
     }
 }
 
-/// Moves events from the vision stage to the outbox; see [`queue_events`].
-type EventQueue = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+/// A future that moves events from the vision stage to the outbox: [`forward_events`].
+type EventForwarder = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Runs daemons one after the other, each with the configuration that `next` gives when it asks for a reload. A daemon that
 /// cannot be prepared again is replaced by one with the configuration before.
@@ -345,7 +351,7 @@ pub fn run_with_reloads(
     mut next: impl AsyncFnMut() -> StopReason,
 ) -> Result<Arc<Counters>, DaemonError> {
     let mut daemon = Daemon::prepare(config.clone())?;
-    match config.kernels {
+    match config.isa()? {
         Some(isa) => info!("kernels: {}, threads: {}", isa.name(), config.threads),
         None => info!("kernels: tract"),
     }
@@ -374,24 +380,24 @@ pub fn run_with_reloads(
 }
 
 /// The threads before the MQTT client.
-struct Stages {
-    camera: Stage,
-    vision: Stage,
-    update: Stage,
+struct StageThreads {
+    camera: StageThread,
+    vision: StageThread,
+    update: StageThread,
     stop: watch::Sender<bool>,
 }
 
 /// Runs the MQTT client until there is a reason to stop, then ends one stage after the other. No stage can delay the client's
 /// shutdown for long.
 async fn run_stages(
-    mut stages: Stages,
+    mut stages: StageThreads,
     client: DeviceClient,
-    queue: EventQueue,
+    forwarder: EventForwarder,
     stop: impl Future<Output = StopReason>,
     monitors: impl Future<Output = ()>,
 ) -> Result<StopReason, DaemonError> {
     let (stop_client, client_stopped) = watch::channel(false);
-    let queue = tokio::spawn(queue);
+    let mut forwarder = tokio::spawn(forwarder);
     let mut client = tokio::spawn(client.run(client_stopped));
     let reason = tokio::select! {
         reason = stop => reason,
@@ -413,31 +419,25 @@ async fn run_stages(
     let vision = stages.vision.join(VISION_TIMEOUT).await;
     let camera = stages.camera.join(CAMERA_TIMEOUT).await;
     let update = stages.update.join(UPDATE_TIMEOUT).await;
-    drain_queue(queue).await?;
+    // A vision thread that is left running may still send events: they reach the outbox until the client has stopped.
+    let drained = timeout(FORWARDER_TIMEOUT, &mut forwarder).await;
     stop_client.send_replace(true);
-    client.await.map_err(|_| DaemonError::Panicked("mqtt"))?;
-    vision.and(camera).and(update).map(|()| reason)
-}
-
-/// Waits until the last events are in the outbox.
-async fn drain_queue(mut queue: JoinHandle<()>) -> Result<(), DaemonError> {
-    match timeout(QUEUE_TIMEOUT, &mut queue).await {
-        Ok(ended) => ended.map_err(|_| DaemonError::Panicked("mqtt")),
-        Err(_) => {
-            queue.abort();
-            Ok(())
-        }
+    let client = client.await.map_err(|_| DaemonError::Panicked("mqtt"));
+    match drained {
+        Ok(ended) => ended.map_err(|_| DaemonError::Panicked("mqtt"))?,
+        Err(_) => forwarder.abort(),
     }
+    client.and(vision).and(camera).and(update).map(|()| reason)
 }
 
 /// A thread whose end can be awaited.
-struct Stage {
+struct StageThread {
     name: &'static str,
     thread: thread::JoinHandle<()>,
     done: oneshot::Receiver<()>,
 }
 
-impl Stage {
+impl StageThread {
     fn spawn(name: &'static str, work: impl FnOnce() + Send + 'static) -> Result<Self, DaemonError> {
         let (running, done) = oneshot::channel::<()>();
         let work = move || {
@@ -446,7 +446,7 @@ impl Stage {
             work();
         };
         let thread = thread::Builder::new().name(name.into()).spawn(work);
-        Ok(Stage { name, thread: thread.map_err(|source| DaemonError::Thread { name, source })?, done })
+        Ok(StageThread { name, thread: thread.map_err(|source| DaemonError::Thread { name, source })?, done })
     }
 
     async fn ended(&mut self) {
@@ -479,5 +479,43 @@ async fn log_counters(counters: &Counters, interval: Duration) {
         tokio::time::sleep(interval).await;
         info!("{counters}");
         systemd::notify_status(&counters.to_string());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vision::test_pattern;
+
+    fn config(folder: &Path, more: &[&str]) -> Config {
+        let mut settings = vec![
+            "camera.source=replay".into(),
+            format!("camera.replay.path={}", folder.display()),
+            "model.store=".into(),
+            "mqtt.port=1".into(),
+        ];
+        settings.extend(more.iter().map(|setting| (*setting).to_owned()));
+        Config::from_settings(&settings).unwrap()
+    }
+
+    #[test]
+    fn a_reload_that_cannot_be_prepared_keeps_the_configuration() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("a.jpg"), test_pattern::jpeg(64, 64)).unwrap();
+        let runtime = runtime().unwrap();
+        let missing = Box::new(config(folder.path(), &["model.bundle=missing.bloom"]));
+        assert!(Daemon::prepare((*missing).clone()).err().unwrap().is_configuration());
+        let mut reasons = [StopReason::Reload(missing), StopReason::Stop].into_iter();
+        let next = async || reasons.next().expect("the daemon runs twice");
+        run_with_reloads(&runtime, config(folder.path(), &[]), next).unwrap();
+        assert!(reasons.next().is_none(), "the daemon ran again, with the configuration before");
+        runtime.shutdown_background();
+    }
+
+    #[test]
+    fn an_error_that_the_configuration_does_not_cause_is_not_a_configuration_error() {
+        assert!(!DaemonError::Panicked("vision").is_configuration());
+        let source = std::io::Error::other("no memory");
+        assert!(!DaemonError::Thread { name: "camera", source }.is_configuration());
     }
 }

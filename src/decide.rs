@@ -165,7 +165,7 @@ pub struct Observation {
     pub since: SystemTime,
     /// Capture time of the newest frame.
     pub captured_at: SystemTime,
-    /// Whether the camera gives frames.
+    /// Whether the camera delivers frames.
     pub camera_ok: bool,
     /// Whether classification is paused.
     pub paused: bool,

@@ -19,7 +19,8 @@
 //! - [`mqtt`] encodes and delivers; no stage waits for it, and events wait in its outbox for the broker.
 //! - [`update`] deploys models to devices and rolls them back.
 //! - [`config`] holds the parsed configuration.
-//! - [`train`] trains and evaluates models; [`zoo`], `fetch` and [`mod@bench`] belong to the workstation too.
+//! - [`zoo`] lists published backbones, `fetch` downloads files, [`mod@bench`] times a frame, [`train`] trains and evaluates
+//!   models; these four may import each other.
 //! - [`daemon`] starts the threads of the stages and joins them; `demo` shows it at work.
 
 #![forbid(unsafe_code)]

@@ -26,7 +26,7 @@ use crate::vision::{BackboneError, Classifier, FrameDiff, Prediction, StageTimes
 /// Interval at which commands are checked while no frame arrives.
 const IDLE: Duration = Duration::from_millis(100);
 
-/// A setting that can be changed while the daemon runs; it lasts until the next start or reload.
+/// A setting that can be changed while the daemon runs; it lasts until the next start or reload, a pause until the next start.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Setting {
     /// Whether classification is paused.
@@ -237,7 +237,10 @@ impl VisionStage {
     fn skip(&mut self, frame: &Frame, error: &FrameError) {
         self.publisher.counters.broken.add(1);
         let origin = frame.origin.as_ref().map_or(String::new(), |path| format!("{}: ", path.display()));
-        warn!("{origin}broken frame skipped: {error}");
+        match error {
+            FrameError::Decode(_) => warn!("{origin}broken frame skipped: {error}"),
+            FrameError::Backbone(_) | FrameError::Panicked => warn!("{origin}frame skipped: {error}"),
+        }
         if self.last_classified.elapsed() >= self.options.lost_after {
             self.observe_unknown(frame.captured_at, false);
         }
@@ -335,4 +338,47 @@ fn predict<'a>(
         }
     }
     classified.map(|stages| (classifier.last_prediction(), stages))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decide::{Rules, Thresholds};
+    use crate::vision::Labels;
+
+    #[test]
+    fn an_event_that_finds_the_queue_full_is_counted_as_lost() {
+        let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
+        let rules = Rules {
+            smoothing: Duration::ZERO,
+            enter_dwell: Duration::ZERO,
+            leave_dwell: Duration::ZERO,
+            state_interval: Duration::ZERO,
+            thresholds: vec![Thresholds { enter: 0.7, leave: 0.45 }; 2],
+        };
+        let mut decider = Decider::new(rules, labels, 1, SystemTime::UNIX_EPOCH);
+        let counters = Arc::<Counters>::default();
+        let (publisher, mut events, state) = Publisher::new(&mut decider, 1, counters.clone());
+        let first = state.borrow().clone();
+        let event = |confidence: f32| Event {
+            class: None,
+            previous: None,
+            confidence,
+            top: first.top.clone(),
+            captured_at: first.captured_at,
+            model: 1,
+        };
+        for confidence in [0.25, 0.5] {
+            let observation = Observation { confidence, ..first.clone() };
+            publisher.publish(Decision { observation, event: Some(event(confidence)), publish: true });
+        }
+        assert_eq!((counters.events.get(), counters.events_lost.get()), (2, 1));
+        assert_eq!(events.try_recv().unwrap(), event(0.25));
+        assert!(events.try_recv().is_err());
+        assert_eq!(
+            state.borrow().confidence,
+            0.5,
+            "the state is a slot: the newest observation replaces the one before"
+        );
+    }
 }

@@ -11,7 +11,7 @@ const ZOO: &str = include_str!("../models/zoo.toml");
 /// A published backbone, an entry of `models/zoo.toml`.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Published {
+pub struct ZooEntry {
     /// Name on the command line.
     pub name: String,
     /// Description in one line.
@@ -32,7 +32,7 @@ pub struct Published {
 
 #[derive(Deserialize)]
 struct Zoo {
-    backbone: Vec<Published>,
+    backbone: Vec<ZooEntry>,
 }
 
 /// Returns the folder of fetched backbones in the user's cache; `None` if the user has no home directory.
@@ -41,24 +41,24 @@ pub fn folder() -> Option<PathBuf> {
 }
 
 /// Returns all entries, in the order of `models/zoo.toml`.
-pub fn all() -> Vec<Published> {
+pub fn all() -> Vec<ZooEntry> {
     let zoo: Zoo = toml::from_str(ZOO).expect("models/zoo.toml is valid; a unit test parses it");
     zoo.backbone
 }
 
 /// Returns the entry with this name.
-pub fn named(name: &str) -> Option<Published> {
-    all().into_iter().find(|published| published.name == name)
+pub fn named(name: &str) -> Option<ZooEntry> {
+    all().into_iter().find(|entry| entry.name == name)
 }
 
 /// Returns the entry with this SHA-256, in lower-case hexadecimal.
-pub fn with_sha256(sha256: &str) -> Option<Published> {
-    all().into_iter().find(|published| published.sha256 == sha256)
+pub fn with_sha256(sha256: &str) -> Option<ZooEntry> {
+    all().into_iter().find(|entry| entry.sha256 == sha256)
 }
 
-impl Published {
+impl ZooEntry {
     /// Returns the path of its ONNX file in `folder`.
-    pub fn place(&self, folder: &Path) -> PathBuf {
+    pub fn path_in(&self, folder: &Path) -> PathBuf {
         folder.join(&self.file)
     }
 }
@@ -70,12 +70,12 @@ mod tests {
     #[test]
     fn every_entry_is_valid() {
         assert!(all().len() >= 5);
-        for published in all() {
-            published.preprocess.check().unwrap();
-            assert_eq!(published.sha256.len(), 64, "{}", published.name);
-            assert!(published.bytes > 1 << 20 && published.file.ends_with(".onnx"));
-            assert_eq!(named(&published.name).as_ref(), Some(&published));
-            assert_eq!(with_sha256(&published.sha256), Some(published));
+        for entry in all() {
+            entry.preprocess.check().unwrap();
+            assert_eq!(entry.sha256.len(), 64, "{}", entry.name);
+            assert!(entry.bytes > 1 << 20 && entry.file.ends_with(".onnx"));
+            assert_eq!(named(&entry.name).as_ref(), Some(&entry));
+            assert_eq!(with_sha256(&entry.sha256), Some(entry));
         }
         assert_eq!(named("none"), None);
     }

@@ -33,7 +33,7 @@ use crate::vision::{BackboneError, Classifier, CompiledBackbone, Head, LastConvW
 pub static BUILT_IN: &[u8] = include_bytes!("../../models/flowers.bloom");
 
 const HEAD: &str = "head.safetensors";
-/// Name of the member with the fine-tuned last convolution.
+/// Name of the member with the fine-tuned last convolution. The name in the file is historical and stable.
 pub const LAST_CONV: &str = "tail.safetensors";
 /// Name of the member with the ONNX file of the backbone.
 pub const BACKBONE: &str = "backbone.onnx";
@@ -61,7 +61,7 @@ pub enum BundleError {
         source: Box<ContentError>,
     },
     /// The available network is not the one that the model was trained on.
-    #[error("model {file} was made for the backbone {expected}, this one is {actual}")]
+    #[error("model {file} was trained on the backbone {expected}, this one is {actual}")]
     OtherBackbone {
         /// Path or name of the bundle.
         file: String,
@@ -96,7 +96,7 @@ pub enum ContentError {
         source: TensorError,
     },
     /// The fine-tuned last convolution does not have as many outputs as the head has inputs.
-    #[error("{LAST_CONV} gives {outputs} features, {HEAD} takes {width}")]
+    #[error("{LAST_CONV} has {outputs} outputs, {HEAD} expects {width} features")]
     LastConvWidth {
         /// Output channels of the convolution.
         outputs: usize,
@@ -104,7 +104,7 @@ pub enum ContentError {
         width: usize,
     },
     /// The backbone does not have as many features as the head has inputs.
-    #[error("the backbone gives {outputs} features, {HEAD} takes {width}")]
+    #[error("the backbone has {outputs} features, {HEAD} expects {width}")]
     BackboneWidth {
         /// Number of features of the backbone.
         outputs: usize,
@@ -531,7 +531,7 @@ mod tests {
         let mixed = [(manifest::NAME, &manifest), (manifest::SIGNATURE, &signature), (HEAD, &head)];
         let mixed = archive::pack(mixed.map(|(name, content)| (name, content.as_slice())));
         let error = Bundle::from_bytes("test", &mixed).unwrap_err().to_string();
-        assert!(error.contains("manifest.json.sig: does not fit"), "{error}");
+        assert!(error.contains("manifest.json.sig: does not match"), "{error}");
     }
 
     #[test]
@@ -556,11 +556,11 @@ mod tests {
         let mut narrow = other_size;
         narrow.manifest.preprocess.size = 224;
         let error = narrow.classifier(None).err().unwrap().to_string();
-        assert!(error.contains("the backbone gives 1280 features, head.safetensors takes 4"), "{error}");
+        assert!(error.contains("the backbone has 1280 features, head.safetensors expects 4"), "{error}");
         let mut wide = full();
         wide.contents.last_conv = Some(LastConvWeights::new(1, vec![0.0; 5], vec![0.0; 5]).unwrap());
         let error = Bundle::from_bytes("test", &wide.to_bytes()).unwrap_err().to_string();
-        assert!(error.contains("tail.safetensors gives 5 features, head.safetensors takes 4"), "{error}");
+        assert!(error.contains("tail.safetensors has 5 outputs, head.safetensors expects 4 features"), "{error}");
     }
 
     #[test]
@@ -605,6 +605,6 @@ mod tests {
     #[test]
     fn the_error_for_another_backbone_names_both() {
         let error = bundle().classifier(None).err().unwrap().to_string();
-        assert!(error.contains("made for the backbone b") && error.contains("mobilenet_v2_1.0_224"), "{error}");
+        assert!(error.contains("trained on the backbone b") && error.contains("mobilenet_v2_1.0_224"), "{error}");
     }
 }

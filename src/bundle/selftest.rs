@@ -43,7 +43,7 @@ pub struct SelfTestOutput {
 #[derive(Debug, thiserror::Error)]
 pub enum SelfTestError {
     /// An output differs from the expected one by more than the tolerance.
-    #[error("the self-test's {input}: it gives {got}, expected {expected} as on the trainer's machine")]
+    #[error("the self-test's {input}: the result is {got}, expected {expected} as on the trainer's machine")]
     Mismatch {
         /// Kind and index of the input.
         input: String,
@@ -148,7 +148,7 @@ impl SelfTest {
     fn input_name(&self, i: usize) -> String {
         match i.checked_sub(self.features.len()) {
             None => format!("feature vector {i}"),
-            Some(i) => format!("picture {i}"),
+            Some(i) => format!("image {i}"),
         }
     }
 

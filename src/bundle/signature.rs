@@ -154,7 +154,7 @@ pub enum SignatureError {
     #[error("its first 32 bytes are not an Ed25519 key")]
     Key,
     /// The signature does not match the message and the key.
-    #[error("does not fit: the content, the signature or the key was altered")]
+    #[error("does not match: the content, the signature or the key was changed")]
     Altered,
 }
 

@@ -20,7 +20,7 @@ pub enum MailboxItem {
 
 /// Result of [`Receiver::recv`].
 pub enum RecvResult {
-    /// The oldest item in the mailbox: the loss of the camera, or else the newest frame.
+    /// A pending loss of the camera if there is one, else the newest frame.
     Item(MailboxItem),
     /// No item arrived within the timeout.
     Timeout,

@@ -197,7 +197,7 @@ impl Splitter {
         }
     }
 
-    /// Resets the scan for the next picture; returns the arrival time of the previous one.
+    /// Resets the scan for the next picture; returns the arrival time of the picture that was just cut off.
     fn restart(&mut self) -> Option<SystemTime> {
         self.scanner = Scanner::default();
         std::mem::replace(&mut self.started_at, self.last_chunk_at)

@@ -62,14 +62,14 @@ pub fn supervise(
     let mut delay = options.reopen_min;
     loop {
         let captured_before = counters.captured.get();
-        let result = read(source, options, mailbox, counters, heartbeat);
+        let result = read_until_failure(source, options, mailbox, counters, heartbeat);
         source.close();
         let Err(error) = result else { return };
         if counters.captured.get() > captured_before {
             delay = options.reopen_min;
         }
         counters.camera_failures.add(1);
-        warn!("{error}; opening again in {} ms", delay.as_millis());
+        warn!("{error}; reopening in {} ms", delay.as_millis());
         let lost = MailboxItem::Lost { at: SystemTime::now() };
         if mailbox.send(lost).is_err() || wait_closed(mailbox, delay, heartbeat) {
             return;
@@ -95,7 +95,7 @@ fn wait_closed(mailbox: &Sender, timeout: Duration, heartbeat: &Heartbeat) -> bo
 
 /// Opens the source and sends its frames until it ends or the receiver of the mailbox is dropped. An error means that the
 /// source must be reopened.
-fn read(
+fn read_until_failure(
     source: &mut dyn FrameSource,
     options: &SupervisorOptions,
     mailbox: &Sender,
@@ -112,7 +112,7 @@ fn read(
         match source.next(POLL_TIMEOUT)? {
             NextFrame::Frame(frame) => {
                 if std::mem::take(&mut first) {
-                    info!("the camera gives frames");
+                    info!("the camera delivers frames");
                 }
                 last_frame = Instant::now();
                 counters.captured.add(1);

@@ -246,7 +246,7 @@ fn describe(offered: &[CameraFormat]) -> String {
 /// of a raw picture is too short.
 pub(super) fn picture(layout: Option<Layout>, (width, height): (u32, u32), bytes: &[u8]) -> Option<Picture> {
     let Some(layout) = layout else {
-        // The driver returns the whole buffer, with stale bytes behind the end marker.
+        // The driver returns the whole buffer, with stale bytes after the end marker.
         let length = match jpeg_extent::extent(bytes) {
             jpeg_extent::Extent::Whole(length) => length,
             // Passed on unchanged: the decoder rejects it, and it counts as broken.
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_a_short_raw_buffer_and_drops_bytes_behind_a_jpeg() {
+    fn rejects_a_short_raw_buffer_and_drops_bytes_after_a_jpeg() {
         let size = (4, 2);
         assert!(picture(Some(Layout::Yuyv), size, &[0; 15]).is_none());
         let Some(Picture::Raw(RawPicture { bytes, .. })) = picture(Some(Layout::Yuyv), size, &[7; 20]) else {

@@ -82,15 +82,15 @@ impl BackboneArgs {
 pub fn list() -> Result<(), Failure> {
     let folder = zoo::folder();
     let mut out = std::io::stdout().lock();
-    for published in zoo::all() {
-        let exists = folder.as_deref().is_some_and(|folder| published.place(folder).is_file());
-        let state = match (exists, published.urls.is_empty()) {
+    for entry in zoo::all() {
+        let exists = folder.as_deref().is_some_and(|folder| entry.path_in(folder).is_file());
+        let state = match (exists, entry.urls.is_empty()) {
             (true, _) => "downloaded",
             (false, false) => "available",
             (false, true) => "not published",
         };
-        let (name, size, mb) = (&published.name, published.preprocess.size, published.bytes as f64 / 1e6);
-        writeln!(out, "{name:26} {size:4} px {mb:6.1} MB  {state:14} {}  ({})", published.about, published.licence)?;
+        let (name, size, mb) = (&entry.name, entry.preprocess.size, entry.bytes as f64 / 1e6);
+        writeln!(out, "{name:26} {size:4} px {mb:6.1} MB  {state:14} {}  ({})", entry.about, entry.licence)?;
     }
     Ok(())
 }
@@ -124,7 +124,7 @@ pub fn inspect(mut args: BackboneInspectArgs) -> Result<(), Failure> {
     let info = BackboneInfo {
         name: network.name().into(),
         sha256: network.sha256().into(),
-        known_as: zoo::with_sha256(network.sha256()).map(|published| published.name),
+        known_as: zoo::with_sha256(network.sha256()).map(|entry| entry.name),
         input,
         layout: network.info().layout.axes(),
         size: network.input_size() as u32,

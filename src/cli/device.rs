@@ -8,9 +8,8 @@ use bloomcast::bench::Bench;
 use bloomcast::config::{Config, LogLevel};
 use bloomcast::daemon::{self, Daemon, DaemonError, StopReason};
 use bloomcast::system::systemd;
-use bloomcast::vision::backbone::KernelChoice;
 use bloomcast::vision::{Classifier, Prediction, decode};
-use bloomcast_kernels::{Isa, THREADS_MAX, default_threads};
+use bloomcast_kernels::{THREADS_MAX, default_threads};
 use clap::{Args, value_parser};
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -19,7 +18,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::{Failure, ModelArgs, bundle, show};
+use super::{Failure, KernelsArg, ModelArgs, bundle, show};
 
 #[derive(Debug, Clone, Args)]
 pub struct ConfigArgs {
@@ -43,13 +42,13 @@ pub struct CheckArgs {
 #[cfg(feature = "demo")]
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// ImageSet, one folder a class [default: those at hand, else a download]
+    /// Folder of photographs, one subfolder per class [default: a local copy, else a download]
     #[arg(long)]
     frames: Option<PathBuf>,
     /// Port of the demo's broker on 127.0.0.1; 0 chooses a free one
     #[arg(long, default_value_t = 0)]
     port: u16,
-    /// ImageSet of each class
+    /// Photographs per class
     #[arg(long, default_value_t = 20)]
     per_class: usize,
     /// Interval between two photographs
@@ -83,9 +82,8 @@ pub struct BenchArgs {
     /// Threads that compute one frame [default: the number of cores minus one]
     #[arg(long, value_parser = value_parser!(u16).range(1..=THREADS_MAX as i64))]
     threads: Option<u16>,
-    /// Kernels that compute the backbone: auto, avx512, avx2, neon, portable or tract
-    #[arg(long, default_value_t)]
-    kernels: KernelChoice,
+    #[command(flatten)]
+    kernels: KernelsArg,
     /// An image to time [default: a test pattern of 640×480]
     #[arg(long)]
     image: Option<PathBuf>,
@@ -95,7 +93,12 @@ pub struct BenchArgs {
 }
 
 impl ConfigArgs {
-    /// Loads the configuration; prints its warnings.
+    /// Loads the configuration and the broker's credentials; prints the warnings.
+    pub fn load_with_credentials(&self) -> Result<Config, Failure> {
+        self.load()?.with_credentials().map_err(Failure::config)
+    }
+
+    /// Loads the configuration without the broker's credentials; prints its warnings.
     pub fn load(&self) -> Result<Config, Failure> {
         let config = Config::load(self.config.as_deref(), &self.set).map_err(Failure::config)?;
         config.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
@@ -104,7 +107,8 @@ impl ConfigArgs {
 }
 
 pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
-    let config = Config::load(args.config.as_deref(), &args.set).map_err(Failure::config)?;
+    let config = Config::load(args.config.as_deref(), &args.set).and_then(Config::with_credentials);
+    let config = config.map_err(Failure::config)?;
     log_to_stderr(config.log.level);
     log_warnings(&config);
     let runtime = daemon::runtime()?;
@@ -122,13 +126,13 @@ fn failure(error: DaemonError) -> Failure {
 }
 
 pub fn check(args: &CheckArgs) -> Result<(), Failure> {
-    let mut daemon = Daemon::check(args.config.load()?).map_err(failure)?;
+    let mut daemon = Daemon::check(args.config.load_with_credentials()?).map_err(failure)?;
     let mut out = std::io::stdout().lock();
-    writeln!(out, "configuration: good")?;
+    writeln!(out, "configuration: valid")?;
     writeln!(out, "model: {}, {}", daemon.model(), daemon.labels().names().join(", "))?;
     if !args.no_camera {
         daemon.try_camera().map_err(Failure::config)?;
-        writeln!(out, "camera: gives frames")?;
+        writeln!(out, "camera: delivers frames")?;
     }
     Ok(())
 }
@@ -191,15 +195,10 @@ pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
 
 pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     let threads = args.threads.map_or_else(default_threads, usize::from);
-    let kernels = resolve(args.kernels)?;
+    let kernels = args.kernels.resolve()?;
     let mut bench = Bench::new(&bundle(args.model.as_deref())?, args.backbone.as_deref(), kernels, threads)?;
     let report = bench.run(args.image.as_deref(), args.runs as usize)?;
     show(&report, args.json)
-}
-
-/// Returns the kernels of a `--kernels` flag; `None` for tract's operators.
-pub fn resolve(kernels: KernelChoice) -> Result<Option<Isa>, Failure> {
-    kernels.resolve().map_err(|error| Failure::usage(anyhow!("--kernels {kernels}: {error}")))
 }
 
 fn log_warnings(config: &Config) {
@@ -245,7 +244,7 @@ impl Signals {
             let args = args.clone();
             // In a thread of its own: loading the model must not block the connection to the broker.
             let checked = tokio::task::spawn_blocking(move || {
-                let config = Config::load(args.config.as_deref(), &args.set).map_err(anyhow::Error::from)?;
+                let config = Config::load(args.config.as_deref(), &args.set).and_then(Config::with_credentials)?;
                 Daemon::check(config.clone()).map(|_| config).map_err(anyhow::Error::from)
             });
             match checked.await.map_err(anyhow::Error::from).and_then(|checked| checked) {

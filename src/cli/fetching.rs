@@ -8,7 +8,7 @@ use bloomcast::fetch::{self, Download, FetchError, flower_photos};
 use bloomcast::system::hash::sha256_hex;
 use bloomcast::train::data::dataset::Dataset;
 use bloomcast::vision::backbone::read_file;
-use bloomcast::zoo::{self, Published};
+use bloomcast::zoo::{self, ZooEntry};
 use clap::Args;
 
 use super::Failure;
@@ -67,29 +67,29 @@ pub fn dataset(args: DatasetFetchArgs) -> Result<(), Failure> {
 ///
 /// [`Failure`] if the name is unknown, the download fails, or standard output cannot be written.
 pub fn backbone(args: BackboneFetchArgs) -> Result<(), Failure> {
-    let published = zoo::named(&args.name)
+    let entry = zoo::named(&args.name)
         .ok_or_else(|| anyhow!("{}: no network of that name; `bloomcast backbone list` lists them", args.name))?;
-    let path = published.place(&args.to.or_else(zoo::folder).context("no home directory: name a folder with --to")?);
-    let urls = args.url.map_or_else(|| published.urls.clone(), |url| vec![url]);
-    if path.is_file() && sha256_hex(&read_file(&path)?) == published.sha256 {
+    let path = entry.path_in(&args.to.or_else(zoo::folder).context("no home directory: name a folder with --to")?);
+    let urls = args.url.map_or_else(|| entry.urls.clone(), |url| vec![url]);
+    if path.is_file() && sha256_hex(&read_file(&path)?) == entry.sha256 {
         writeln!(std::io::stdout().lock(), "{}: already downloaded", path.display())?;
         return Ok(());
     }
     let bars = Bars::default();
-    download(&published, &urls, &path, &|done, total| bars.bytes("download", done, total))?;
+    download(&entry, &urls, &path, &|done, total| bars.bytes("download", done, total))?;
     drop(bars);
     writeln!(std::io::stdout().lock(), "{}", path.display())?;
     Ok(())
 }
 
 /// Tries the URLs in order while the error lies with the server; other errors are returned immediately.
-fn download(published: &Published, urls: &[String], to: &Path, progress: &dyn Fn(u64, u64)) -> anyhow::Result<()> {
+fn download(entry: &ZooEntry, urls: &[String], to: &Path, progress: &dyn Fn(u64, u64)) -> anyhow::Result<()> {
     if urls.is_empty() {
-        return Err(anyhow!("{}: not published as ONNX: {}", published.name, published.about));
+        return Err(anyhow!("{}: not published as ONNX: {}", entry.name, entry.about));
     }
     let mut failures = Vec::new();
     for url in urls {
-        let source = Download { url: url.clone(), bytes: published.bytes, sha256: published.sha256.clone() };
+        let source = Download { url: url.clone(), bytes: entry.bytes, sha256: entry.sha256.clone() };
         match fetch::download(&source, to, progress) {
             Err(error @ (FetchError::Http { .. } | FetchError::Mismatch { .. })) => failures.push(error.to_string()),
             result => return Ok(result?),

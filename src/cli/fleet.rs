@@ -121,7 +121,7 @@ impl KeyArg {
     fn read(&self) -> anyhow::Result<PrivateKey> {
         let path = self.path()?;
         if self.key.is_none() && !path.exists() {
-            return Err(anyhow!("{}: no such key; `bloomcast keygen` makes one", path.display()));
+            return Err(anyhow!("{}: no such key; `bloomcast keygen` creates one", path.display()));
         }
         Ok(PrivateKey::read(&path)?)
     }
@@ -156,7 +156,7 @@ pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     let name = ring.verify_signer(bundle.signer()).map_err(|e| anyhow!("{}: {e}", args.bundle.display()))?;
     let manifest = bundle.manifest();
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{}: good, signed by {name}", args.bundle.display())?;
+    writeln!(out, "{}: valid, signed by {name}", args.bundle.display())?;
     writeln!(out, "{} {}: {}", manifest.name, manifest.version, manifest.classes.names().join(", "))?;
     Ok(())
 }
@@ -164,7 +164,7 @@ pub fn verify(args: &VerifyArgs) -> Result<(), Failure> {
 pub fn install(args: &InstallArgs) -> Result<(), Failure> {
     let config = args.config.load()?;
     let store = store(&config)?;
-    let loader = ModelLoader::new(&config.models, config.kernels, Store::read_only);
+    let loader = ModelLoader::new(&config.models, config.isa().map_err(Failure::config)?, Store::read_only);
     let (file, bytes) = (args.bundle.display().to_string(), read(&args.bundle)?);
     let options = InstallOptions { signature_required: !args.trust, force: args.force };
     let model = match install_bundle(&file, &bytes, &store, &loader, &config.update, options) {
@@ -179,19 +179,19 @@ pub fn install(args: &InstallArgs) -> Result<(), Failure> {
 }
 
 pub fn push_bundle(args: &PushArgs) -> Result<(), Failure> {
-    let config = args.config.load()?;
+    let config = args.config.load_with_credentials()?;
     let devices = devices(&args.device, &args.group, &config).map_err(Failure::usage)?;
     let (file, bytes) = (args.bundle.display().to_string(), read(&args.bundle)?);
     let bundle = Bundle::from_bytes(&file, &bytes)?;
     if bundle.signer().is_none() {
-        return Err(anyhow!("{file}: it is not signed, and no device would take it; `bloomcast sign` signs it").into());
+        return Err(anyhow!("{file}: not signed; devices accept only signed bundles (see `bloomcast sign`)").into());
     }
     if bundle.contents().self_test.is_none() {
-        return Err(anyhow!("{file}: it carries no self-test, and no device would take it; train it anew").into());
+        return Err(anyhow!("{file}: the bundle contains no self-test, which devices require; train it again").into());
     }
     // Signs the command without which a device refuses an older model.
     let key = args.force.then(|| args.key.read()).transpose()?;
-    let parcel = PushPayload {
+    let payload = PushPayload {
         model: identity(bundle.manifest(), bundle.sha256()),
         manifest: bundle.manifest().clone(),
         bytes,
@@ -199,23 +199,23 @@ pub fn push_bundle(args: &PushArgs) -> Result<(), Failure> {
         force: args.force,
         key,
     };
-    let plan = PushOptions { canary: args.canary.map(usize::from), dry_run: args.dry_run };
+    let options = PushOptions { canary: args.canary.map(usize::from), dry_run: args.dry_run };
     let bars = Devices::default();
     let access = config.connection.access.clone();
-    let report = push(&access, devices, &parcel, &plan, &|devices| bars.show(devices))?;
+    let report = push(&access, devices, &payload, &options, &|devices| bars.show(devices))?;
     drop(bars);
     let printed = show(&report, args.json);
     // The failure of a device outranks a closed standard output.
     match report.is_good() {
         true => printed,
-        false => Err(anyhow!("not every device took the model").into()),
+        false => Err(anyhow!("not every device accepted the model").into()),
     }
 }
 
 pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
-    let config = args.config.load()?;
     let mut out = std::io::stdout().lock();
     if args.device.is_empty() {
+        let config = args.config.load()?;
         let back = match store(&config)?.roll_back()?.current {
             ModelSlot::BuiltIn => "the built-in model".to_owned(),
             ModelSlot::Slot(slot) => slot.to_string(),
@@ -223,17 +223,18 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
         writeln!(out, "{back} is active once the daemon is reloaded or started")?;
         return Ok(());
     }
+    let config = args.config.load_with_credentials()?;
     let key = args.key.read()?;
     let access = config.connection.access.clone();
     let devices = devices(&args.device, &[], &config).map_err(Failure::usage)?;
     let mut failed = 0;
     for topics in &devices {
-        let gone = match rollback_device(&access, topics, &key) {
+        let rolled_back = match rollback_device(&access, topics, &key) {
             Ok(answer) if answer.status == UpdateStatus::RolledBack => Ok(answer.model),
             Ok(answer) => Err(format!("{}: refused: {}", topics.device(), answer.reason.unwrap_or_default())),
             Err(error) => Err(error.to_string()),
         };
-        match gone {
+        match rolled_back {
             // The other devices follow even if standard output is closed.
             Ok(model) => drop(writeln!(out, "{}: {model} is rolled back", topics.device())),
             Err(error) => {
@@ -254,7 +255,7 @@ fn read(bundle: &Path) -> anyhow::Result<Vec<u8>> {
 
 /// Returns this device's store.
 fn store(config: &Config) -> anyhow::Result<Store> {
-    Ok(ModelLoader::new(&config.models, config.kernels, Store::new).store()?.clone())
+    Ok(ModelLoader::new(&config.models, None, Store::new).store()?.clone())
 }
 
 /// Returns the topics of each device once, in the order of the arguments.

@@ -1,4 +1,4 @@
-//! The commands, one function each, no logic.
+//! The commands: arguments to options, one library call each, output.
 //!
 //! Exit codes: 0 done; 1 failed; 2 usage; 78 bad configuration.
 
@@ -16,9 +16,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::thread;
 
+use anyhow::anyhow;
 use bloomcast::bundle::Bundle;
 use bloomcast::vision::OnnxBackbone;
 use bloomcast::vision::backbone::KernelChoice;
+use bloomcast_kernels::Isa;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 
@@ -165,9 +168,23 @@ struct ModelArgs {
     /// Classify the mirrored image as well and average both
     #[arg(long)]
     mirror: bool,
-    /// Kernels that compute the backbone: auto, avx512, avx2, neon, portable or tract
-    #[arg(long, default_value_t)]
+    #[command(flatten)]
+    kernels: KernelsArg,
+}
+
+#[derive(Debug, Args)]
+struct KernelsArg {
+    /// Kernels that compute the backbone
+    #[arg(long, default_value_t, value_parser = PossibleValuesParser::new(KernelChoice::NAMES).try_map(|name| name.parse::<KernelChoice>()))]
     kernels: KernelChoice,
+}
+
+impl KernelsArg {
+    /// Returns the chosen kernels; `None` for tract's operators.
+    fn resolve(&self) -> Result<Option<Isa>, Failure> {
+        let kernels = self.kernels;
+        kernels.resolve().map_err(|error| Failure::usage(anyhow!("--kernels {kernels}: {error}")))
+    }
 }
 
 impl ModelArgs {
@@ -177,8 +194,7 @@ impl ModelArgs {
 
     /// The backbone network of a bundle, with the chosen kernels.
     fn network(&self, bundle: &Bundle) -> Result<OnnxBackbone, Failure> {
-        let kernels = device::resolve(self.kernels)?;
-        Ok(bundle.network(self.backbone.as_deref())?.with_kernels(kernels))
+        Ok(bundle.network(self.backbone.as_deref())?.with_kernels(self.kernels.resolve()?))
     }
 }
 

@@ -12,12 +12,16 @@ use toml_edit::{Document, TableLike};
 
 use super::ConfigError;
 
-/// The parts of a variable name: `BLOOMCAST__CAMERA__DEVICE=/dev/video2`.
+/// First part of a variable's name: `BLOOMCAST__CAMERA__DEVICE=/dev/video2`.
 const ENV_PREFIX: &str = "BLOOMCAST";
+/// Separator of the parts of a variable's name.
 const ENV_SEPARATOR: &str = "__";
 
 /// Keys that were renamed: the old name is still read.
 const RENAMED: [(&str, &str); 1] = [("mqtt.farewell_ms", "mqtt.shutdown_timeout_ms")];
+
+/// Environment variables that were removed, and the keys that replace them.
+const REMOVED_VARIABLES: [(&str, &str); 1] = [("BLOOMCAST_KERNELS", "model.kernels")];
 
 /// Merges `defaults` under `file` under the environment's `BLOOMCAST__…` under `overrides` (`key=value`). Returns the settings,
 /// and a warning for each key under an old name.
@@ -57,13 +61,21 @@ fn variables(
 ) -> Result<Environment, ConfigError> {
     let prefix = format!("{ENV_PREFIX}{ENV_SEPARATOR}");
     let mut ours: HashMap<String, String> = HashMap::new();
-    for (name, value) in environment.filter(|(name, _)| name.starts_with(&prefix)) {
+    for (name, value) in environment {
+        if let Some((_, key)) = REMOVED_VARIABLES.iter().find(|(removed, _)| name == *removed) {
+            let present = format!("{prefix}{}", key.to_uppercase().replace('.', ENV_SEPARATOR));
+            places.warnings.push(format!("the environment's {name} has no effect any more; use {key} or {present}"));
+        }
+        if !name.starts_with(&prefix) {
+            continue;
+        }
         let key = name[prefix.len()..].to_lowercase().replace(ENV_SEPARATOR, ".");
         let place = format!("the environment's {name}");
         known.expect(&key, || place.clone())?;
-        let key = places.present_name(key, &place);
-        ours.insert(format!("{prefix}{}", key.to_uppercase().replace('.', ENV_SEPARATOR)), value);
-        places.outer.push((key, place));
+        let present = places.present_name(key.clone(), &place);
+        let renamed = || format!("{prefix}{}", present.to_uppercase().replace('.', ENV_SEPARATOR));
+        ours.insert(if present == key { name } else { renamed() }, value);
+        places.outer.push((present, place));
     }
     let source = Environment::with_prefix(ENV_PREFIX).prefix_separator(ENV_SEPARATOR).separator(ENV_SEPARATOR);
     Ok(source.source(Some(ours)))
@@ -88,7 +100,8 @@ fn flags(
     Ok(builder)
 }
 
-/// The settings of the file as TOML of their present names, for each key under an old name, unless the file has both.
+/// Returns, for each renamed key in the file, a TOML line under the new name, unless the file has that too. Adds a warning for
+/// each renamed key.
 fn renamed_in_file(path: &Path, text: &str, warnings: &mut Vec<String>) -> Vec<String> {
     let Ok(document) = Document::parse(text) else { return Vec::new() };
     let find = |key: &str| key.split('.').try_fold(document.as_item(), |item, name| item.get(name));

@@ -28,6 +28,7 @@ use crate::mqtt::topics::check_prefix;
 use crate::mqtt::{BrokerAccess, ConnectionOptions, DeviceName, Topics};
 use crate::update::device::{ModelFiles, UpdateOptions};
 use crate::update::protocol::TrialLimits;
+use crate::vision::backbone::{KernelChoice, UnsupportedKernels};
 use crate::vision::decode::{FILE_BYTES_MAX, SIDE_MAX};
 use tables::{Settings, Source};
 
@@ -94,8 +95,8 @@ pub struct Config {
     pub camera: CameraConfig,
     /// The paths of the device's models.
     pub models: ModelFiles,
-    /// The kernels that compute a backbone; `None` uses tract's operators.
-    pub kernels: Option<Isa>,
+    /// The kernels that compute a backbone; [`Config::isa`] resolves them on this machine.
+    pub kernels: KernelChoice,
     /// Threads that compute a frame, 1 to [`THREADS_MAX`].
     pub threads: usize,
     /// Options of updates; they hold the decision rules.
@@ -110,6 +111,8 @@ pub struct Config {
     pub groups: BTreeMap<String, Vec<DeviceName>>,
     /// The log.
     pub log: LogConfig,
+    /// The file of the broker's credentials, if one is configured.
+    pub credentials_file: Option<PathBuf>,
     /// Settings under an old name, to be logged once.
     pub warnings: Vec<String>,
 }
@@ -188,6 +191,29 @@ impl Config {
         Self::layered(None, std::iter::empty(), settings)
     }
 
+    /// Reads the broker's credentials: those of `mqtt.credentials_file`, else those that systemd passes to the service. Commands
+    /// that need no broker do without them.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is incomplete.
+    pub fn with_credentials(mut self) -> Result<Self, ConfigError> {
+        self.connection.access.credentials = match &self.credentials_file {
+            None => service_credentials(env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from))?,
+            Some(file) => Some(credentials(file)?),
+        };
+        Ok(self)
+    }
+
+    /// Returns the kernels that `model.kernels` chooses on this machine; `None` for tract's operators.
+    ///
+    /// # Errors
+    /// If the processor lacks them.
+    pub fn isa(&self) -> Result<Option<Isa>, ConfigError> {
+        let invalid =
+            |error: UnsupportedKernels| ConfigError::invalid("model.kernels", &self.kernels, error.to_string());
+        self.kernels.resolve().map_err(invalid)
+    }
+
     fn layered(
         file: Option<&Path>,
         environment: impl Iterator<Item = (String, String)>,
@@ -202,8 +228,6 @@ impl Config {
         let Settings { camera, model, decide, mqtt, fleet, log, device } = &settings;
         let ms = Duration::from_millis;
         let topics = topics(&device.name, mqtt)?;
-        let kernels = model.kernels.resolve();
-        let kernels = kernels.map_err(|e| ConfigError::invalid("model.kernels", &model.kernels, e.to_string()))?;
         Ok(Config {
             camera: CameraConfig {
                 name: camera.name.clone(),
@@ -215,11 +239,11 @@ impl Config {
                 reopen_max: ms(camera.reopen_ms_max),
             },
             models: ModelFiles {
-                bundle: named(&model.bundle),
-                backbone: named(&model.backbone),
-                store: named(&model.store),
+                bundle: non_empty(&model.bundle),
+                backbone: non_empty(&model.backbone),
+                store: non_empty(&model.store),
             },
-            kernels,
+            kernels: model.kernels,
             threads: if model.threads == 0 { default_threads() } else { model.threads.into() },
             update: UpdateOptions {
                 trusted_keys: model.trusted_keys.clone(),
@@ -232,13 +256,14 @@ impl Config {
             },
             topics,
             connection: ConnectionOptions {
-                access: access(mqtt)?,
+                access: access(mqtt),
                 reconnect_min: ms(mqtt.reconnect_ms_min),
                 reconnect_max: ms(mqtt.reconnect_ms_max),
                 inflight_max: mqtt.inflight_max,
                 shutdown_timeout: ms(mqtt.shutdown_timeout_ms),
             },
             outbox: OutboxLimits { entries_max: mqtt.outbox_entries_max, bytes_max: mqtt.outbox_bytes_max },
+            credentials_file: non_empty(&mqtt.credentials_file),
             groups: groups(fleet)?,
             log: LogConfig { level: log.level, counters_interval: Duration::from_secs(log.counters_interval_s) },
             warnings,
@@ -247,7 +272,7 @@ impl Config {
 }
 
 /// Returns the path; `None` if the setting is empty.
-fn named(path: &Path) -> Option<PathBuf> {
+fn non_empty(path: &Path) -> Option<PathBuf> {
     (!path.as_os_str().is_empty()).then(|| path.to_owned())
 }
 
@@ -328,7 +353,7 @@ fn source(camera: &tables::Camera) -> Result<SourceOptions, ConfigError> {
         }),
         Source::Replay => {
             let reason = "expected a folder or a list of images";
-            let path = named(&camera.replay.path);
+            let path = non_empty(&camera.replay.path);
             SourceOptions::Replay {
                 path: path.ok_or_else(|| ConfigError::invalid("camera.replay.path", &"\"\"", reason))?,
                 looped: camera.replay.looped,
@@ -381,18 +406,15 @@ fn groups(fleet: &tables::Fleet) -> Result<BTreeMap<String, Vec<DeviceName>>, Co
     Ok(groups)
 }
 
-/// Returns the broker's address; reads the credentials.
-fn access(mqtt: &tables::Mqtt) -> Result<BrokerAccess, ConfigError> {
-    Ok(BrokerAccess {
+/// Returns the broker's address, without credentials.
+fn access(mqtt: &tables::Mqtt) -> BrokerAccess {
+    BrokerAccess {
         host: mqtt.host.clone(),
         port: mqtt.port,
-        credentials: match named(&mqtt.credentials_file) {
-            None => service_credentials(env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from))?,
-            Some(file) => Some(credentials(&file)?),
-        },
+        credentials: None,
         keep_alive: Duration::from_secs(mqtt.keep_alive_s),
         packet_bytes_max: mqtt.packet_bytes_max,
-    })
+    }
 }
 
 /// Reads the credentials that systemd passes under the name `mqtt` (`LoadCredential=`); `None` if there are none, or the file is
@@ -443,7 +465,7 @@ mod tests {
         assert!(matches!(config.camera.source, SourceOptions::V4l2 { .. }));
         assert_eq!(config.update.policy.rules(&labels()).unwrap().thresholds.len(), 2);
         assert_eq!(config.warnings, [""; 0]);
-        assert_eq!(config.kernels, Some(Isa::best()));
+        assert_eq!(config.isa().unwrap(), Some(Isa::best()));
     }
 
     #[test]
@@ -478,6 +500,15 @@ mod tests {
     }
 
     #[test]
+    fn a_removed_environment_variable_is_reported() {
+        let config = load("", &[("BLOOMCAST_KERNELS", "avx2")], &[]).unwrap();
+        let warning = "the environment's BLOOMCAST_KERNELS has no effect any more; \
+            use model.kernels or BLOOMCAST__MODEL__KERNELS";
+        assert_eq!(config.warnings, [warning]);
+        assert_eq!(config.kernels, KernelChoice::Auto);
+    }
+
+    #[test]
     fn an_old_key_works_and_is_reported_once() {
         let timeout = |config: &Config| config.connection.shutdown_timeout.as_millis();
         let warning = "mqtt.farewell_ms is now called mqtt.shutdown_timeout_ms; the old name still works";
@@ -499,11 +530,12 @@ mod tests {
         let error = load("[model]\nkernels = \"sse9\"\n", &[], &[]).unwrap_err();
         let expected = "unknown kernels, expected one of auto, avx512, avx2, neon, portable, tract";
         assert!(error.starts_with("b.toml:2: model.kernels: ") && error.contains(expected), "{error}");
-        assert_eq!(load("", &[], &["model.kernels=tract"]).unwrap().kernels, None);
+        assert_eq!(load("", &[], &["model.kernels=tract"]).unwrap().isa().unwrap(), None);
         let unsupported = Isa::ALL.into_iter().find(|isa| !isa.is_supported()).expect("x86 has no NEON, ARM no AVX");
-        let error = load("", &[], &[&format!("model.kernels={}", unsupported.name())]).unwrap_err();
+        let config = load("", &[], &[&format!("model.kernels={}", unsupported.name())]).unwrap();
+        let error = config.isa().unwrap_err().to_string();
         let (name, best) = (unsupported.name(), Isa::best().name());
-        let reason = format!("this processor lacks {name}; \"auto\" would take {best}");
+        let reason = format!("this processor lacks {name}; \"auto\" would select {best}");
         assert_eq!(error, format!("model.kernels = {name}: {reason}"));
     }
 

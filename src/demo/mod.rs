@@ -74,7 +74,7 @@ struct Event {
     previous: String,
     confidence: f64,
     received_at: SystemTime,
-    /// Capture time of the frame that caused it, in milliseconds.
+    /// Capture time of the frame that caused it, with a resolution of milliseconds.
     captured_at: SystemTime,
 }
 

@@ -59,7 +59,7 @@ pub enum FetchError {
         expected: String,
     },
     /// The server's file is not longer than the partial download (HTTP status 416).
-    #[error("{url}: range not satisfiable: the server's file is shorter than the partial download")]
+    #[error("{url}: range not satisfiable: the server's file is not longer than the partial download")]
     RangeNotSatisfiable {
         /// Address of the file.
         url: String,

@@ -1,12 +1,14 @@
-//! Finds the end of a JPEG: splits a motion-JPEG stream into pictures, drops the stale bytes that cameras leave behind the
+//! Finds the end of a JPEG: splits a motion-JPEG stream into pictures, drops the stale bytes that cameras leave after the
 //! end marker, and detects truncated pictures.
 //!
 //! Markers and segments as in ITU-T T.81, annex B. Segments are skipped by their lengths, so that the end marker of a
 //! thumbnail in an APP segment does not end the picture that contains it.
 
-/// Marker codes, ITU-T T.81, table B.1: start of image, end of image, start of scan.
+/// Marker code of the start of an image, ITU-T T.81, table B.1.
 const SOI: u8 = 0xD8;
+/// Marker code of the end of an image.
 const EOI: u8 = 0xD9;
+/// Marker code of the start of a scan.
 const SOS: u8 = 0xDA;
 
 /// Extent of the JPEG at the start of a buffer.
@@ -94,7 +96,7 @@ mod tests {
     ];
 
     #[test]
-    fn finds_the_end_behind_thumbnails_stuffing_and_restart_markers() {
+    fn finds_the_end_after_thumbnails_stuffing_and_restart_markers() {
         let mut buffer = PICTURE.to_vec();
         buffer.extend([0, 0, 0xFF, 0xD9, 7]);
         assert_eq!(extent(&buffer), Extent::Whole(PICTURE.len()));

@@ -37,7 +37,7 @@ pub struct RawPicture {
     pub stride: usize,
     /// Pixel layout.
     pub layout: Layout,
-    /// At least `(height − 1) × stride + width × bytes per pixel` bytes; padding behind the last row is optional.
+    /// At least `(height − 1) × stride + width × bytes per pixel` bytes; padding after the last row is optional.
     pub bytes: Vec<u8>,
 }
 

@@ -140,7 +140,7 @@ impl Connection {
         Ok(self.client.try_subscribe(filter, QoS::AtLeastOnce)?)
     }
 
-    /// Returns the filter that the broker's next SUBACK answers; SUBACKs come in the order of the subscriptions.
+    /// Removes and returns the oldest pending filter, which the received SUBACK answers.
     pub fn subscribed(&mut self) -> String {
         self.subscribing.pop_front().unwrap_or_default()
     }

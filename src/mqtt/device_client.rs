@@ -24,7 +24,7 @@ use crate::system::Counters;
 use crate::vision::Labels;
 use crate::vision_stage::Setting;
 
-/// The retained messages about a model. They are published when the version of the newest observation is theirs.
+/// The retained messages about a model, held back until the newest observation has this model's version.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelAnnouncement {
     /// Version of the model.
@@ -38,7 +38,7 @@ pub struct ModelAnnouncement {
 impl ModelAnnouncement {
     /// Returns topics and payloads; with Home Assistant's discovery if `discovery` is set.
     pub fn messages(&self, topics: &Topics, discovery: bool) -> Vec<(String, Vec<u8>)> {
-        let discovery = discovery.then(|| (topics.discovery(), discovery::device(topics, &self.classes)));
+        let discovery = discovery.then(|| (topics.discovery(), discovery::discovery_payload(topics, &self.classes)));
         discovery.into_iter().chain([(topics.model(), self.status.clone())]).collect()
     }
 }
@@ -88,10 +88,10 @@ pub struct DeviceClient {
 /// The newest announcement, held back until an observation of its model is there.
 pub struct Announcements {
     newest: watch::Receiver<ModelAnnouncement>,
-    /// `newest` holds one that was not looked at.
+    /// Whether `newest` holds an announcement that is not copied to `current` yet.
     unread: bool,
     current: ModelAnnouncement,
-    /// `current` is not published on this connection.
+    /// Whether `current` is not published on this connection yet.
     pending: bool,
 }
 
@@ -111,17 +111,12 @@ impl Announcements {
 
     /// Takes the announcement that is to be published while the observed model has this version.
     fn due(&mut self, version: u64) -> Option<ModelAnnouncement> {
-        {
-            let newest = self.newest.borrow();
-            self.unread |= newest.has_changed();
-            if self.unread && newest.version == version {
-                self.current = newest.clone();
-                (self.unread, self.pending) = (false, true);
-            }
-        }
-        if !self.unread {
-            // Read; not to be waited for again.
-            self.newest.mark_unchanged();
+        // Read and marked as read under one lock: an announcement that is sent meanwhile stays unread.
+        let newest = self.newest.borrow_and_update();
+        self.unread |= newest.has_changed();
+        if self.unread && newest.version == version {
+            self.current = newest.clone();
+            (self.unread, self.pending) = (false, true);
         }
         std::mem::take(&mut self.pending).then(|| self.current.clone())
     }
@@ -221,7 +216,9 @@ impl DeviceClient {
         loop {
             tokio::select! {
                 event = connection.next() => self.handle(connection, event?)?,
-                Ok(()) = self.announcements.changed() => self.publish_announcement(connection)?,
+                Ok(()) = self.announcements.changed() => {
+                    self.publish_announcement(connection, self.observed_version())?;
+                }
                 Ok(()) = self.state.changed(), if !connection.is_in_flight(InFlight::State) => {
                     self.publish_state(connection)?;
                 }
@@ -232,7 +229,7 @@ impl DeviceClient {
         }
     }
 
-    /// Publishes the last state, the remaining events and agent_outbox, and `offline`; waits for the acknowledgements; disconnects.
+    /// Publishes the last state, the remaining events and answers, and `offline`; waits for the acknowledgements; disconnects.
     async fn drain(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
         // `Ref::has_changed` also works after the sender was dropped, unlike `Receiver::has_changed`.
         if self.state.borrow().has_changed() {
@@ -253,17 +250,22 @@ impl DeviceClient {
     }
 
     fn publish_state(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
-        self.publish_announcement(connection)?;
-        let payload = self.encoder.state(&self.state.borrow_and_update());
-        connection.publish(&self.topics.state(), true, payload, InFlight::State)
+        // Read first: the announcement of the model that it names precedes it.
+        let observation = self.state.borrow_and_update().clone();
+        self.publish_announcement(connection, observation.model)?;
+        connection.publish(&self.topics.state(), true, self.encoder.state(&observation), InFlight::State)
     }
 
-    /// Publishes the announcement of the observed model if it is due. It precedes every message that names the model.
-    fn publish_announcement(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
-        let version = self.state.borrow().model;
+    /// Publishes the announcement of the model of this version if it is due. It precedes every message that names the model.
+    fn publish_announcement(&mut self, connection: &mut Connection, version: u64) -> Result<(), Disconnected> {
         let Some(announcement) = self.announcements.due(version) else { return Ok(()) };
         let messages = announcement.messages(&self.topics, self.discovery);
         messages.into_iter().try_for_each(|(topic, payload)| connection.publish(&topic, true, payload, InFlight::Other))
+    }
+
+    /// Returns the version of the model that the newest observation names.
+    fn observed_version(&self) -> u64 {
+        self.state.borrow().model
     }
 
     /// Publishes answers and events as far as there is room.
@@ -280,7 +282,7 @@ impl DeviceClient {
     ) -> Result<(), Disconnected> {
         while connection.has_room() {
             let Some(Entry { sequence, topic, payload }) = outbox.take_next() else { break };
-            self.publish_announcement(connection)?;
+            self.publish_announcement(connection, self.observed_version())?;
             if connection.fits(&topic, &payload) {
                 connection.publish(&topic, false, payload, message(sequence))?;
             } else {

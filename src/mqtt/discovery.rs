@@ -8,7 +8,7 @@ use super::topics::Topics;
 use crate::vision::{Labels, UNKNOWN};
 
 /// Returns the payload of [`Topics::discovery`].
-pub fn device(topics: &Topics, labels: &Labels) -> Vec<u8> {
+pub fn discovery_payload(topics: &Topics, labels: &Labels) -> Vec<u8> {
     let device = topics.device().as_str();
     let id = |component: &str| format!("bloomcast_{device}_{component}");
     let available = json!([{
@@ -86,7 +86,7 @@ mod tests {
     fn the_device_has_its_entities_with_topics_and_options() {
         let topics = Topics::new("bloomcast", "homeassistant", DeviceName::new("pi").unwrap());
         let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
-        let message: Value = serde_json::from_slice(&device(&topics, &labels)).unwrap();
+        let message: Value = serde_json::from_slice(&discovery_payload(&topics, &labels)).unwrap();
         let components = message["components"].as_object().unwrap();
         assert_eq!(components.len(), 4);
         let mut ids: Vec<_> = components.values().map(|c| c["unique_id"].as_str().unwrap()).collect();

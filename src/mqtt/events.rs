@@ -1,4 +1,4 @@
-//! The queue between the vision stage and the outbox.
+//! Forwards events from the vision stage to the outbox.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::vision::UNKNOWN;
 
 /// Gives each event an id, encodes it and puts it into the outbox, until the vision stage has dropped its sender and the queue
 /// is empty. It runs beside the connection, so that events reach the outbox while the broker is away.
-pub async fn queue_events(
+pub async fn forward_events(
     mut events: Receiver<Event>,
     encoder: Encoder,
     topic: String,

@@ -22,11 +22,12 @@ impl Counter {
 /// Counts of frames, events and connections since the start of the daemon; a reload keeps them.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Frames read from the camera.
+    /// Frames read from the camera. A frame that the rate limit skips is counted here only.
     pub captured: Counter,
-    /// Frames that a newer one replaced in the mailbox before they were classified.
+    /// Frames that a newer one replaced in the mailbox before they were classified; those that the rate limit skips are not
+    /// included.
     pub dropped: Counter,
-    /// Frames that could not be read or decoded.
+    /// Frames that could not be read or decoded, or on which the model failed.
     pub broken: Counter,
     /// Frames that were classified.
     pub classified: Counter,
@@ -38,7 +39,8 @@ pub struct Counters {
     pub events: Counter,
     /// Events that the broker acknowledged.
     pub acknowledged: Counter,
-    /// Events that were lost: dropped from a full outbox, or too large for the broker.
+    /// Events that were lost: the queue or the outbox was full, the event exceeded `mqtt.packet_bytes_max`, the outbox was
+    /// smaller after a reload, or the broker had not acknowledged the event at shutdown.
     pub events_lost: Counter,
     /// Connections to the broker that were accepted.
     pub connections: Counter,

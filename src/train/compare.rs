@@ -14,7 +14,8 @@ pub struct Comparison {
     /// The runs, sorted by validation loss.
     pub runs: Vec<FinishedRun>,
     /// Whether all runs have the same validation set. If not, their metrics are not comparable.
-    pub same_photographs: bool,
+    #[serde(rename = "same_photographs")]
+    pub same_validation_set: bool,
 }
 
 /// The folder of a finished run and its content.
@@ -45,8 +46,8 @@ impl Comparison {
     pub fn read(folders: &[PathBuf]) -> Result<Self, CompareError> {
         let mut runs = folders.iter().map(|folder| FinishedRun::read(folder)).collect::<Result<Vec<_>, _>>()?;
         runs.sort_by(|a, b| a.metrics.val.loss.total_cmp(&b.metrics.val.loss));
-        let same_photographs = runs.iter().all(|run| run.metrics.val_sha256 == runs[0].metrics.val_sha256);
-        Ok(Comparison { runs, same_photographs })
+        let same_validation_set = runs.iter().all(|run| run.metrics.val_sha256 == runs[0].metrics.val_sha256);
+        Ok(Comparison { runs, same_validation_set })
     }
 }
 
@@ -92,9 +93,41 @@ impl fmt::Display for Comparison {
                 val.classes.iter().filter(|_| same_classes).map(|class| format!("{:10.3}", class.recall)).collect();
             writeln!(f, "{}", recalls.join(" "))?;
         }
-        if !self.same_photographs {
+        if !self.same_validation_set {
             writeln!(f, "the validation sets differ: the metrics are not comparable")?;
         }
         writeln!(f, "sorted by validation loss; the class columns show the recall")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EARLIER_METRICS: &str = r#"{
+        "name": "flowers", "recipe": "frozen", "seed": 1, "seconds": 0.25, "device": "cpu", "train_images": 10,
+        "parameters": { "total": 2260546, "trained": 2562 },
+        "best_epoch": 1, "val_sha256": "9cc20951bdeaecea4e164d428ae5054b569385a0ef4da697421d9ba8953bc34b",
+        "val": {
+            "images": 2, "accuracy": 1.0, "loss": 0.0625, "ece": 0.125, "unknown": 0.0,
+            "classes": [{ "class": "daisy", "support": 2, "precision": 1.0, "recall": 1.0, "f1": 1.0 }],
+            "confusion": [[2]]
+        },
+        "test": null,
+        "epochs": [{
+            "epoch": 1, "learning_rate": 0.5, "train_loss": 0.75, "val": { "loss": 0.5, "accuracy": 0.5 }, "best": true
+        }]
+    }"#;
+
+    #[test]
+    fn reads_the_metrics_of_earlier_versions_and_keeps_their_json_keys() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("metrics.json"), EARLIER_METRICS).unwrap();
+        fs::write(dir.path().join("model.bloom"), [0; 7]).unwrap();
+        let comparison = Comparison::read(&[dir.path().to_owned()]).unwrap();
+        let json = serde_json::to_value(&comparison).unwrap();
+        let figures: serde_json::Value = serde_json::from_str(EARLIER_METRICS).unwrap();
+        let run = serde_json::json!({ "folder": dir.path(), "bundle_bytes": 7, "figures": figures });
+        assert_eq!(json, serde_json::json!({ "runs": [run], "same_photographs": true }));
     }
 }

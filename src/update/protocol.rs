@@ -340,7 +340,7 @@ mod tests {
         let command = SignedCommand::sign(&key, Action::Rollback, "bloomcast/pi", 7, "ab");
         let check = |action, device, generation, sha256| command.check(&trusted, action, device, generation, sha256);
         assert!(check(Action::Rollback, "bloomcast/pi", 7, "ab").is_ok());
-        assert!(check(Action::Force, "bloomcast/pi", 7, "ab").unwrap_err().to_string().contains("does not fit"));
+        assert!(check(Action::Force, "bloomcast/pi", 7, "ab").unwrap_err().to_string().contains("does not match"));
         assert!(check(Action::Rollback, "bloomcast/pi2", 7, "ab").is_err());
         assert!(
             check(Action::Rollback, "bloomcast/pi", 8, "ab")
@@ -353,7 +353,42 @@ mod tests {
         assert_eq!(untrusted.unwrap_err().to_string(), "the signed command: no key is trusted here");
     }
 
+    fn expect_json<T>(value: &T, json: &str)
+    where
+        T: Serialize + serde::de::DeserializeOwned + PartialEq + fmt::Debug,
+    {
+        assert_eq!(serde_json::to_string(value).unwrap(), json);
+        assert_eq!(serde_json::from_str::<T>(json).unwrap(), *value);
+    }
+
     /// The wire format is stable: a change of these texts needs another schema number.
+    #[test]
+    fn offers_requests_and_progress_keep_their_schema() {
+        let command = SignedCommand { generation: 3, signed: "cd".into() };
+        let transfer = Uuid::nil();
+        let offer = Offer {
+            schema: SCHEMA,
+            transfer,
+            model: Identity { name: "garden".into(), version: 7, sha256: "ab".into() },
+            bytes: 5000,
+            chunk_bytes: 4096,
+            force: Some(command.clone()),
+        };
+        expect_json(
+            &offer,
+            r#"{"schema":1,"transfer":"00000000-0000-0000-0000-000000000000","name":"garden","version":7,"sha256":"ab","bytes":5000,"chunk_bytes":4096,"force":{"generation":3,"signed":"cd"}}"#,
+        );
+        expect_json(
+            &RollbackRequest { schema: SCHEMA, transfer, command },
+            r#"{"schema":1,"transfer":"00000000-0000-0000-0000-000000000000","order":{"generation":3,"signed":"cd"}}"#,
+        );
+        expect_json(
+            &Progress { schema: SCHEMA, transfer, next: 1, chunks: 2, again: true },
+            r#"{"schema":1,"transfer":"00000000-0000-0000-0000-000000000000","next":1,"chunks":2,"again":true}"#,
+        );
+    }
+
+    /// As above.
     #[test]
     fn answers_and_statuses_keep_their_schema() {
         let model = Identity { name: "garden".into(), version: 7, sha256: "ab".into() };
@@ -367,9 +402,9 @@ mod tests {
             trial: None,
             at: "2026-01-02T03:04:05.678Z".into(),
         };
-        assert_eq!(
-            serde_json::to_string(&answer).unwrap(),
-            r#"{"schema":1,"device":"pi","transfer":"00000000-0000-0000-0000-000000000000","answer":"rolled-back","reason":"slow","name":"garden","version":7,"sha256":"ab","trial":null,"at":"2026-01-02T03:04:05.678Z"}"#
+        expect_json(
+            &answer,
+            r#"{"schema":1,"device":"pi","transfer":"00000000-0000-0000-0000-000000000000","answer":"rolled-back","reason":"slow","name":"garden","version":7,"sha256":"ab","trial":null,"at":"2026-01-02T03:04:05.678Z"}"#,
         );
         let status = ModelStatus {
             schema: SCHEMA,
@@ -388,7 +423,6 @@ mod tests {
             fallback_reason: None,
         };
         let json = r#"{"schema":1,"name":"garden","version":7,"sha256":"ab","classes":["daisy","tulips"],"backbone":"n","format":1,"network":{"name":"n","sha256":"cd"},"dataset":"ef","metrics":{"accuracy":0.5,"loss":0.25,"ece":0.125},"signed_by":null,"source":"built-in","trial":false,"previous":null,"generation":3,"trouble":null}"#;
-        assert_eq!(serde_json::to_string(&status).unwrap(), json);
-        assert_eq!(serde_json::from_str::<ModelStatus>(json).unwrap(), status);
+        expect_json(&status, json);
     }
 }

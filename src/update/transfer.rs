@@ -57,7 +57,7 @@ pub struct Transfer {
     pub offer: Offer,
     bytes: Vec<u8>,
     next: u32,
-    /// The chunk after the missing one that was reported last.
+    /// Number of the chunk whose arrival revealed the reported gap.
     gap: Option<u32>,
     last_message: Instant,
 }

@@ -1,6 +1,9 @@
 //! The vision pipeline: decoding, preprocessing, the backbone network, the head and out-of-distribution detection.
 //!
 //! The daemon and the trainer call the same functions, so that a model runs on the same values as it was trained on.
+//!
+//! In the documentation of a function, `in: …` is the shape of the slice that it reads, and `out: …` the shape of the slice that it
+//! writes or returns. `[positions, width]` is row-major: the values of the first position come first.
 
 pub mod backbone;
 pub mod classifier;

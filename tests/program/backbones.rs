@@ -77,7 +77,7 @@ fn a_model_for_another_backbone_needs_that_backbone_unless_embedded() {
     // The program's built-in backbone is another network.
     let (code, text) = failure(&mut classify(&frozen));
     let expected =
-        "was made for the backbone efficientnet_lite0 (sha256 e17627873684…), this one is mobilenet_v2_1.0_224";
+        "was trained on the backbone efficientnet_lite0 (sha256 e17627873684…), this one is mobilenet_v2_1.0_224";
     assert!(code == 1 && text.contains(expected), "{text}");
     let bundle = format!("model.bundle={}", frozen.display());
     let camera = format!("camera.replay.path={}", image.display());

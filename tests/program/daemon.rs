@@ -357,7 +357,10 @@ fn configuration_errors_name_the_cause_and_exit_with_78() {
         (format!("--config {missing}"), format!("{missing}: No such file or directory")),
         (format!("model.bundle={missing}"), format!("model.bundle: model {missing}: No such file or directory")),
         (format!("model.bundle={invalid}"), format!("model.bundle: model {invalid}: not a bundle")),
-        (format!("model.bundle={other_backbone}"), "was made for the backbone resnet50 (sha256 000000000000…)".into()),
+        (
+            format!("model.bundle={other_backbone}"),
+            "was trained on the backbone resnet50 (sha256 000000000000…)".into(),
+        ),
         (format!("model.backbone={missing}"), format!("model.backbone: backbone {missing}: No such file")),
         (replay(&empty), format!("camera: {empty}: no images here")),
         (replay(&missing), format!("camera: {missing}: No such file or directory")),
@@ -391,7 +394,7 @@ fn check_accepts_a_valid_configuration_and_rejects_a_missing_camera() {
     let good = output(bloomcast().args(["check", "--set", "camera.source=replay", "--set", &replay]));
     assert!(good.status.success(), "{}", String::from_utf8_lossy(&good.stderr));
     let text = String::from_utf8(good.stdout).unwrap();
-    assert!(text.contains("daisy, dandelion, roses, sunflowers, tulips") && text.contains("camera: gives frames"));
+    assert!(text.contains("daisy, dandelion, roses, sunflowers, tulips") && text.contains("camera: delivers frames"));
 
     let absent = ["check", "--set", "camera.device=/dev/video-none"];
     assert!(output(bloomcast().args(absent).arg("--no-camera")).status.success());
@@ -447,7 +450,7 @@ fn reads_motion_jpeg_from_a_child_process_and_restarts_it() {
         // The loss of the camera's signal changes the class to `unknown`, which is an event.
         listener.wait("/event", |event| event["class"] == "unknown" && event["previous"] == "daisy");
     }
-    daemon.line("ended with exit status: 1: cable pulled; opening again");
+    daemon.line("ended with exit status: 1: cable pulled; reopening");
 }
 
 #[test]
@@ -561,6 +564,16 @@ fn reload_applies_a_valid_configuration_without_losing_events_and_rejects_an_inv
     assert!(notification().starts_with("RELOADING=1") && notification().starts_with("READY=1"));
     broker.start();
     daemon.line("as window");
+
+    let listener = Listener::connect(port);
+    publish(port, "bloomcast/window/set/pause", "true");
+    listener.wait("window/state", |state| state["paused"] == true);
+    daemon.signal("HUP");
+    listener.wait("window/status", |status| status == "offline");
+    listener.wait("window/state", |state| state["paused"] == true);
+    listener.wait("window/status", |status| status == "online");
+    publish(port, "bloomcast/window/set/pause", "false");
+
     let later = logged_ids(&daemon).len() + 2;
     daemon.lines_with(" event ", later);
     daemon.signal("TERM");

@@ -223,6 +223,33 @@ fn push_bytes(port: u16, device: &str, bytes: &[u8], claim: impl FnOnce(&mut Man
     push::push(&BrokerAccess::local(port), devices, &payload, &PushOptions::default(), &|_| {}).unwrap()
 }
 
+#[test]
+fn the_new_model_is_announced_before_the_first_state_that_names_it() {
+    let Some(folder) = photographs("the_new_model_is_announced_before_the_first_state_that_names_it") else { return };
+    let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
+    let device = Device::new("pi", broker.port, &folder, &trainer);
+    let _daemon = device.start();
+    let version = Bundle::built_in().unwrap().manifest().version;
+    let listener = Listener::connect(broker.port);
+    let file = trainer.file(1, unchanged);
+    let (statuses, _) = delivery_statuses(&mut push_command(broker.port, &file, &trainer, &["--device", "pi"]));
+    assert_eq!(statuses["pi"].0, "confirmed", "{statuses:?}");
+    let (mut announced, mut observed) = (0, 0);
+    while observed != version + 1 {
+        let message = listener.next().unwrap();
+        let value = || serde_json::from_slice::<Value>(&message.payload).unwrap();
+        match message.topic.as_str() {
+            "bloomcast/pi/model" => announced = value()["version"].as_u64().unwrap(),
+            "bloomcast/pi/state" => {
+                observed = value()["model"].as_u64().unwrap();
+                assert!(observed == version || announced == observed, "{observed} is observed, {announced} announced");
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(announced, version + 1);
+}
+
 fn refusal(report: &PushReport) -> String {
     assert_eq!(report.devices[0].status, DeliveryStatus::Refused, "{report}");
     report.devices[0].reason.clone()
@@ -276,7 +303,7 @@ fn push_stops_after_the_canary_refuses_the_model() {
     let bad = trainer.file(2, fails_self_test);
     let (statuses, _) = delivery_statuses(&mut push_command(broker.port, &bad, &trainer, &to));
     assert_eq!(statuses["pi1"].0, "refused");
-    assert!(statuses["pi1"].1.contains("the self-test's feature vector 0: it gives"), "{statuses:?}");
+    assert!(statuses["pi1"].1.contains("the self-test's feature vector 0: the result is"), "{statuses:?}");
     assert_eq!((statuses["pi2"].0.as_str(), statuses["pi3"].0.as_str()), ("stopped", "stopped"));
     for device in &devices[..3] {
         assert_eq!(device.model_status()["version"], version + 1);
@@ -305,7 +332,7 @@ fn refuses_invalid_bundles_and_keeps_the_current_model() {
     assert!(reason(&flipped).contains("was altered"));
     assert!(reason(&good[..good.len() / 2]).starts_with("model offered: not a bundle"));
     let untested = |_: &mut Manifest, contents: &mut Contents| contents.self_test = None;
-    assert!(reason(&trainer.bytes(1, untested)).contains("carries no self-test"));
+    assert!(reason(&trainer.bytes(1, untested)).contains("contains no self-test"));
     assert!(reason(&with_nan()).contains("not finite"));
     assert!(reason(&trainer.bytes(1, fails_self_test)).contains("the self-test's feature vector"));
     let renamed_class = |manifest: &mut Manifest, _: &mut Contents| {
@@ -318,16 +345,16 @@ fn refuses_invalid_bundles_and_keeps_the_current_model() {
         "decide.classes: the model has no class \"roses\"; its classes are daisy, dandelion, iris, sunflowers, tulips"
     );
     let other_network = |manifest: &mut Manifest, _: &mut Contents| manifest.backbone.sha256 = "0".repeat(64);
-    assert!(reason(&trainer.bytes(1, other_network)).contains("was made for the backbone"));
+    assert!(reason(&trainer.bytes(1, other_network)).contains("was trained on the backbone"));
     let other_preprocessing = |manifest: &mut Manifest, _: &mut Contents| manifest.preprocess.std = [0.4; 3];
-    assert!(reason(&trainer.bytes(1, other_preprocessing)).contains("the self-test's picture 0"));
+    assert!(reason(&trainer.bytes(1, other_preprocessing)).contains("the self-test's image 0"));
     assert!(reason(&with_path_traversal()).contains("../../etc/passwd: not the name of a plain file"));
     let giant_manifest = archive::pack([("manifest.json", vec![b' '; 1 << 20].as_slice())]);
     assert!(reason(&giant_manifest).contains("manifest.json: 1048576 bytes, expected at most"));
 
     // The bytes differ from the offer.
     let older = refusal(&push_bytes(port, "pi", &trainer.bytes(0, |m, _| m.version -= 1), |_, _| {}));
-    assert!(older.contains("and was offered as"), "{older}");
+    assert!(older.contains("but the offer names"), "{older}");
     let older = push_bytes(port, "pi", &trainer.bytes(0, |m, _| m.version -= 1), |_, model| model.version -= 2);
     assert!(refusal(&older).contains("is not newer than"), "{older}");
     let altered = push_bytes(port, "pi", &good, |_, model| model.sha256 = "ab".repeat(32));
@@ -512,7 +539,7 @@ fn push_to_a_configured_group_prints_a_table_of_results() {
     assert_eq!(lines[2][..2], ["greenhouse", "offline"], "{table}");
     assert!(table.contains("nothing is retained on bloomcast/greenhouse/status"), "{table}");
     let error = String::from_utf8(result.stderr).unwrap();
-    assert_eq!(error, "error: not every device took the model\n");
+    assert_eq!(error, "error: not every device accepted the model\n");
 }
 
 #[test]
@@ -542,11 +569,11 @@ fn a_trial_continues_after_sigterm_and_is_rolled_back_after_a_kill() {
     let daemon = device.start();
     let answer = listener.wait("/pi/model/answer", |answer| answer["answer"] == "rolled-back");
     assert_eq!(answer["version"], version + 1);
-    assert_eq!(answer["reason"], "the program did not end in order while it was on trial");
+    assert_eq!(answer["reason"], "the daemon was killed or crashed during the trial");
     let model_status = device.model_status();
     assert_eq!((&model_status["version"], &model_status["trial"]), (&json!(version), &json!(false)));
     assert!(
-        model_status["trouble"].as_str().unwrap().contains("is rolled back: the program did not end in order"),
+        model_status["trouble"].as_str().unwrap().contains("is rolled back: the daemon was killed or crashed"),
         "{model_status}"
     );
     assert!(device.files().is_empty(), "{:?}", device.files());
@@ -580,7 +607,9 @@ fn installs_a_bundle_locally_and_falls_back_from_damaged_slots() {
     let (_, text) = failure(&mut install(&failing, &["--trust"]));
     assert!(text.contains("the self-test's feature vector 0"), "{text}");
     assert!(device.files().is_empty());
-    assert!(output(&mut install(&unsigned, &["--trust"])).status.success());
+    // Installing needs no broker, hence no credentials.
+    let without_credentials = ["--trust", "--set", "mqtt.credentials_file=/nonexistent"];
+    assert!(output(&mut install(&unsigned, &without_credentials)).status.success());
     // `check` does not change the store, the start of the daemon does.
     let checked = output(&mut device.command("check"));
     assert!(String::from_utf8_lossy(&checked.stdout).contains(&format!("model: flowers {}", version + 1)));
@@ -614,7 +643,7 @@ fn installs_a_bundle_locally_and_falls_back_from_damaged_slots() {
         daemon.wait_for_exit(TIMEOUT);
     }
     assert!(device.files().is_empty(), "{:?}", device.files());
-    let (_, text) = failure(&mut device.command("rollback"));
+    let (_, text) = failure(device.command("rollback").args(&without_credentials[1..]));
     assert!(text.contains("there is no previous model"), "{text}");
 }
 
@@ -690,16 +719,16 @@ fn keygen_sign_and_verify_on_the_command_line() {
     };
     assert!(output(&mut sign(&trainer.key_file())).status.success());
     let good = output(&mut verify(&public));
-    assert!(String::from_utf8_lossy(&good.stdout).contains("m.bloom: good, signed by trainer\nflowers "), "{good:?}");
+    assert!(String::from_utf8_lossy(&good.stdout).contains("m.bloom: valid, signed by trainer\nflowers "), "{good:?}");
     assert!(output(&mut verify(trainer.dir.path())).status.success(), "a folder of keys");
     assert!(failure(&mut verify(&untrusted.dir.path().join("trainer.pub"))).1.contains("is not trusted here"));
     assert!(failure(&mut sign(&public)).1.contains("not a private Ed25519 key"));
     let no_key = failure(bloomcast().env("XDG_CONFIG_HOME", untrusted.dir.path()).arg("sign").arg(&path));
-    assert!(no_key.1.contains("`bloomcast keygen` makes one"), "{}", no_key.1);
+    assert!(no_key.1.contains("`bloomcast keygen` creates one"), "{}", no_key.1);
     let mut bytes = fs::read(&path).unwrap();
     bytes[700] ^= 1;
     fs::write(&path, bytes).unwrap();
-    assert!(failure(&mut verify(&public)).1.contains("manifest.json.sig: does not fit"));
+    assert!(failure(&mut verify(&public)).1.contains("manifest.json.sig: does not match"));
     let unknown = failure(bloomcast().arg("push").arg(&path).args(["--group", "garden"]));
     assert_eq!((unknown.0, unknown.1.contains("--group garden: not in [fleet.groups]")), (2, true), "{}", unknown.1);
 }
@@ -771,7 +800,7 @@ fn a_valid_model_is_active_after_a_kill_at_any_step() {
         let model_status = wait_for_active_model(&mut listener);
         let (version, log) = (model_status["version"].as_u64().unwrap(), daemon.log());
         assert!(version == active || version == newest, "{version}, not {active} or {newest}: {log}");
-        let killed_on_trial = "is rolled back: the program did not end in order while it was on trial";
+        let killed_on_trial = "is rolled back: the daemon was killed or crashed during the trial";
         assert!(
             model_status["trouble"].as_str().is_none_or(|trouble| trouble.ends_with(killed_on_trial)),
             "{model_status}\n{log}"

@@ -6,7 +6,9 @@ use crate::depthwise::Depthwise;
 use crate::error::{KernelError, VALUES_MAX};
 use crate::gemm::PackedGemm;
 use crate::inverted_residual::InvertedResidual;
-use crate::layers::{BlockGeometry, Conv2d, DenseConv, FeatureMapShape, Layer, PackedLayer, Padding, PatchConv, Stage};
+use crate::layers::{
+    BlockGeometry, CompiledLayer, Conv2d, DenseConv, FeatureMapShape, Layer, PackedLayer, Padding, PatchConv,
+};
 use crate::simd::Isa;
 
 /// The f32 values that a network and its workspace take.
@@ -20,9 +22,11 @@ pub(crate) struct MemoryPlan {
     pub feature_map: usize,
     /// The largest feature map between depthwise convolution and projection that threads share.
     pub shared: usize,
-    /// The largest buffers of one thread, before and after the depthwise convolution.
+    /// The largest buffer of one thread before the depthwise convolution.
     pub expanded: usize,
+    /// The largest buffer of one thread after the depthwise convolution.
     pub convolved: usize,
+    /// Threads that share an image.
     pub threads: usize,
 }
 
@@ -56,7 +60,7 @@ pub(crate) fn compile(
     layers: &[Layer],
     isa: Isa,
     threads: usize,
-) -> Result<(Vec<Stage>, MemoryPlan), KernelError> {
+) -> Result<(Vec<CompiledLayer>, MemoryPlan), KernelError> {
     if !isa.is_supported() {
         return Err(KernelError::UnsupportedIsa(isa));
     }
@@ -66,13 +70,13 @@ pub(crate) fn compile(
     let mut compiler = Compiler { isa, memory: MemoryPlan { threads, ..MemoryPlan::default() }, layer: 0 };
     let padded = padded_input(input, first_padding(layers.first().ok_or(KernelError::NoLayers)?));
     compiler.reserve(padded, "padded input", |memory, values| memory.input = values)?;
-    let mut stages: Vec<Stage> = Vec::with_capacity(layers.len());
+    let mut compiled: Vec<CompiledLayer> = Vec::with_capacity(layers.len());
     for (index, layer) in layers.iter().enumerate() {
         compiler.layer = index;
-        let from = stages.last().map_or(input, |stage| stage.to);
-        stages.push(compiler.stage(layer, from)?);
+        let from = compiled.last().map_or(input, |previous| previous.to);
+        compiled.push(compiler.compile_layer(layer, from)?);
     }
-    Ok((stages, compiler.memory))
+    Ok((compiled, compiler.memory))
 }
 
 /// Returns the padding that the input buffer includes: that of a first layer with a dense kernel larger than 1×1.
@@ -114,8 +118,8 @@ impl Compiler {
         }
     }
 
-    fn stage(&mut self, layer: &Layer, from: FeatureMapShape) -> Result<Stage, KernelError> {
-        let (layer, to) = match layer {
+    fn compile_layer(&mut self, layer: &Layer, from: FeatureMapShape) -> Result<CompiledLayer, KernelError> {
+        let (packed, to) = match layer {
             Layer::Conv { conv, residual } => {
                 let to = self.dense_output(conv, from)?;
                 self.reserve_feature_map(to)?;
@@ -136,7 +140,7 @@ impl Compiler {
                 (PackedLayer::GlobalSum { factor: *factor }, to)
             }
         };
-        Ok(Stage { layer, from, to })
+        Ok(CompiledLayer { packed, from, to })
     }
 
     fn inverted_residual(
@@ -190,7 +194,7 @@ impl Compiler {
         })
     }
 
-    /// Packs a dense convolution with `inputs` channels for `outputs` outputs, those behind the last one zero.
+    /// Packs a dense convolution with `inputs` channels, padded with zero filters to `outputs`.
     fn dense(&mut self, conv: &Conv2d, inputs: usize, outputs: usize) -> Result<DenseConv, KernelError> {
         let Conv2d { kernel, stride, padding, .. } = *conv;
         let gemm = self.gemm(conv, [outputs, kernel * kernel * inputs])?;

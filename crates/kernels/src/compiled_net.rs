@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::compile::{MemoryPlan, compile};
 use crate::error::KernelError;
 use crate::gemm::{GemmArgs, InputStrides, OutputStrides, PackedGemm};
-use crate::layers::{DenseConv, FeatureMapShape, Layer, PackedLayer, Padding, PatchConv, Stage};
+use crate::layers::{CompiledLayer, DenseConv, FeatureMapShape, Layer, PackedLayer, Padding, PatchConv};
 use crate::partition::{Scratch, Workers, grown};
 use crate::profile::{LayerProfile, profile};
 use crate::simd::Isa;
@@ -16,7 +16,7 @@ use crate::thread_pool::ThreadPool;
 /// A whole network, or a sequence of its layers, packed for one instruction set. A clone shares the weights.
 #[derive(Debug, Clone)]
 pub struct CompiledNet {
-    stages: Arc<[Stage]>,
+    layers: Arc<[CompiledLayer]>,
     channels_first: bool,
     isa: Isa,
     pool: Option<Arc<ThreadPool>>,
@@ -35,7 +35,7 @@ pub struct Workspace {
     /// The feature map between depthwise convolution and projection, if the threads share it.
     shared: Vec<f32>,
     scratch: Vec<Scratch>,
-    /// Wall-clock time of each stage in the last run.
+    /// Wall-clock time of each layer in the last run.
     times: Vec<Duration>,
 }
 
@@ -56,23 +56,23 @@ impl CompiledNet {
         pool: Option<Arc<ThreadPool>>,
     ) -> Result<Self, KernelError> {
         let threads = pool.as_ref().map_or(1, |pool| pool.threads());
-        let (stages, memory) = compile(input, layers, isa, threads)?;
-        Ok(CompiledNet { stages: stages.into(), channels_first, isa, pool, memory })
+        let (compiled, memory) = compile(input, layers, isa, threads)?;
+        Ok(CompiledNet { layers: compiled.into(), channels_first, isa, pool, memory })
     }
 
     /// Returns the shape of the input.
     pub fn input_shape(&self) -> FeatureMapShape {
-        self.stages[0].from
+        self.layers[0].from
     }
 
     /// Returns the shape of the output.
     pub fn output_shape(&self) -> FeatureMapShape {
-        self.stages[self.stages.len() - 1].to
+        self.layers[self.layers.len() - 1].to
     }
 
     /// Returns the number of layers.
     pub fn layer_count(&self) -> usize {
-        self.stages.len()
+        self.layers.len()
     }
 
     /// Returns the instruction set of the kernels.
@@ -102,10 +102,10 @@ impl CompiledNet {
         let mut workers = Workers { pool, scratch };
         times.clear();
         load_input(self.input_shape(), input, self.channels_first, padding, padded_input);
-        for (index, stage) in self.stages.iter().enumerate() {
+        for (index, layer) in self.layers.iter().enumerate() {
             let began = Instant::now();
-            let input = if index == 0 { &padded_input[..] } else { &from[..stage.from.len()] };
-            self.run_stage(stage, input, grown(to, stage.to.len()), shared, &mut workers);
+            let input = if index == 0 { &padded_input[..] } else { &from[..layer.from.len()] };
+            self.run_layer(layer, input, grown(to, layer.to.len()), shared, &mut workers);
             std::mem::swap(from, to);
             times.push(began.elapsed());
         }
@@ -114,7 +114,7 @@ impl CompiledNet {
 
     /// Returns the cost of each layer, with the times of the last run in this workspace. Empty before the first run.
     pub fn profile(&self, workspace: &Workspace) -> Vec<LayerProfile> {
-        profile(&self.stages, &workspace.times)
+        profile(&self.layers, &workspace.times)
     }
 
     pub(crate) fn lanes(&self) -> usize {
@@ -123,7 +123,7 @@ impl CompiledNet {
 
     /// Returns the zeros around the input that a first convolution needs.
     fn input_padding(&self) -> Padding {
-        let conv = match &self.stages[0].layer {
+        let conv = match &self.layers[0].packed {
             PackedLayer::Conv { conv, .. } => Some(conv),
             PackedLayer::InvertedResidual(block) => block.expand.as_ref(),
             PackedLayer::GlobalSum { .. } => None,
@@ -134,9 +134,16 @@ impl CompiledNet {
         }
     }
 
-    fn run_stage(&self, stage: &Stage, from: &[f32], to: &mut [f32], shared: &mut Vec<f32>, workers: &mut Workers<'_>) {
-        let Stage { to: shape, .. } = *stage;
-        match &stage.layer {
+    fn run_layer(
+        &self,
+        layer: &CompiledLayer,
+        from: &[f32],
+        to: &mut [f32],
+        shared: &mut Vec<f32>,
+        workers: &mut Workers<'_>,
+    ) {
+        let CompiledLayer { to: shape, .. } = *layer;
+        match &layer.packed {
             PackedLayer::Conv { conv: DenseConv::Pointwise(gemm), residual } => {
                 let strides = InputStrides { pixel_stride: gemm.inputs, segments: 1, segment_stride: 0 };
                 let residual = residual.then_some(from);
@@ -149,10 +156,10 @@ impl CompiledNet {
                     row_stride: shape.row_len(),
                     vector_stride: self.lanes(),
                 };
-                self.dense_rows(conv, stage.from, from, range, 0..shape.channels, to, strides);
+                self.dense_rows(conv, layer.from, from, range, 0..shape.channels, to, strides);
             }),
-            PackedLayer::InvertedResidual(block) => self.inverted_residual(block, stage, from, to, shared, workers),
-            PackedLayer::GlobalSum { factor } => global_sum(from, stage.from.channels, *factor, to),
+            PackedLayer::InvertedResidual(block) => self.inverted_residual(block, layer, from, to, shared, workers),
+            PackedLayer::GlobalSum { factor } => global_sum(from, layer.from.channels, *factor, to),
         }
     }
 

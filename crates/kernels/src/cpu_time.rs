@@ -17,8 +17,7 @@ pub(crate) fn try_thread_cpu_time() -> Option<Duration> {
     ClockId::CLOCK_THREAD_CPUTIME_ID.now().map(Duration::from).ok()
 }
 
-/// Processor time that helper threads spent on work of a thread, less the time this thread waited for them in a busy loop; it can be
-/// negative.
+/// Correction to a caller's own processor time: plus the helper threads' time, minus the caller's busy-waiting. It can be negative.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CpuTime {
     nanos: i64,

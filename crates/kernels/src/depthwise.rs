@@ -12,7 +12,7 @@ pub(crate) struct Depthwise {
     pub kernel: usize,
     pub stride: usize,
     pub clip: Clip,
-    /// `[channel_blocks, kernel × kernel, lanes]`, zeros behind the last channel.
+    /// `[channel_blocks, kernel × kernel, lanes]`, zeros after the last channel.
     weights: Vec<f32>,
     /// `[channel_blocks, lanes]`
     bias: Vec<f32>,

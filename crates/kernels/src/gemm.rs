@@ -16,7 +16,7 @@ pub(crate) struct PackedGemm {
     pub outputs: usize,
     pub clip: Clip,
     layout: PanelLayout,
-    /// `[panels, inputs, panel width]`, zeros behind the last output; the last panel is as narrow as possible.
+    /// `[panels, inputs, panel width]`, zeros after the last output; the last panel is as narrow as possible.
     weights: Vec<f32>,
     /// `[panels × panel width]`
     bias: Vec<f32>,
@@ -281,7 +281,7 @@ unsafe fn run_panel<V: SimdF32, const ROWS: usize, const VECTORS: usize>(
         let out = args.out.as_mut_ptr().add(vector * args.output_strides.vector_stride);
         (weights.add(first * inputs), bias.add(first), out)
     };
-    // Tiles of equal height but for one pixel: a last tile of a single pixel would cost as much as a full one.
+    // Tile heights differ by at most one pixel, because a last tile of a single pixel would cost as much as a full one.
     let tiles = args.pixels.div_ceil(ROWS);
     let (height, higher) = (args.pixels / tiles, args.pixels % tiles);
     let strides = args.output_strides.merge_rows();

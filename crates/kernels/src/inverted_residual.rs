@@ -10,21 +10,22 @@ use std::ops::Range;
 use crate::compiled_net::CompiledNet;
 use crate::depthwise::{Depthwise, DepthwiseArgs};
 use crate::gemm::{InputStrides, OutputStrides, PackedGemm, PanelLayout};
-use crate::layers::{BlockGeometry, DenseConv, FeatureMapShape, Padding, Stage};
+use crate::layers::{BlockGeometry, CompiledLayer, DenseConv, FeatureMapShape, Padding};
 use crate::partition::{Scratch, Workers, grown};
 
 /// Values in the rows of a strip, at most: they stay in a second-level cache of half a megabyte.
 const STRIP_VALUES: usize = 128 << 10;
-/// Values of a feature map, and of a thread's share of the one before it, up to which the threads divide channel blocks and not rows.
+/// If a thread's share of the expanded feature map and the whole convolved feature map together are at most this many values, the threads
+/// split channels, not rows.
 const SHARED_VALUES: usize = 192 << 10;
 
 /// A packed inverted residual block.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct InvertedResidual {
-    /// Expands the input; without it the input itself is convolved. Its outputs fill whole channel blocks, zeros behind the last channel.
+    /// Expands the input; without it the input itself is convolved. Its outputs fill whole channel blocks, zeros after the last channel.
     pub expand: Option<DenseConv>,
     pub depthwise: Depthwise,
-    /// Its inputs are whole channel blocks, without weight behind the last channel.
+    /// Its inputs are whole channel blocks, with zero weights after the last channel.
     pub project: Option<PackedGemm>,
     /// Adds the input to the projection.
     pub residual: bool,
@@ -85,17 +86,17 @@ impl CompiledNet {
     pub(crate) fn inverted_residual(
         &self,
         block: &InvertedResidual,
-        stage: &Stage,
+        layer: &CompiledLayer,
         from: &[f32],
         to: &mut [f32],
         shared: &mut Vec<f32>,
         workers: &mut Workers<'_>,
     ) {
         if divides_channels(&block.geometry, workers.count()) {
-            self.by_channels(block, stage, from, to, shared, workers);
+            self.by_channels(block, layer, from, to, shared, workers);
         } else {
-            workers.split(stage.to.height, stage.to.row_len(), to, &|range, to, scratch| {
-                self.strips(block, stage, from, range, to, scratch);
+            workers.split(layer.to.height, layer.to.row_len(), to, &|range, to, scratch| {
+                self.strips(block, layer, from, range, to, scratch);
             });
         }
     }
@@ -104,7 +105,7 @@ impl CompiledNet {
     fn by_channels(
         &self,
         block: &InvertedResidual,
-        stage: &Stage,
+        layer: &CompiledLayer,
         from: &[f32],
         to: &mut [f32],
         shared: &mut Vec<f32>,
@@ -118,7 +119,7 @@ impl CompiledNet {
         workers.split(blocks.div_ceil(vectors), vectors * pixels * lanes, convolved, &|panels, out, scratch| {
             let blocks = panels.start * vectors..(panels.end * vectors).min(blocks);
             let expanded = grown(&mut scratch.expanded, padded_height * padded_width * blocks.len() * lanes);
-            self.expand(block, stage.from, from, 0..padded_height, blocks.clone(), expanded);
+            self.expand(block, layer.from, from, 0..padded_height, blocks.clone(), expanded);
             self.depthwise(block, blocks, expanded, rows, out);
         });
         match &block.project {
@@ -135,7 +136,7 @@ impl CompiledNet {
     fn strips(
         &self,
         block: &InvertedResidual,
-        stage: &Stage,
+        layer: &CompiledLayer,
         from: &[f32],
         range: Range<usize>,
         to: &mut [f32],
@@ -157,9 +158,9 @@ impl CompiledNet {
                 expanded.copy_within(begin..begin + kept * line, 0);
             }
             let missing = needed.start + kept..needed.end;
-            self.expand(block, stage.from, from, missing, 0..channel_blocks, &mut expanded[kept * line..]);
+            self.expand(block, layer.from, from, missing, 0..channel_blocks, &mut expanded[kept * line..]);
             present = needed;
-            let to = &mut to[(first - range.start) * stage.to.row_len()..];
+            let to = &mut to[(first - range.start) * layer.to.row_len()..];
             self.convolve_and_project(block, from, strip, expanded, &mut scratch.convolved, to);
         }
     }

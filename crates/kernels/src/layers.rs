@@ -153,8 +153,8 @@ pub(crate) enum PackedLayer {
 
 /// A packed layer with the shapes of its input and output.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Stage {
-    pub layer: PackedLayer,
+pub(crate) struct CompiledLayer {
+    pub packed: PackedLayer,
     pub from: FeatureMapShape,
     pub to: FeatureMapShape,
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::gemm::{GemmArgs, InputStrides, OutputStrides, PackedGemm, PanelLayout};
 use crate::inverted_residual::InvertedResidual;
-use crate::layers::{BlockGeometry, Clip, DenseConv, FeatureMapShape, PackedLayer, Stage};
+use crate::layers::{BlockGeometry, Clip, CompiledLayer, DenseConv, FeatureMapShape, PackedLayer};
 use crate::simd::Isa;
 
 /// The cost of a layer.
@@ -18,22 +18,22 @@ pub struct LayerProfile {
     pub time: Duration,
 }
 
-/// Returns the profiles of the stages with the times of their last run.
-pub(crate) fn profile(stages: &[Stage], times: &[Duration]) -> Vec<LayerProfile> {
-    let layer = |(stage, time): (&Stage, &Duration)| {
-        let (name, macs) = name_and_macs(stage);
-        let FeatureMapShape { height, width, .. } = stage.to;
+/// Returns the profiles of the layers with the times of their last run.
+pub(crate) fn profile(layers: &[CompiledLayer], times: &[Duration]) -> Vec<LayerProfile> {
+    let layer_profile = |(layer, time): (&CompiledLayer, &Duration)| {
+        let (name, macs) = name_and_macs(layer);
+        let FeatureMapShape { height, width, .. } = layer.to;
         LayerProfile { name: format!("{name}, {width}×{height}"), macs, time: *time }
     };
-    stages.iter().zip(times).map(layer).collect()
+    layers.iter().zip(times).map(layer_profile).collect()
 }
 
-fn name_and_macs(stage: &Stage) -> (String, u64) {
-    let (from, to) = (stage.from.channels, stage.to.channels);
-    match &stage.layer {
-        PackedLayer::GlobalSum { .. } => ("mean".into(), product(stage.from.len(), 1)),
+fn name_and_macs(layer: &CompiledLayer) -> (String, u64) {
+    let (from, to) = (layer.from.channels, layer.to.channels);
+    match &layer.packed {
+        PackedLayer::GlobalSum { .. } => ("mean".into(), product(layer.from.len(), 1)),
         PackedLayer::Conv { conv, .. } => {
-            (format!("{} {from} → {to}", kernel_name(conv)), product(taps(conv), stage.to.len()))
+            (format!("{} {from} → {to}", kernel_name(conv)), product(taps(conv), layer.to.len()))
         }
         PackedLayer::InvertedResidual(block) => {
             let InvertedResidual { expand, project, geometry, .. } = &**block;
@@ -47,7 +47,7 @@ fn name_and_macs(stage: &Stage) -> (String, u64) {
             name += &format!("{kernel}×{kernel} depthwise");
             if project.is_some() {
                 name += &format!(", 1×1 → {to}");
-                macs = macs.saturating_add(product(convolved.channels, stage.to.len()));
+                macs = macs.saturating_add(product(convolved.channels, layer.to.len()));
             }
             (name, macs)
         }

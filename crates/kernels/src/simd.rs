@@ -159,7 +159,7 @@ mod x86 {
 
     use super::{SimdF32, Tile, gemm};
 
-    // SAFETY: `LANES` is the number of f32 in the type, and each function accesses no more than that behind a pointer.
+    // SAFETY: `LANES` is the number of f32 in the type, and each function accesses no more than that from a pointer on.
     unsafe impl SimdF32 for __m512 {
         const LANES: usize = 16;
         type Half = HalfF32x8;
@@ -213,7 +213,7 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(crate) struct HalfF32x8(__m256);
 
-    // SAFETY: `LANES` is the number of f32 in the type, and each function accesses no more than that behind a pointer.
+    // SAFETY: `LANES` is the number of f32 in the type, and each function accesses no more than that from a pointer on.
     unsafe impl SimdF32 for __m256 {
         const LANES: usize = 8;
         type Half = Self;
@@ -320,7 +320,7 @@ mod arm {
 
     use super::{SimdF32, Tile, gemm};
 
-    // SAFETY: `LANES` is the number of f32 in the type, and each function accesses no more than that behind a pointer.
+    // SAFETY: `LANES` is the number of f32 in the type, and each function accesses no more than that from a pointer on.
     unsafe impl SimdF32 for float32x4_t {
         const LANES: usize = 4;
         type Half = Self;
@@ -366,7 +366,7 @@ mod arm {
 #[derive(Clone, Copy)]
 pub(crate) struct PortableF32x4([f32; 4]);
 
-// SAFETY: `LANES` is the length of the array, and each function accesses no more than that behind a pointer.
+// SAFETY: `LANES` is the length of the array, and each function accesses no more than that from a pointer on.
 unsafe impl SimdF32 for PortableF32x4 {
     const LANES: usize = 4;
     type Half = Self;

@@ -127,7 +127,7 @@ impl ThreadPool {
         self.wake();
         task(0);
         drop(wait);
-        assert!(!shared.panicked.load(Ordering::Relaxed), "a thread of the pool panicked; its message stands above");
+        assert!(!shared.panicked.load(Ordering::Relaxed), "a thread of the pool panicked; its message is above");
     }
 
     fn lock(&self) -> MutexGuard<'_, Callers> {
@@ -198,7 +198,7 @@ impl Shared {
                 thread::park();
                 since = try_thread_cpu_time();
             }
-            seen += 1;
+            seen = seen.wrapping_add(1);
             if self.ended.load(Ordering::Relaxed) {
                 return;
             }

@@ -311,6 +311,23 @@ mod tests {
     use super::*;
     use crate::vision::decode::tests::{encode, gradient};
 
+    /// The folders of a cache that an earlier version filled: with another key, all features would be extracted again.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn cache_keys_are_those_of_earlier_versions() {
+        let (network, preprocess) = (OnnxBackbone::built_in().unwrap(), Preprocess::mobilenet_v2());
+        let backbone = network.compile_feature_maps().unwrap();
+        let key = |count: usize, precision: Precision| {
+            let (network, backbone, preprocess) = (&network, &backbone, &preprocess);
+            let views = Views { count, seed: 1 };
+            let map_channels = Some(320);
+            Extractor { network, backbone, map_channels, preprocess, precision, views, cache: None, threads: 1 }
+                .cache_key()
+        };
+        let keys = [key(6, Precision::Half), key(1, Precision::Single)];
+        assert_eq!(keys, ["map-25cd34cf43e9ff37", "map-bd646a444bd9951e"]);
+    }
+
     #[test]
     fn extends_cached_views_and_gives_the_same_values_with_and_without_cache() {
         let dir = tempfile::tempdir().unwrap();

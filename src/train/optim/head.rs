@@ -57,14 +57,14 @@ impl Learner for HeadLearner<'_> {
             let view = if self.train.views > 1 { random_below(rng, self.train.views) } else { 0 };
             let row = self.train.row(i, view);
             let logits = linear(&weight.values, &bias.values, &row);
-            let (sample_loss, by_logits) = self.targets.cross_entropy(&logits, self.train.class(i));
+            let (sample_loss, grad_logits) = self.targets.cross_entropy(&logits, self.train.class(i));
             loss += sample_loss * scale;
             let rows = weight.gradient.chunks_exact_mut(row.len());
-            for ((by_logit, weight), bias) in by_logits.iter().zip(rows).zip(&mut bias.gradient) {
-                let by_logit = by_logit * scale;
-                *bias += by_logit;
+            for ((grad_logit, weight), bias) in grad_logits.iter().zip(rows).zip(&mut bias.gradient) {
+                let grad_logit = grad_logit * scale;
+                *bias += grad_logit;
                 for (weight, x) in weight.iter_mut().zip(row.iter()) {
-                    *weight += by_logit * x;
+                    *weight += grad_logit * x;
                 }
             }
         }

@@ -117,32 +117,35 @@ impl<'a> LastConvLearner<'a> {
             bias: vec![0.0; self.groups[BIAS].values.len()],
         };
         for (sample, activations) in samples.iter().zip(activations.chunks_exact_mut(positions * outputs)) {
+            // `pool` overwrites the activations with the derivative of ReLU6.
             let mut features = self.pool(activations);
             let mask = self.dropout_mask(sample.dropout_seed, outputs);
             features.iter_mut().zip(&mask).for_each(|(feature, mask)| *feature *= mask);
             let logits = linear(&self.groups[HEAD].values, &self.groups[BIAS].values, &features);
-            let (loss, by_logits) = self.targets.cross_entropy(&logits, self.train.class(sample.image));
+            let (loss, grad_logits) = self.targets.cross_entropy(&logits, self.train.class(sample.image));
             gradient.loss += loss;
-            let by_activation = self.head_backward(&mut gradient, &features, &by_logits, &mask, 1.0 / positions as f32);
+            let grad_activation =
+                self.head_backward(&mut gradient, &features, &grad_logits, &mask, 1.0 / positions as f32);
             for position in activations.chunks_exact_mut(outputs) {
-                for ((value, by_activation), shift) in position.iter_mut().zip(&by_activation).zip(&mut gradient.shift)
+                for ((value, grad_activation), shift) in
+                    position.iter_mut().zip(&grad_activation).zip(&mut gradient.shift)
                 {
-                    // `pool` left the derivative of ReLU6 here.
-                    *value *= by_activation;
+                    // The chain rule: `value` is the derivative of ReLU6.
+                    *value *= grad_activation;
                     *shift += *value;
                 }
             }
         }
-        let by_activation = ArrayView2::from_shape((samples.len() * positions, outputs), activations.as_slice())
+        let grad_activation = ArrayView2::from_shape((samples.len() * positions, outputs), activations.as_slice())
             .expect("a row a position");
         let maps = ArrayView2::from_shape((samples.len() * positions, inputs), maps.as_slice()).expect("whole maps");
         let mut out = ArrayViewMut2::from_shape((outputs, inputs), &mut gradient.weight).expect("whole filters");
-        general_mat_mul(1.0, &by_activation.t(), &maps, 0.0, &mut out);
+        general_mat_mul(1.0, &grad_activation.t(), &maps, 0.0, &mut out);
         gradient
     }
 
-    /// Adds the shift, applies ReLU6 and global average pooling. Replaces each activation by the derivative of ReLU6: 1 or
-    /// 0. in: `[positions, outputs]`; out: `[outputs]`.
+    /// Adds the shift, applies ReLU6 and global average pooling; overwrites `activations` with the derivative of ReLU6, 1 or 0, for
+    /// the backward pass. in: `[positions, outputs]`; out: `[outputs]`.
     fn pool(&self, activations: &mut [f32]) -> Vec<f32> {
         let shift = &self.groups[SHIFT].values;
         let scale = shift.len() as f32 / activations.len() as f32;
@@ -158,31 +161,31 @@ impl<'a> LastConvLearner<'a> {
     }
 
     /// Adds the gradient of the head, and returns the gradient with respect to the activations, `[outputs]`, which is the
-    /// same at every position. `by_logits`: `[classes]`; `mask`: the dropout mask; `scale`: 1 / positions.
+    /// same at every position. `grad_logits`: `[classes]`; `mask`: the dropout mask; `scale`: 1 / positions.
     fn head_backward(
         &self,
         gradient: &mut ChunkGradient,
         features: &[f32],
-        by_logits: &[f32],
+        grad_logits: &[f32],
         mask: &[f32],
         scale: f32,
     ) -> Vec<f32> {
-        let mut by_features = vec![0.0; features.len()];
+        let mut grad_features = vec![0.0; features.len()];
         let head = self.groups[HEAD].values.chunks_exact(features.len());
         let head_gradient = gradient.head.chunks_exact_mut(features.len());
-        for (((by_logit, weight), by_weight), by_bias) in
-            by_logits.iter().zip(head).zip(head_gradient).zip(&mut gradient.bias)
+        for (((grad_logit, weight), grad_weight), grad_bias) in
+            grad_logits.iter().zip(head).zip(head_gradient).zip(&mut gradient.bias)
         {
-            *by_bias += by_logit;
-            for (((by_weight, feature), by_feature), weight) in
-                by_weight.iter_mut().zip(features).zip(&mut by_features).zip(weight)
+            *grad_bias += grad_logit;
+            for (((grad_weight, feature), grad_feature), weight) in
+                grad_weight.iter_mut().zip(features).zip(&mut grad_features).zip(weight)
             {
-                *by_weight += by_logit * feature;
-                *by_feature += by_logit * weight;
+                *grad_weight += grad_logit * feature;
+                *grad_feature += grad_logit * weight;
             }
         }
-        by_features.iter_mut().zip(mask).for_each(|(by_feature, mask)| *by_feature *= mask * scale);
-        by_features
+        grad_features.iter_mut().zip(mask).for_each(|(grad_feature, mask)| *grad_feature *= mask * scale);
+        grad_features
     }
 
     /// Returns the inverted dropout mask, `[outputs]`: 0 for a dropped feature, 1 / (1 − rate) for the others.
@@ -244,8 +247,8 @@ impl Learner for LastConvLearner<'_> {
         // So far the gradient is with respect to gain × weight.
         let [weight, gain, ..] = &mut self.groups;
         let filters = weight.values.chunks_exact(self.inputs).zip(weight.gradient.chunks_exact_mut(self.inputs));
-        for ((filter, gradient), (gain, by_gain)) in filters.zip(gain.values.iter().zip(&mut gain.gradient)) {
-            *by_gain = dot(filter, gradient);
+        for ((filter, gradient), (gain, grad_gain)) in filters.zip(gain.values.iter().zip(&mut gain.gradient)) {
+            *grad_gain = dot(filter, gradient);
             gradient.iter_mut().for_each(|g| *g *= gain);
         }
         loss

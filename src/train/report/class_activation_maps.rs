@@ -54,10 +54,10 @@ impl<'a> ClassActivationMaps<'a> {
         indices: &[usize],
         threads: usize,
     ) -> Result<Vec<GalleryImage>, BackboneError> {
-        let trunk = self.network.compile_feature_maps()?;
+        let backbone = self.network.compile_feature_maps()?;
         let init = || {
             Ok(Worker {
-                session: trunk.session()?,
+                session: backbone.session()?,
                 preprocessor: Preprocessor::new(self.preprocess.clone()),
                 input: vec![0.0; self.preprocess.input_len()],
             })

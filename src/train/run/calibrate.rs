@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::bundle::DatasetRef;
 use crate::train::data::augment::Views;
 use crate::train::data::dataset::fingerprint;
-use crate::train::data::image_set::ImageSet;
+use crate::train::data::image_set::{HashedImage, ImageSet};
 use crate::train::evaluate::EvaluatedSet;
 use crate::train::features::{Features, Precision};
 use crate::train::optim::{ood, temperature};
@@ -21,7 +21,7 @@ use crate::train::run::{Progress, RunContext, TrainError};
 use crate::vision::classifier::ClassifierParams;
 use crate::vision::head::{argmax, linear};
 use crate::vision::ood::OodError;
-use crate::vision::{Head, LastConvWeights, OnnxBackbone, OodDetector, Prediction};
+use crate::vision::{Head, Labels, LastConvWeights, OnnxBackbone, OodDetector, Prediction};
 
 /// Directions of the OOD detector's subspace. With fewer, it accepts more out-of-distribution images; more only enlarge the
 /// bundle.
@@ -36,28 +36,20 @@ pub(super) fn calibrate(
 ) -> Result<Trained, TrainError> {
     let FittedModel { last_conv, head_weight, head_bias, history } = fitted;
     let ExtractedFeatures { train, val, skipped } = features;
-    let labels = pretrained.labels.clone();
     let train_rows = final_features(context, &train, last_conv.as_ref());
     let val_rows = final_features(context, &val, last_conv.as_ref());
-    let (train_classes, val_classes) = (train.classes(), val.classes());
-    let head = calibrated_head(head_weight, head_bias, &val_rows, &val_classes)?;
+    let val_classes = val.classes();
+    let head = fit_temperature(head_weight, head_bias, &val_rows, &val_classes)?;
     let ood = fit_ood_detector(context, &train_rows, &val_rows)?;
-    let params = ClassifierParams { labels, head, ood, preprocess: context.settings.preprocess() };
-    let predictions: Vec<Prediction> = val_rows.iter().map(|row| params.predict(row)).collect();
-    let self_test_features = least_confident_correct(&val_rows, &predictions, &val_classes);
+    let (labels, preprocess) = (pretrained.labels.clone(), context.settings.preprocess());
+    let params = ClassifierParams { labels, head, ood, preprocess };
+    let val = evaluate(&params, &val_rows, val.images);
+    let self_test_features = choose_self_test_features(&val_rows, &val.predictions, &val_classes);
     let ClassifierParams { labels, head, ood, .. } = params;
-    let val = EvaluatedSet::new(&labels, val.images, predictions);
-    let contents = train.images.iter().chain(&val.photographs).map(|image| (image.class, &image.content_hash));
-    let dataset = DatasetRef {
-        sha256: fingerprint(&labels, contents),
-        train_images: train.len(),
-        val_images: val.photographs.len(),
-    };
-    let class_len = |class| train_classes.iter().filter(|other| **other == class).count();
     Ok(Trained {
         parameters: count_parameters(context.settings.fine_tune, &pretrained.network, &head),
-        dataset,
-        train_images: (0..labels.names().len()).map(class_len).collect(),
+        dataset: describe_dataset(&labels, &train.images, &val.photographs),
+        train_images: images_per_class(&labels, &train.classes()),
         labels,
         val,
         test: None,
@@ -71,7 +63,8 @@ pub(super) fn calibrate(
     })
 }
 
-/// Evaluates the model on the test set, if there is one. Images that are also in the training or validation set are skipped.
+/// Reads and hashes the test images, extracts their features and evaluates the model on them, if there is a test set. Images
+/// that are also in the training or validation set are skipped.
 pub(super) fn evaluate_test_set(
     context: RunContext<'_>,
     pretrained: &Pretrained,
@@ -97,8 +90,7 @@ pub(super) fn evaluate_test_set(
         ood: trained.ood.clone(),
         preprocess: context.settings.preprocess(),
     };
-    let predictions = rows.iter().map(|row| params.predict(row)).collect();
-    trained.test = Some(EvaluatedSet::new(&trained.labels, features.images, predictions));
+    trained.test = Some(evaluate(&params, &rows, features.images));
     Ok(())
 }
 
@@ -113,7 +105,7 @@ fn final_features(context: RunContext<'_>, features: &Features, last_conv: Optio
 }
 
 /// Returns the head with the temperature that minimizes the validation loss.
-fn calibrated_head(
+fn fit_temperature(
     weight: Vec<f32>,
     bias: Vec<f32>,
     val: &[Vec<f32>],
@@ -147,9 +139,15 @@ fn threshold(similarities: &[f32], reject: f32) -> f32 {
     f32::midpoint(last_rejected, first_accepted)
 }
 
+/// Returns `images` with the predictions for their feature vectors `rows` (`[width]` each, in the same order), and the metrics.
+fn evaluate(params: &ClassifierParams, rows: &[Vec<f32>], images: Vec<HashedImage>) -> EvaluatedSet {
+    let predictions = rows.iter().map(|row| params.predict(row)).collect();
+    EvaluatedSet::new(&params.labels, images, predictions)
+}
+
 /// Returns, for each class, the features of the correct image with the lowest confidence, which is the most sensitive to
 /// a change of the model: `[width]` each, at least one.
-fn least_confident_correct(features: &[Vec<f32>], predictions: &[Prediction], classes: &[usize]) -> Vec<Vec<f32>> {
+fn choose_self_test_features(features: &[Vec<f32>], predictions: &[Prediction], classes: &[usize]) -> Vec<Vec<f32>> {
     let of_class = |class: usize| {
         let correct = |i: &usize| classes[*i] == class && argmax(&predictions[*i].probabilities) == class;
         let confidence = |i: &usize| predictions[*i].probabilities[class];
@@ -160,6 +158,18 @@ fn least_confident_correct(features: &[Vec<f32>], predictions: &[Prediction], cl
     // A model without a correct prediction still needs a self-test.
     let chosen = if chosen.is_empty() { vec![0] } else { chosen };
     chosen.into_iter().map(|i| features[i].clone()).collect()
+}
+
+/// Returns the fingerprint and the sizes of the training and validation sets.
+fn describe_dataset(labels: &Labels, train: &[HashedImage], val: &[HashedImage]) -> DatasetRef {
+    let contents = train.iter().chain(val).map(|image| (image.class, &image.content_hash));
+    DatasetRef { sha256: fingerprint(labels, contents), train_images: train.len(), val_images: val.len() }
+}
+
+/// Returns the number of images of each class; `classes` is the class of each image.
+fn images_per_class(labels: &Labels, classes: &[usize]) -> Vec<usize> {
+    let count = |class| classes.iter().filter(|other| **other == class).count();
+    (0..labels.names().len()).map(count).collect()
 }
 
 fn count_parameters(fine_tune: FineTune, network: &OnnxBackbone, head: &Head) -> Parameters {

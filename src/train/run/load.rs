@@ -1,4 +1,4 @@
-//! Stage 1: loads the datasets, the network and the backbone.
+//! Stage 1: loads the training and validation sets, the network and the backbone; lists the test set.
 
 use std::path::Path;
 
@@ -25,11 +25,12 @@ pub(super) struct Pretrained {
 pub(super) struct Datasets {
     pub train: ImageSet,
     pub val: ImageSet,
+    /// The listed files; [`evaluate_test_set`](super::calibrate::evaluate_test_set) reads, hashes and extracts them after training.
     pub test: Option<Dataset>,
 }
 
-/// Loads everything that a run reads, except the test images, and checks that every class has training and validation
-/// images.
+/// Loads everything that a run reads, and checks that every class has training and validation images. Of the test set only the
+/// files are listed; see [`Datasets::test`].
 pub(super) fn load(context: RunContext<'_>) -> Result<(Pretrained, Datasets), TrainError> {
     let settings = context.settings;
     let dataset = Dataset::read(&settings.dataset)?;

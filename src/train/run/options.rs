@@ -1,4 +1,4 @@
-//! The options of a run that the trained model does not depend on.
+//! The options of a run that do not select what is trained.
 
 use std::path::PathBuf;
 use std::time::SystemTime;

@@ -135,7 +135,7 @@ impl BackboneFile {
     ) -> Result<Self, BackboneError> {
         let failed = |reason: String| BackboneError::Load { name: named.into(), reason };
         let file = match (zoo::named(named), folder) {
-            (Some(published), Some(folder)) => published.place(folder),
+            (Some(entry), Some(folder)) => entry.path_in(folder),
             _ => named.into(),
         };
         if zoo::named(named).is_some() && !file.is_file() {
@@ -143,7 +143,7 @@ impl BackboneFile {
         }
         let onnx = backbone::read_file(&file)?;
         let info = backbone::inspect(named, &onnx, feature.as_deref())?;
-        let known = zoo::with_sha256(&sha256_hex(&onnx)).map(|published| published.preprocess);
+        let known = zoo::with_sha256(&sha256_hex(&onnx)).map(|entry| entry.preprocess);
         let preset = preset.map(|preset| match preset {
             PreprocessPreset::Keras => Preprocess::mobilenet_v2(),
             PreprocessPreset::Torchvision => Preprocess::torchvision(224),
@@ -328,6 +328,46 @@ mod tests {
             fs::write(&path, settings.to_toml()).unwrap();
             assert_eq!(Settings::read(&path).unwrap(), settings);
         }
+    }
+
+    #[test]
+    fn reads_the_settings_of_earlier_versions() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        let text = r#"
+            name = "flowers"
+            recipe = "last-conv"
+            dataset = "photos"
+            val_fraction = 0.2
+            fine_tune = "last-conv"
+            views = 6
+            reject = 0.03
+            embed_backbone = false
+
+            [sgd]
+            seed = 1
+            epochs = 2
+            patience = 0
+            batch = 64
+            optimiser = "adam"
+            learning_rate = 0.01
+            schedule = "step"
+            warm_up = 1
+            step_epochs = 10
+            step_factor = 0.3
+            momentum = 0.9
+            nesterov = true
+            weight_decay = 0.06
+            label_smoothing = 0.05
+            balance = false
+            dropout = 0.0
+        "#;
+        fs::write(&path, text).unwrap();
+        let settings = Settings::read(&path).unwrap();
+        assert_eq!((settings.recipe, settings.fine_tune, settings.views), (Recipe::LastConv, FineTune::LastConv, 6));
+        assert_eq!((settings.training.optimizer, settings.training.schedule), (Optimizer::Adam, Schedule::Step));
+        let lines = |text: &str| -> Vec<String> { text.lines().map(|line| line.trim().into()).collect() };
+        assert_eq!(lines(&settings.to_toml()), lines(text.trim()), "the same keys and values");
     }
 
     #[test]

@@ -120,8 +120,8 @@ impl RunWriter {
         }
         let is_run_file = |name: &str| [CONFIG, CHECKPOINTS].contains(&name) || is_result(name);
         if folder.exists() {
-            for entry in at(folder, fs::read_dir(folder))? {
-                let name = at(folder, entry)?.file_name();
+            for entry in with_path(folder, fs::read_dir(folder))? {
+                let name = with_path(folder, entry)?.file_name();
                 if !is_run_file(&name.to_string_lossy()) {
                     return Err(RunWriterError::UnknownFile { folder: folder.into(), file: name.into() });
                 }
@@ -140,12 +140,12 @@ impl RunWriter {
     pub fn begin(settings: &Settings, options: &RunOptions) -> Result<Self, RunWriterError> {
         let folder = options.out.clone();
         let checkpoints = folder.join(CHECKPOINTS);
-        at(&checkpoints, fs::create_dir_all(&checkpoints))?;
+        with_path(&checkpoints, fs::create_dir_all(&checkpoints))?;
         remove(&folder, is_result)?;
         remove(&checkpoints, is_checkpoint)?;
         let config = folder.join(CONFIG);
-        at(&config, fs::write(&config, settings.to_toml()))?;
-        let events = at(&folder, EventWriter::create(&folder, options.created_at))?;
+        with_path(&config, fs::write(&config, settings.to_toml()))?;
+        let events = with_path(&folder, EventWriter::create(&folder, options.created_at))?;
         let (threads, created_at) = (options.threads, options.created_at);
         Ok(RunWriter { folder, settings: settings.clone(), threads, created_at, events })
     }
@@ -163,7 +163,7 @@ impl RunWriter {
             ("learning_rate", f64::from(epoch.learning_rate)),
         ];
         let written = self.events.write_scalars(epoch.epoch, &scalars);
-        at(self.events.path(), written)?;
+        with_path(self.events.path(), written)?;
         if epoch.best {
             let name = format!("epoch-{:03}-val-loss-{:.4}.safetensors", epoch.epoch, epoch.val.loss);
             let tensors: Vec<_> = groups.iter().map(|g| (g.name, vec![g.values.len()], g.values.as_slice())).collect();
@@ -200,7 +200,7 @@ impl RunWriter {
         let gallery = Gallery::load(&self.settings, network, trained, self.threads)?;
         self.write(REPORT, report::html(&self.settings, network, trained, &gallery).as_bytes())?;
         let written = self.write_images(trained, &gallery);
-        at(self.events.path(), written)?;
+        with_path(self.events.path(), written)?;
         self.write_bundle(network, trained)
     }
 
@@ -232,7 +232,7 @@ impl RunWriter {
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RunWriterError> {
         let path = self.folder.join(name);
-        at(&path, fs::write(&path, bytes))
+        with_path(&path, fs::write(&path, bytes))
     }
 }
 
@@ -284,17 +284,17 @@ fn is_checkpoint(name: &str) -> bool {
 
 /// Removes the files in `folder` for whose names `unwanted` returns true.
 fn remove(folder: &Path, unwanted: impl Fn(&str) -> bool) -> Result<(), RunWriterError> {
-    for entry in at(folder, fs::read_dir(folder))? {
-        let path = at(folder, entry)?.path();
+    for entry in with_path(folder, fs::read_dir(folder))? {
+        let path = with_path(folder, entry)?.path();
         if path.file_name().is_some_and(|name| unwanted(&name.to_string_lossy())) {
-            at(&path, fs::remove_file(&path))?;
+            with_path(&path, fs::remove_file(&path))?;
         }
     }
     Ok(())
 }
 
 /// Adds the path to an I/O error.
-fn at<T>(path: &Path, result: io::Result<T>) -> Result<T, RunWriterError> {
+fn with_path<T>(path: &Path, result: io::Result<T>) -> Result<T, RunWriterError> {
     result.map_err(|e| RunWriterError::Io { path: path.into(), reason: e.to_string() })
 }
 

@@ -42,7 +42,7 @@ pub enum Refusal {
     #[error("decide.classes: {0}")]
     Classes(#[from] UnknownClass),
     /// It does not fit the free memory.
-    #[error("it needs about {needed} MiB of memory, {free} are free")]
+    #[error("it needs about {needed} MiB of memory, {free} MiB are free")]
     Memory {
         /// Estimated memory that it needs, in MiB.
         needed: u64,
@@ -50,14 +50,14 @@ pub enum Refusal {
         free: u64,
     },
     /// It has no self-test.
-    #[error("it carries no self-test; a model that is trained anew does")]
+    #[error("the bundle contains no self-test; train the model again")]
     NoSelfTest,
     /// It fails its self-test.
     #[error(transparent)]
     SelfTest(#[from] SelfTestError),
     /// A frame takes too much processor time.
     #[error(
-        "it takes {cpu_ms} ms of processor time a frame, the active model {active_ms} ms: more than model.slowdown_max = {slowdown_max} allows"
+        "it needs {cpu_ms} ms of processor time per frame, the active model {active_ms} ms: more than model.slowdown_max = {slowdown_max} allows"
     )]
     Slow {
         /// Its processor time per frame, in milliseconds.
@@ -68,8 +68,8 @@ pub enum Refusal {
         slowdown_max: f64,
     },
     /// A library panicked; the name of the model's file.
-    #[error("{0} made the program panic; see the message above in the log")]
-    Panicked(String),
+    #[error("the model made the program panic; see the message above in the log")]
+    Panicked,
 }
 
 /// Reason why a model must not replace the active one unless it is forced.
@@ -145,7 +145,7 @@ pub fn admit<E: From<Refusal>>(
     accept: impl FnOnce(&Identity) -> Result<(), E>,
 ) -> Result<Admitted, E> {
     let caught = |work: &mut dyn FnMut() -> Result<Admitted, E>| {
-        let panicked = |_| Err(Refusal::Panicked(candidate.file.to_owned()).into());
+        let panicked = |_| Err(Refusal::Panicked.into());
         catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(panicked)
     };
     let mut accept = Some(accept);

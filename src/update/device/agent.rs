@@ -1,4 +1,4 @@
-//! The update agent: receives offered models, admits them, activates them on trial, agent_outbox. It runs in a thread of its own, so
+//! The update agent: receives offered models, admits them, activates them on trial, and answers. It runs in a thread of its own, so
 //! that neither frames nor the broker's connection wait for it.
 
 use std::collections::VecDeque;
@@ -45,14 +45,15 @@ pub struct UpdateAgent {
     loader: ModelLoader,
     agent_outbox: Outbox,
     swaps: SyncSender<Swap>,
-    /// The active model, and the state of its store.
+    /// The active model.
     model: ModelHandle,
+    /// The store's state that this agent wrote or read last.
     state: State,
     commands: mpsc::Receiver<Command>,
     announcement: watch::Sender<ModelAnnouncement>,
     transfer: Option<Transfer>,
     trial: Option<ActiveTrial>,
-    /// The newest agent_outbox.
+    /// The newest answers.
     answered: VecDeque<Answer>,
     /// Set when the program is about to stop.
     stop: watch::Receiver<bool>,
@@ -93,7 +94,7 @@ enum RequestError {
     Keys(#[from] KeyError),
     #[error("no key is trusted here: put one into model.trusted_keys, or `bloomcast install --trust`")]
     NoTrustedKeys,
-    #[error("{0}; --force takes it nevertheless")]
+    #[error("{0}; --force installs it anyway")]
     UpgradeRefused(#[from] UpgradeRefused),
     #[error("{0}, and {1}")]
     ForceRefused(UpgradeRefused, CommandError),
@@ -103,7 +104,7 @@ enum RequestError {
     Offer(#[from] OfferError),
     #[error("the received bundle is not what was offered: its sha256 differs")]
     Altered,
-    #[error("it is {model}, and was offered as {offered}")]
+    #[error("the bundle contains {model}, but the offer names {offered}")]
     OtherModel { model: String, offered: String },
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -323,7 +324,7 @@ impl UpdateAgent {
         }
     }
 
-    /// Starts a trial; returns the trial_observer of its frames.
+    /// Starts a trial; returns the observer of its frames.
     fn start_trial(&mut self, transfer: Option<Uuid>, cpu_time_max: Option<Duration>) -> FrameObserver {
         let (sender, reports) = mpsc::sync_channel(REPORTS_MAX);
         let trial = Trial::start(self.options.trial, cpu_time_max, Instant::now());
@@ -333,7 +334,7 @@ impl UpdateAgent {
     }
 
     fn end_trial(&mut self, outcome: TrialOutcome) {
-        // The receiver lives to the end of this function: until then the vision thread keeps the trial_observer.
+        // The receiver lives to the end of this function: until then the vision thread keeps the observer.
         let Some(ActiveTrial { transfer, reports: _reports, .. }) = self.trial.take() else { return };
         let model = self.model.identity();
         let confirmed = match outcome {
@@ -350,8 +351,8 @@ impl UpdateAgent {
                 warn!("{model} failed its trial: {reason}");
                 let before = self.state.clone();
                 if let Ok(store) = self.loader.store() {
-                    let failed = store.fail_trial(&model.sha256, &reason);
-                    self.activate_current(persist_or_keep(failed, before, |state| state.trial = None));
+                    let written = store.fail_trial(&model.sha256, &reason);
+                    self.activate_current(persist_or_keep(written, before, |state| state.trial = None));
                 }
                 self.answer(UpdateStatus::RolledBack, Some(reason), model, transfer);
             }
@@ -561,7 +562,7 @@ mod tests {
             }
         }
 
-        /// Swaps as the vision thread does; returns the version of the active model and the trial_observer of its frames.
+        /// Swaps as the vision thread does; returns the version of the active model and the observer of its frames.
         fn swap(&mut self) -> (u64, Option<FrameObserver>) {
             let swap = self.swapped.recv_timeout(Duration::from_secs(60)).unwrap();
             let replaced = self.active.replace(swap.classifier).unwrap();

@@ -20,7 +20,7 @@ pub enum InstallError {
     #[error("{0} is active already")]
     AlreadyActive(Identity),
     /// The model is not newer than the active one, or was rolled back.
-    #[error("{0}; --force installs it nevertheless")]
+    #[error("{0}; --force installs it anyway")]
     UpgradeRefused(#[from] UpgradeRefused),
     /// The model is not admitted.
     #[error(transparent)]

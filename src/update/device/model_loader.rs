@@ -43,7 +43,7 @@ pub enum NoStore {
     #[error("model.bundle names the model of this device; clear it to install others")]
     ConfiguredBundle,
     /// No store is configured.
-    #[error("model.store is empty: this device keeps no models")]
+    #[error("model.store is empty: this device does not store models")]
     NotConfigured,
 }
 
@@ -98,7 +98,7 @@ pub struct ActiveModel {
 /// A trial that cannot be continued at the start.
 #[derive(Debug, thiserror::Error)]
 enum TrialError {
-    #[error("the program did not end in order while it was on trial")]
+    #[error("the daemon was killed or crashed during the trial")]
     Crashed,
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -173,9 +173,9 @@ impl ModelLoader {
                 Ok((loaded, state)) => return Ok(ActiveModel { on_trial: true, ..ActiveModel::new(loaded, state) }),
                 Err(error) => {
                     let reason = error.to_string();
-                    let failed = store.fail_trial(&trial.slot.sha256, &reason);
+                    let written = store.fail_trial(&trial.slot.sha256, &reason);
                     rolled_back.push((trial.slot, reason));
-                    state = persist_or_keep(failed, state, |state| state.trial = None);
+                    state = persist_or_keep(written, state, |state| state.trial = None);
                 }
             }
         }
@@ -320,8 +320,8 @@ fn rollback_target(state: &State) -> Option<String> {
     })
 }
 
-/// Returns the state that was written. If it could not be, returns `before` with the change, which lasts until the program
-/// ends.
+/// Returns the state that was written. If the state cannot be written, applies the change to `before` in memory only; it is
+/// lost at restart.
 pub fn persist_or_keep(written: Result<State, StoreError>, before: State, change: impl FnOnce(&mut State)) -> State {
     written.unwrap_or_else(|error| {
         warn!("the store's state cannot be written and is lost when the program ends: {error}");

@@ -252,7 +252,7 @@ impl Store {
         let put = written.and_then(|()| self.write(state));
         if put.is_err() {
             // The error that is returned has the reason.
-            let _ = self.remove_unnamed(&before);
+            let _ = self.remove_unreferenced(&before);
         }
         put
     }
@@ -339,7 +339,7 @@ impl Store {
     /// A file cannot be removed; or the state cannot be read, and nothing is removed.
     pub fn clean_up(&self) -> Result<(), StoreError> {
         match self.lock()? {
-            Some(_lock) => self.remove_unnamed(&self.state()?),
+            Some(_lock) => self.remove_unreferenced(&self.state()?),
             None => Ok(()),
         }
     }
@@ -372,7 +372,7 @@ impl Store {
             json.push(b'\n');
             archive::write_atomically(&path, &json).map_err(|source| StoreError::Archive { path, source })?;
             // A file that cannot be removed is removed the next time.
-            let _ = self.remove_unnamed(&state);
+            let _ = self.remove_unreferenced(&state);
         }
         Ok(state)
     }
@@ -402,14 +402,15 @@ impl Store {
         File::open(&self.folder).and_then(|folder| folder.sync_all()).map_err(failed)
     }
 
-    /// Removes files that the state does not name; a file that cannot be removed does not keep the others.
-    fn remove_unnamed(&self, state: &State) -> Result<(), StoreError> {
-        let named: Vec<PathBuf> = state.slots().map(|slot| self.slot_file(slot)).collect();
+    /// Removes the files that the state does not refer to; a file that cannot be removed does not stop the removal of the others.
+    fn remove_unreferenced(&self, state: &State) -> Result<(), StoreError> {
+        let referenced: Vec<PathBuf> = state.slots().map(|slot| self.slot_file(slot)).collect();
         let partial = self.folder.join(STATE).with_added_extension(archive::PART);
         let entries = fs::read_dir(self.folder.join(SLOTS)).into_iter().flatten();
-        let unnamed = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| !named.contains(path));
+        let unreferenced =
+            entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| !referenced.contains(path));
         let mut removed = Ok(());
-        for path in unnamed.chain(partial.exists().then_some(partial)) {
+        for path in unreferenced.chain(partial.exists().then_some(partial)) {
             if let Err(source) = fs::remove_file(&path) {
                 removed = Err(StoreError::Io { path, source });
             }

@@ -1,5 +1,8 @@
 //! The delivery of a model to one device, from the probe to the final answer. It performs no I/O and reads no clock; the
 //! caller passes messages and the time.
+//!
+//! An offer is also the request for the transfer's progress: while the device receives the model, it answers each offer, also a
+//! repeated one, with a [`Progress`] message that has `again` set, and chunks are sent from its `next` on.
 
 use std::time::{Duration, Instant};
 
@@ -149,8 +152,8 @@ pub struct Delivery {
     received_max: u32,
     /// Index of the next chunk to send.
     next: u32,
-    /// Whether an offer is due or unanswered. No chunk is sent until the answer; by then, each chunk sent before the offer
-    /// has arrived or is lost.
+    /// Whether an offer is due or unanswered. The device answers a repeated offer with a [`Progress`] message with `again`, and no
+    /// chunk is sent until then: by then, each chunk sent before the offer has arrived or is lost.
     offer_unanswered: bool,
     next_offer_at: Instant,
     /// Interval after the next offer.

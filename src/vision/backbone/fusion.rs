@@ -75,7 +75,7 @@ struct FusedSequence {
 struct FusedOp {
     kind: OpKind,
     from: OutletId,
-    /// Its output, preceded by its outputs before an activation or a residual was fused.
+    /// Outlets of its nodes in order; the last is its output.
     outlets: Vec<OutletId>,
     nodes: Vec<usize>,
     residual: Option<OutletId>,
@@ -140,7 +140,7 @@ impl<'a> PatternMatcher<'a> {
         Ok(Some(FusedSequence { input, layers, channels_first, from, to }))
     }
 
-    /// Keeps the longest start of the operators in which each takes the output of the one before and no other output is used outside.
+    /// Keeps the longest prefix that is a chain and whose intermediate outputs have no other users.
     fn truncate_to_closed_sequence(&mut self) {
         let chained = self.ops.windows(2).take_while(|pair| pair[1].from == pair[0].output()).count() + 1;
         self.ops.truncate(chained);

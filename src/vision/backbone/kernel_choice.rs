@@ -29,7 +29,7 @@ pub struct UnknownKernels {
 
 /// An error of kernels for an instruction set that this processor lacks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("this processor lacks {}; \"auto\" would take {}", .0.name(), Isa::best().name())]
+#[error("this processor lacks {}; \"auto\" would select {}", .0.name(), Isa::best().name())]
 pub struct UnsupportedKernels(pub Isa);
 
 impl KernelChoice {
@@ -136,7 +136,7 @@ mod tests {
                 Err(error) => {
                     assert!(!isa.is_supported());
                     let best = Isa::best().name();
-                    let expected = format!("this processor lacks {}; \"auto\" would take {best}", isa.name());
+                    let expected = format!("this processor lacks {}; \"auto\" would select {best}", isa.name());
                     assert_eq!(error.to_string(), expected);
                 }
             }
