@@ -13,7 +13,7 @@ use bloomcast::train::features::compute_device::ComputeDeviceChoice;
 use bloomcast::train::features::{Extractor, Features, Precision, Values};
 use bloomcast::train::optim::head::HeadLearner;
 use bloomcast::train::optim::last_conv::LastConvLearner;
-use bloomcast::train::optim::training_loop::{self, Learner, TrainingParams};
+use bloomcast::train::optim::training_loop::{self, Hyperparams, Learner};
 use bloomcast::train::{Recipe, RunOptions, train};
 use bloomcast::vision::test_pattern;
 use bloomcast::vision::{OnnxBackbone, Preprocess};
@@ -104,7 +104,7 @@ fn cached_run(c: &mut Criterion) {
     let folder = std::env::temp_dir().join(format!("bloomcast-bench-run-{}", std::process::id()));
     let mut settings = Recipe::Frozen.settings(photographs.join("train"));
     settings.val = Some(photographs.join("val"));
-    settings.training.epochs = 100;
+    settings.hyperparams.epochs = 100;
     let options = RunOptions {
         out: folder.join("run"),
         overwrite: true,
@@ -122,12 +122,12 @@ fn cached_run(c: &mut Criterion) {
     std::fs::remove_dir_all(folder).unwrap();
 }
 
-fn fit(learner: &mut dyn Learner, settings: &TrainingParams) {
+fn fit(learner: &mut dyn Learner, settings: &Hyperparams) {
     training_loop::fit(learner, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
 }
 
 fn fitting(c: &mut Criterion) {
-    let sgd = |recipe: Recipe, epochs: usize| TrainingParams { epochs, ..recipe.settings("none".into()).training };
+    let sgd = |recipe: Recipe, epochs: usize| Hyperparams { epochs, ..recipe.settings("none".into()).hyperparams };
     let mut group = c.benchmark_group("fit");
     group.sample_size(10);
     let (train, val) = (

@@ -185,8 +185,8 @@ impl Bench {
         threads: usize,
     ) -> Result<Self, BenchError> {
         let thread_pool = ThreadPool::with_threads(threads).map_err(BenchError::Threads)?;
-        let backbone =
-            bundle.backbone(&bundle.network(backbone)?.with_kernels(kernels).with_thread_pool(thread_pool))?;
+        let backbone = bundle
+            .compile_backbone(&bundle.onnx_backbone(backbone)?.with_kernels(kernels).with_thread_pool(thread_pool))?;
         let (classifier, kernels) = (Classifier::new(&backbone, bundle.classifier_params())?, backbone.kernels());
         // tract computes a frame on one thread.
         let threads = if kernels.is_some() { threads } else { 1 };

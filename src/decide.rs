@@ -66,7 +66,7 @@ pub struct Rules {
     pub thresholds: Vec<Thresholds>,
 }
 
-/// Thresholds that were refused because `leave` would be above `enter`, so that a class would be entered and left in turns.
+/// Thresholds that were refused because `leave` would be above `enter`, so that the observed class would oscillate.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("leave must not be above enter, for any class")]
 pub struct InvalidHysteresis;
@@ -331,7 +331,7 @@ impl Decider {
         self.last_frame = Some(at);
     }
 
-    /// The class that the scores and thresholds ask for.
+    /// Returns the class that the scores and thresholds select.
     fn target(&self) -> Option<usize> {
         let best = argmax(&self.scores);
         if self.scores[best] >= self.rules.thresholds[best].enter {

@@ -21,7 +21,7 @@
 //! - [`config`] holds the parsed configuration.
 //! - [`zoo`] lists published backbones, `fetch` downloads files, [`mod@bench`] times a frame, [`train`] trains and evaluates
 //!   models; these four may import each other.
-//! - [`daemon`] starts the threads of the stages and joins them; `demo` shows it at work.
+//! - [`daemon`] starts the threads of the stages and joins them; `demo` runs it on replayed photographs.
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]

@@ -27,8 +27,9 @@ struct Pipeline {
 impl Pipeline {
     fn with_threads(threads: usize) -> Self {
         let bundle = Bundle::built_in().unwrap();
-        let network = bundle.network(None).unwrap().with_thread_pool(ThreadPool::with_threads(threads).unwrap());
-        let classifier = Classifier::new(&bundle.backbone(&network).unwrap(), bundle.classifier_params()).unwrap();
+        let network = bundle.onnx_backbone(None).unwrap().with_thread_pool(ThreadPool::with_threads(threads).unwrap());
+        let classifier =
+            Classifier::new(&bundle.compile_backbone(&network).unwrap(), bundle.classifier_params()).unwrap();
         let rules = Rules {
             smoothing: Duration::from_millis(400),
             enter_dwell: Duration::from_millis(600),

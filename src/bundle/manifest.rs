@@ -40,7 +40,7 @@ pub struct Manifest {
     /// Divisor of the logits, above 0; fitted on the validation set.
     pub temperature: f32,
     /// Parameters of the out-of-distribution detection.
-    pub unknown: Unknown,
+    pub unknown: OodParams,
     /// The dataset of the training.
     pub dataset: DatasetRef,
     /// Metrics on the validation set.
@@ -87,9 +87,9 @@ pub struct BackboneRef {
 /// The out-of-distribution detection.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Unknown {
+pub struct OodParams {
     /// Similarity measure.
-    pub rule: UnknownRule,
+    pub rule: OodMeasure,
     /// Similarity below which an image is unknown, 0–1.
     pub threshold: f32,
     /// Fraction of the validation images that the threshold rejects, 0–1.
@@ -99,7 +99,7 @@ pub struct Unknown {
 /// The similarity measure of the out-of-distribution detection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum UnknownRule {
+pub enum OodMeasure {
     /// The cosine of the angle between the features and the subspace of the classes.
     CosineSubspace,
 }

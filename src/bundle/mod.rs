@@ -15,7 +15,7 @@ use std::borrow::Cow;
 use std::path::Path;
 
 pub use archive::ArchiveError;
-pub use manifest::{BackboneRef, DatasetRef, Identity, Manifest, Metrics, Unknown, UnknownRule};
+pub use manifest::{BackboneRef, DatasetRef, Identity, Manifest, Metrics, OodMeasure, OodParams};
 pub use selftest::SelfTest;
 pub use signature::{Keyring, PrivateKey, PublicKey};
 
@@ -268,19 +268,19 @@ impl Bundle {
         &self.sha256
     }
 
-    /// Creates a classifier on the network that [`Bundle::network`] selects.
+    /// Creates a classifier on the network that [`Bundle::onnx_backbone`] selects.
     ///
     /// # Errors
-    /// As [`Bundle::network`] and [`Bundle::backbone`].
+    /// As [`Bundle::onnx_backbone`] and [`Bundle::compile_backbone`].
     pub fn classifier(&self, file: Option<&Path>) -> Result<Classifier, BundleError> {
-        Ok(Classifier::new(&self.backbone(&self.network(file)?)?, self.classifier_params())?)
+        Ok(Classifier::new(&self.compile_backbone(&self.onnx_backbone(file)?)?, self.classifier_params())?)
     }
 
     /// Compiles the network with the bundle's last convolution, up to the features.
     ///
     /// # Errors
     /// If the network cannot be compiled, or its features are not as long as the head expects.
-    pub fn backbone(&self, network: &OnnxBackbone) -> Result<CompiledBackbone, BundleError> {
+    pub fn compile_backbone(&self, network: &OnnxBackbone) -> Result<CompiledBackbone, BundleError> {
         let backbone = network.compile_features(self.contents.last_conv.as_ref())?;
         let (outputs, width) = (backbone.width(), self.contents.head.width());
         if outputs != width {
@@ -295,7 +295,7 @@ impl Bundle {
     ///
     /// # Errors
     /// If the network cannot be loaded, or is not the one that the model was trained on.
-    pub fn network(&self, file: Option<&Path>) -> Result<OnnxBackbone, BundleError> {
+    pub fn onnx_backbone(&self, file: Option<&Path>) -> Result<OnnxBackbone, BundleError> {
         let (backbone, preprocess) = (&self.manifest.backbone, &self.manifest.preprocess);
         let feature = Some(backbone.feature.as_str());
         let describe = |name: &str, sha256: &str| format!("{name} (sha256 {sha256:.12}…)");
@@ -448,7 +448,7 @@ mod tests {
             backbone: BackboneRef { name: "b".into(), sha256: "0".repeat(64), feature: "features".into(), width: 4 },
             preprocess: Preprocess::mobilenet_v2(),
             temperature: 1.5,
-            unknown: Unknown { rule: UnknownRule::CosineSubspace, threshold: 0.5, rejected_share: 0.05 },
+            unknown: OodParams { rule: OodMeasure::CosineSubspace, threshold: 0.5, rejected_share: 0.05 },
             dataset: DatasetRef { sha256: "1".repeat(64), train_images: 10, val_images: 5 },
             metrics: Metrics { accuracy: 0.9, loss: 0.3, ece: 0.02 },
             seed: 7,

@@ -217,13 +217,13 @@ pub struct Keyring(Vec<(String, PublicKey)>);
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UntrustedSigner {
     /// The bundle has no signature.
-    #[error("it is not signed")]
+    #[error("the signature is missing")]
     Unsigned,
     /// The keyring is empty.
-    #[error("no key is trusted here")]
+    #[error("no key is trusted")]
     NoKeys,
     /// The key of the signer is not in the keyring.
-    #[error("it is signed by the key {signer}, which is not trusted here; trusted: {trusted}")]
+    #[error("the signature is by the key {signer}, which is not trusted; trusted: {trusted}")]
     UnknownKey {
         /// Id of the signer's key.
         signer: String,

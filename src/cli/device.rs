@@ -120,7 +120,7 @@ pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// 78 for an error that a changed configuration can mend.
+/// Exit code 78 for an error that a configuration change can fix.
 fn failure(error: DaemonError) -> Failure {
     if error.is_configuration() { Failure::config(error) } else { error.into() }
 }
@@ -151,7 +151,7 @@ pub fn demo(args: DemoArgs) -> Result<(), Failure> {
 
 pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
     let bundle = args.model.bundle()?;
-    let backbone = bundle.backbone(&args.model.network(&bundle)?)?;
+    let backbone = bundle.compile_backbone(&args.model.network(&bundle)?)?;
     let mut classifier = Classifier::new(&backbone, bundle.classifier_params())?;
     let labels = classifier.labels().clone();
     let mut predict = |path: &Path| -> anyhow::Result<Prediction> {

@@ -205,7 +205,7 @@ pub fn push_bundle(args: &PushArgs) -> Result<(), Failure> {
     let report = push(&access, devices, &payload, &options, &|devices| bars.show(devices))?;
     drop(bars);
     let printed = show(&report, args.json);
-    // The failure of a device outranks a closed standard output.
+    // A device failure determines the exit code even if standard output is closed.
     match report.is_good() {
         true => printed,
         false => Err(anyhow!("not every device accepted the model").into()),
@@ -235,7 +235,7 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
             Err(error) => Err(error.to_string()),
         };
         match rolled_back {
-            // The other devices follow even if standard output is closed.
+            // Continues with the other devices even if standard output is closed.
             Ok(model) => drop(writeln!(out, "{}: {model} is rolled back", topics.device())),
             Err(error) => {
                 failed += 1;

@@ -62,7 +62,7 @@ enum Command {
     Backbone(BackboneCommand),
     /// Compare finished training runs, best first
     Compare(CompareArgs),
-    /// Evaluate a model on labelled photographs: loss, accuracy, figures of each class, confusion
+    /// Evaluate a model on labelled photographs: loss, accuracy, metrics per class, confusion matrix
     Evaluate(EvaluateArgs),
     /// Measure the time of a frame, stage by stage
     Bench(BenchArgs),
@@ -194,7 +194,7 @@ impl ModelArgs {
 
     /// The backbone network of a bundle, with the chosen kernels.
     fn network(&self, bundle: &Bundle) -> Result<OnnxBackbone, Failure> {
-        Ok(bundle.network(self.backbone.as_deref())?.with_kernels(self.kernels.resolve()?))
+        Ok(bundle.onnx_backbone(self.backbone.as_deref())?.with_kernels(self.kernels.resolve()?))
     }
 }
 

@@ -344,23 +344,23 @@ impl TrainArgs {
         let training = self.training;
         set(&mut settings.fine_tune, training.fine_tune.map(Into::into));
         set(&mut settings.views, training.augment);
-        let params = &mut settings.training;
-        set(&mut params.epochs, training.epochs);
-        set(&mut params.patience, training.patience);
-        set(&mut params.batch, training.batch);
-        set(&mut params.optimizer, training.optimiser.map(Into::into));
-        set(&mut params.learning_rate, training.learning_rate);
-        set(&mut params.schedule, training.schedule.map(Into::into));
-        set(&mut params.warm_up, training.warm_up);
-        set(&mut params.step_epochs, training.step_epochs);
-        set(&mut params.step_factor, training.step_factor);
-        set(&mut params.momentum, training.momentum);
-        set(&mut params.nesterov, training.nesterov);
-        set(&mut params.weight_decay, training.weight_decay);
-        set(&mut params.label_smoothing, training.label_smoothing);
-        set(&mut params.balance, training.balance);
-        set(&mut params.dropout, training.dropout);
-        set(&mut params.seed, training.seed);
+        let hyperparams = &mut settings.hyperparams;
+        set(&mut hyperparams.epochs, training.epochs);
+        set(&mut hyperparams.patience, training.patience);
+        set(&mut hyperparams.batch, training.batch);
+        set(&mut hyperparams.optimizer, training.optimiser.map(Into::into));
+        set(&mut hyperparams.learning_rate, training.learning_rate);
+        set(&mut hyperparams.schedule, training.schedule.map(Into::into));
+        set(&mut hyperparams.warm_up, training.warm_up);
+        set(&mut hyperparams.step_epochs, training.step_epochs);
+        set(&mut hyperparams.step_factor, training.step_factor);
+        set(&mut hyperparams.momentum, training.momentum);
+        set(&mut hyperparams.nesterov, training.nesterov);
+        set(&mut hyperparams.weight_decay, training.weight_decay);
+        set(&mut hyperparams.label_smoothing, training.label_smoothing);
+        set(&mut hyperparams.balance, training.balance);
+        set(&mut hyperparams.dropout, training.dropout);
+        set(&mut hyperparams.seed, training.seed);
         training.expect_used(&settings)?;
         Ok(settings)
     }
@@ -369,12 +369,18 @@ impl TrainArgs {
 impl TrainingArgs {
     /// Rejects flags that have no effect with the other settings.
     fn expect_used(&self, settings: &Settings) -> Result<(), Failure> {
-        let params = &settings.training;
+        let hyperparams = &settings.hyperparams;
         let momentum = self.momentum.is_some() || self.nesterov.is_some();
         let step = self.step_epochs.is_some() || self.step_factor.is_some();
         for (unused, message) in [
-            (momentum && params.optimizer != Optimizer::Sgd, "--momentum and --nesterov belong to --optimiser sgd"),
-            (step && params.schedule != Schedule::Step, "--step-epochs and --step-factor belong to --schedule step"),
+            (
+                momentum && hyperparams.optimizer != Optimizer::Sgd,
+                "--momentum and --nesterov belong to --optimiser sgd",
+            ),
+            (
+                step && hyperparams.schedule != Schedule::Step,
+                "--step-epochs and --step-factor belong to --schedule step",
+            ),
             (
                 self.dropout.is_some() && settings.fine_tune == FineTune::None,
                 "--dropout belongs to --fine-tune last-conv",
@@ -444,7 +450,7 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
         train::evaluate::evaluate(&bundle, &network, &dataset, args.model.mirror, cores(), &progress)?;
     drop(bars);
     print_skipped(&skipped);
-    if evaluated.photographs.is_empty() {
+    if evaluated.images.is_empty() {
         return Err(anyhow!("{}: no image could be decoded", args.dataset.display()).into());
     }
     show(&evaluated.evaluation, args.json)

@@ -192,7 +192,7 @@ impl Config {
     }
 
     /// Reads the broker's credentials: those of `mqtt.credentials_file`, else those that systemd passes to the service. Commands
-    /// that need no broker do without them.
+    /// that use no broker do not call this.
     ///
     /// # Errors
     /// If the file cannot be read or is incomplete.
@@ -370,7 +370,7 @@ fn policy(decide: &tables::Decide) -> Result<Policy, ConfigError> {
         }
     }
     if decide.leave > decide.enter {
-        let reason = "expected at most decide.enter: the class would be entered and left in turns";
+        let reason = "expected at most decide.enter: the class would oscillate";
         return Err(ConfigError::invalid("decide.leave", &decide.leave, reason));
     }
     let mut class_thresholds = BTreeMap::new();
@@ -547,10 +547,7 @@ mod tests {
             ("zzzzzzzz = 1\n", "b.toml:1: unknown setting `zzzzzzzz`"),
             ("[mqtt]\nport = \"many\"\n", "b.toml:2: mqtt.port: invalid type: string \"many\", expected an integer"),
             ("[mqtt]\nport = 0\n", "mqtt.port = 0: expected 1 to 65535"),
-            (
-                "[decide]\nleave = 0.9\n",
-                "decide.leave = 0.9: expected at most decide.enter: the class would be entered and left in turns",
-            ),
+            ("[decide]\nleave = 0.9\n", "decide.leave = 0.9: expected at most decide.enter: the class would oscillate"),
             ("[decide]\nenter = 7\n", "decide.enter = 7: expected a number above 0, at most 1"),
             ("[decide.classes.roses]\nentre = 0.9\n", "b.toml:2: unknown setting `decide.classes.roses.entre`"),
             ("[decide.classes.roses]\nleave = 0.9\n", "decide.classes = roses: expected 0 < leave ≤ enter ≤ 1"),

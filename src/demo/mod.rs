@@ -51,7 +51,7 @@ pub enum DemoError {
     #[error("cannot write: {0}")]
     Output(#[from] io::Error),
     /// The classes of the events differ from the replayed folders; both sequences.
-    #[error("the events do not follow the photographs: {0}")]
+    #[error("the events do not match the replayed classes: {0}")]
     Sequence(String),
 }
 

@@ -65,7 +65,7 @@ pub enum FetchError {
         url: String,
     },
     /// Another process holds the lock of the partial download; its path.
-    #[error("{0}: another download writes it")]
+    #[error("{0}: another process is downloading this file")]
     Busy(PathBuf),
     /// The archive cannot be unpacked.
     #[error("{path}: {reason}")]

@@ -39,9 +39,9 @@ const OTHERS_MAX: u16 = 24;
 /// A message that is not acknowledged yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum InFlight {
-    /// An event, by its place in the outbox.
+    /// An event, by its sequence number in the outbox.
     Event(Sequence),
-    /// An answer of the update agent, by its place in its outbox.
+    /// An answer of the update agent, by its sequence number in the agent's outbox.
     Answer(Sequence),
     /// The state.
     State,
@@ -215,7 +215,7 @@ impl Connection {
     }
 }
 
-/// Polls the event loop in a task of its own: a poll that is cancelled may leave half a packet behind.
+/// Polls the event loop in a task of its own: a poll that is cancelled may leave a packet partly written.
 async fn poll(mut event_loop: EventLoop, events: mpsc::Sender<Result<Event, ConnectionError>>) {
     loop {
         let event = event_loop.poll().await;

@@ -85,7 +85,7 @@ pub struct DeviceClient {
     pub counters: Arc<Counters>,
 }
 
-/// The newest announcement, held back until an observation of its model is there.
+/// The newest announcement, held back until an observation of its model is available.
 pub struct Announcements {
     newest: watch::Receiver<ModelAnnouncement>,
     /// Whether `newest` holds an announcement that is not copied to `current` yet.
@@ -102,7 +102,7 @@ impl Announcements {
         Announcements { newest, unread: false, current, pending: true }
     }
 
-    /// Waits until another announcement is there; an error means that the sender is gone.
+    /// Waits for another announcement; an error means that the sender was dropped.
     async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
         self.newest.changed().await?;
         self.unread = true;
@@ -362,7 +362,7 @@ impl DeviceClient {
 
 /// Returns once `stop` is set or its sender dropped.
 async fn stopped(stop: &mut watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is a stop as well.
+    // An error means that the sender was dropped, which is a stop as well.
     let _ = stop.wait_for(|stop| *stop).await;
 }
 

@@ -1,5 +1,5 @@
 //! MQTT: messages, topics, and the connections to a broker. Events and answers wait in an outbox until the broker
-//! acknowledges them; the state is a slot whose newest value is published. No other module names rumqttc.
+//! acknowledges them; the state is a slot whose newest value is published. No other module uses rumqttc.
 
 pub mod access;
 pub mod client;

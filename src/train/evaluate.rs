@@ -54,7 +54,7 @@ pub struct ClassMetrics {
 #[derive(Debug, Clone)]
 pub struct EvaluatedSet {
     /// The images with their true classes.
-    pub photographs: Vec<HashedImage>,
+    pub images: Vec<HashedImage>,
     /// The prediction for each image.
     pub predictions: Vec<Prediction>,
     /// The metrics of the predictions.
@@ -62,19 +62,19 @@ pub struct EvaluatedSet {
 }
 
 impl EvaluatedSet {
-    /// Evaluates `predictions`, one for each of `photographs`.
+    /// Evaluates `predictions`, one for each of `images`.
     ///
     /// # Panics
     /// Panics if a true or a top class is not an index into `labels`, or if a prediction has too few probabilities.
-    pub fn new(labels: &Labels, photographs: Vec<HashedImage>, predictions: Vec<Prediction>) -> Self {
-        let classes: Vec<usize> = photographs.iter().map(|photograph| photograph.class).collect();
+    pub fn new(labels: &Labels, images: Vec<HashedImage>, predictions: Vec<Prediction>) -> Self {
+        let classes: Vec<usize> = images.iter().map(|image| image.class).collect();
         let evaluation = Evaluation::new(labels, &predictions, &classes);
-        EvaluatedSet { photographs, predictions, evaluation }
+        EvaluatedSet { images, predictions, evaluation }
     }
 
     /// Returns the [`fingerprint`] of the images.
     pub fn fingerprint(&self, labels: &Labels) -> String {
-        fingerprint(labels, self.photographs.iter().map(|image| (image.class, &image.content_hash)))
+        fingerprint(labels, self.images.iter().map(|image| (image.class, &image.content_hash)))
     }
 }
 
@@ -95,10 +95,10 @@ pub fn evaluate(
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<(EvaluatedSet, Vec<DatasetProblem>), BundleError> {
-    let photographs = ImageSet::read(dataset, threads, &|_| {});
+    let images = ImageSet::read(dataset, threads, &|_| {});
     let extractor = Extractor {
         network,
-        backbone: &bundle.backbone(network)?,
+        backbone: &bundle.compile_backbone(network)?,
         map_channels: None,
         preprocess: &bundle.manifest().preprocess,
         precision: Precision::Single,
@@ -106,11 +106,11 @@ pub fn evaluate(
         cache: None,
         threads,
     };
-    let (features, _) = extractor.run(&photographs.kept, progress)?;
+    let (features, _) = extractor.run(&images.kept, progress)?;
     let params = bundle.classifier_params();
     let predict = |i: usize| params.predict_views((0..features.views).map(|view| features.row(i, view)));
     let predictions = (0..features.len()).map(predict).collect();
-    let skipped = [photographs.skipped, features.skipped].concat();
+    let skipped = [images.skipped, features.skipped].concat();
     Ok((EvaluatedSet::new(&params.labels, features.images, predictions), skipped))
 }
 

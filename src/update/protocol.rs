@@ -31,7 +31,7 @@ pub enum ProtocolError {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CommandError {
     /// The command is signed for another generation of the store.
-    #[error("the signed command is for generation {signed}, this is {present}")]
+    #[error("the signed command is for generation {signed}, the present generation of the device's store is {present}")]
     Generation {
         /// Generation that the command is valid for.
         signed: u64,
@@ -184,7 +184,8 @@ pub struct Progress {
     /// Number of chunks.
     pub chunks: u32,
     /// Whether chunks from `next` on must be sent again.
-    pub again: bool,
+    #[serde(rename = "again")]
+    pub resend: bool,
 }
 
 /// The state of an update.
@@ -346,11 +347,11 @@ mod tests {
             check(Action::Rollback, "bloomcast/pi", 8, "ab")
                 .unwrap_err()
                 .to_string()
-                .contains("generation 7, this is 8")
+                .contains("generation 7, the present generation of the device's store is 8")
         );
         assert!(check(Action::Rollback, "bloomcast/pi", 7, "ac").is_err());
         let untrusted = command.check(&Keyring::default(), Action::Rollback, "bloomcast/pi", 7, "ab");
-        assert_eq!(untrusted.unwrap_err().to_string(), "the signed command: no key is trusted here");
+        assert_eq!(untrusted.unwrap_err().to_string(), "the signed command: no key is trusted");
     }
 
     fn expect_json<T>(value: &T, json: &str)
@@ -383,7 +384,7 @@ mod tests {
             r#"{"schema":1,"transfer":"00000000-0000-0000-0000-000000000000","order":{"generation":3,"signed":"cd"}}"#,
         );
         expect_json(
-            &Progress { schema: SCHEMA, transfer, next: 1, chunks: 2, again: true },
+            &Progress { schema: SCHEMA, transfer, next: 1, chunks: 2, resend: true },
             r#"{"schema":1,"transfer":"00000000-0000-0000-0000-000000000000","next":1,"chunks":2,"again":true}"#,
         );
     }

@@ -88,10 +88,10 @@ impl Transfer {
         self.gap = None;
     }
 
-    /// Returns a progress message. `again`: chunks may have been lost, the sender is to send from `next` on.
-    pub fn progress(&self, again: bool) -> Progress {
+    /// Returns a progress message. `resend`: chunks may have been lost, the sender is to send from `next` on.
+    pub fn progress(&self, resend: bool) -> Progress {
         let Offer { transfer, .. } = self.offer;
-        Progress { schema: SCHEMA, transfer, next: self.next, chunks: self.offer.chunks(), again }
+        Progress { schema: SCHEMA, transfer, next: self.next, chunks: self.offer.chunks(), resend }
     }
 
     /// Takes a chunk. `payload` is the transfer's id and the chunk's bytes. A duplicate or a chunk of another transfer is

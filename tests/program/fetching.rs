@@ -90,7 +90,7 @@ fn discards_a_partial_download_of_another_file() {
     locked.lock().unwrap();
     let server = Server::start(archive.clone(), &[], true);
     let (code, text) = failure(&mut fetch(&server, &archive, &sha256_hex(&archive), &to));
-    assert!(code == 1 && text.contains("photos.fetched.tgz.part: another download writes it"), "{text}");
+    assert!(code == 1 && text.contains("photos.fetched.tgz.part: another process is downloading this file"), "{text}");
 }
 
 #[test]

@@ -324,8 +324,8 @@ fn refuses_invalid_bundles_and_keeps_the_current_model() {
     let port = broker.port;
     let reason = |bytes: &[u8]| refusal(&push_bytes(port, "pi", bytes, |_, _| {}));
 
-    assert_eq!(reason(&unsigned_bundle(1, unchanged)), "it is not signed");
-    assert!(reason(&untrusted.bytes(1, unchanged)).contains("which is not trusted here; trusted: trainer ("));
+    assert_eq!(reason(&unsigned_bundle(1, unchanged)), "the signature is missing");
+    assert!(reason(&untrusted.bytes(1, unchanged)).contains("which is not trusted; trusted: trainer ("));
     let good = trainer.bytes(1, unchanged);
     let mut flipped = good.clone();
     flipped[good.len() / 2] ^= 1;
@@ -398,7 +398,7 @@ fn rollback_and_downgrade_require_a_signed_command() {
 
     let (_, text) = failure(&mut rollback(&untrusted));
     assert!(
-        text.contains("refused: the signed command: it is signed by the key") && text.contains("not trusted"),
+        text.contains("refused: the signed command: the signature is by the key") && text.contains("not trusted"),
         "{text}"
     );
     let listener = Listener::connect(broker.port);
@@ -424,7 +424,7 @@ fn rollback_and_downgrade_require_a_signed_command() {
     // A model that was rolled back, or an older one, needs --force.
     let (status, reason) = push(&second, &[]);
     assert_eq!(
-        (status.as_str(), reason.contains("was rolled back here, or failed its trial; --force")),
+        (status.as_str(), reason.contains("was rolled back on this device, or failed its trial; --force")),
         ("refused", true),
         "{reason}"
     );
@@ -599,10 +599,10 @@ fn installs_a_bundle_locally_and_falls_back_from_damaged_slots() {
     };
 
     let (code, text) = failure(&mut install(&unsigned, &[]));
-    assert_eq!((code, text.contains("unsigned.bloom: it is not signed")), (1, true), "{text}");
+    assert_eq!((code, text.contains("unsigned.bloom: the signature is missing")), (1, true), "{text}");
     let signed = trainer.file(2, unchanged);
     let (_, text) = failure(&mut install(&signed, &[]));
-    assert!(text.contains("no key is trusted here"), "{text}");
+    assert!(text.contains("no key is trusted"), "{text}");
     let failing = trainer.file(3, fails_self_test);
     let (_, text) = failure(&mut install(&failing, &["--trust"]));
     assert!(text.contains("the self-test's feature vector 0"), "{text}");
@@ -618,7 +618,7 @@ fn installs_a_bundle_locally_and_falls_back_from_damaged_slots() {
     let refused = push_bytes(broker.port, "pi", &fs::read(&signed).unwrap(), |m, model| {
         (m.version, model.version) = (version + 2, version + 2);
     });
-    assert!(refusal(&refused).contains("no key is trusted here"), "{refused}");
+    assert!(refusal(&refused).contains("no key is trusted"), "{refused}");
     assert!(output(&mut install(&signed, &["--trust"])).status.success());
     daemon.signal("TERM");
     daemon.wait_for_exit(TIMEOUT);
@@ -711,7 +711,7 @@ fn keygen_sign_and_verify_on_the_command_line() {
         command
     };
     let public = trainer.dir.path().join("trainer.pub");
-    assert!(failure(&mut verify(&public)).1.contains("m.bloom: it is not signed"));
+    assert!(failure(&mut verify(&public)).1.contains("m.bloom: the signature is missing"));
     let sign = |key: &Path| {
         let mut command = bloomcast();
         command.arg("sign").arg(&path).arg("--key").arg(key);
@@ -721,7 +721,7 @@ fn keygen_sign_and_verify_on_the_command_line() {
     let good = output(&mut verify(&public));
     assert!(String::from_utf8_lossy(&good.stdout).contains("m.bloom: valid, signed by trainer\nflowers "), "{good:?}");
     assert!(output(&mut verify(trainer.dir.path())).status.success(), "a folder of keys");
-    assert!(failure(&mut verify(&untrusted.dir.path().join("trainer.pub"))).1.contains("is not trusted here"));
+    assert!(failure(&mut verify(&untrusted.dir.path().join("trainer.pub"))).1.contains("is not trusted"));
     assert!(failure(&mut sign(&public)).1.contains("not a private Ed25519 key"));
     let no_key = failure(bloomcast().env("XDG_CONFIG_HOME", untrusted.dir.path()).arg("sign").arg(&path));
     assert!(no_key.1.contains("`bloomcast keygen` creates one"), "{}", no_key.1);

@@ -22,10 +22,12 @@ fn kernels_classify_every_photograph_as_tract_does() {
     }
     images.sort();
     let bundle = Bundle::built_in().unwrap();
-    let network = bundle.network(None).unwrap();
+    let network = bundle.onnx_backbone(None).unwrap();
     let classifier = |kernels: Option<Isa>, threads: usize| {
         let backbone = bundle
-            .backbone(&network.with_kernels(kernels).with_thread_pool(ThreadPool::with_threads(threads).unwrap()))
+            .compile_backbone(
+                &network.with_kernels(kernels).with_thread_pool(ThreadPool::with_threads(threads).unwrap()),
+            )
             .unwrap();
         assert_eq!(backbone.kernels(), kernels);
         Classifier::new(&backbone, bundle.classifier_params()).unwrap()

@@ -93,15 +93,15 @@ impl ImageSet {
             Ok(bytes.map(|bytes| Sha256::digest(bytes).into()))
         };
         let Ok(hashes) = parallel::map(dataset.images.len(), threads, "read", || Ok(()), hash, progress);
-        let mut photographs = ImageSet::default();
+        let mut set = ImageSet::default();
         for (image, hash) in dataset.images.iter().zip(hashes) {
             let path = image.path.clone();
             match hash {
-                Ok(content_hash) => photographs.kept.push(HashedImage { path, class: image.class, content_hash }),
-                Err(error) => photographs.skipped.push(DatasetProblem { file: path, problem: error.to_string() }),
+                Ok(content_hash) => set.kept.push(HashedImage { path, class: image.class, content_hash }),
+                Err(error) => set.skipped.push(DatasetProblem { file: path, problem: error.to_string() }),
             }
         }
-        photographs
+        set
     }
 
     /// Skips duplicates: of equal files in one class all but the first, of equal files in different classes all, and
@@ -173,7 +173,7 @@ fn split_key(hash: &ContentHash) -> f64 {
 mod tests {
     use super::*;
 
-    fn photographs(rows: &[(u8, usize)]) -> ImageSet {
+    fn image_set(rows: &[(u8, usize)]) -> ImageSet {
         let photograph = |(i, (content, class)): (usize, &(u8, usize))| HashedImage {
             path: format!("{i}.jpg").into(),
             class: *class,
@@ -184,8 +184,8 @@ mod tests {
 
     #[test]
     fn skips_and_names_duplicates() {
-        let set = photographs(&[(1, 0), (2, 0), (1, 0), (3, 0), (3, 1), (4, 1)]);
-        let other = photographs(&[(2, 0)]);
+        let set = image_set(&[(1, 0), (2, 0), (1, 0), (3, 0), (3, 1), (4, 1)]);
+        let other = image_set(&[(2, 0)]);
         let unique = set.dedup(Some(&other));
         let paths: Vec<_> = unique.kept.iter().map(|p| p.path.to_str().unwrap()).collect();
         assert_eq!(paths, ["0.jpg", "5.jpg"]);
@@ -204,11 +204,11 @@ mod tests {
     #[test]
     fn split_depends_on_contents_only() {
         let rows: Vec<(u8, usize)> = (0..=200).map(|i| (i, usize::from(i % 2))).collect();
-        let (train, val) = photographs(&rows).split(0.2);
+        let (train, val) = image_set(&rows).split(0.2);
         assert_eq!(train.kept.len() + val.kept.len(), 201);
         assert!((25..=55).contains(&val.kept.len()), "{} of 201", val.kept.len());
         let more: Vec<(u8, usize)> = (0..=250).map(|i| (i, usize::from(i % 2))).collect();
-        let (_, more_val) = photographs(&more).split(0.2);
+        let (_, more_val) = image_set(&more).split(0.2);
         assert_eq!(more_val.kept[..val.kept.len()], val.kept, "the same, in the same order");
     }
 
@@ -216,13 +216,13 @@ mod tests {
     fn split_leaves_one_image_of_a_small_class_in_each_set() {
         for (class_size, fraction) in [(2, 0.2), (3, 0.01), (4, 0.99), (8, 0.2)] {
             let rows: Vec<(u8, usize)> = (0..30 * class_size).map(|i| (i as u8, i / class_size)).collect();
-            let (train, val) = photographs(&rows).split(fraction);
+            let (train, val) = image_set(&rows).split(fraction);
             for class in 0..30 {
                 let count = |set: &ImageSet| set.kept.iter().filter(|p| p.class == class).count();
                 assert!(count(&train) >= 1 && count(&val) >= 1, "class {class} of {class_size} at {fraction}");
             }
         }
-        let (train, val) = photographs(&[(1, 0)]).split(0.2);
+        let (train, val) = image_set(&[(1, 0)]).split(0.2);
         assert_eq!(train.kept.len() + val.kept.len(), 1, "a single image is in one of the sets");
     }
 }

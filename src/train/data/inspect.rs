@@ -55,16 +55,16 @@ pub fn inspect(
     progress: &(dyn Fn(usize) + Sync),
 ) -> Inspection {
     let read = |set: &Dataset| ImageSet::read(set, threads, &|_| {}).dedup(None);
-    let (train, val_photographs) = match val.map(read) {
+    let (train, val_images) = match val.map(read) {
         Some(val) => (read(dataset).dedup(Some(&val)), val),
         None => read(dataset).split(val_fraction),
     };
-    let (train_len, val_kept) = (train.kept.len(), val_photographs.kept);
+    let (train_len, val_kept) = (train.kept.len(), val_images.kept);
     let images: Vec<_> = train.kept.iter().chain(&val_kept).collect();
     let hash = |(): &mut (), i: usize| Ok::<_, Infallible>(images[i].decode().map(|pixels| difference_hash(&pixels)));
     let Ok(hashes) = parallel::map(images.len(), threads, "inspect", || Ok(()), hash, progress);
 
-    let mut problems = [train.skipped, val_photographs.skipped].concat();
+    let mut problems = [train.skipped, val_images.skipped].concat();
     for (i, hash) in hashes.iter().enumerate() {
         let problem = match hash {
             Err(error) => Some(error.to_string()),

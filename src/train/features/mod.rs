@@ -154,7 +154,7 @@ pub struct Extractor<'a> {
 enum ExtractError {
     /// The image is skipped.
     #[error(transparent)]
-    HashedImage(#[from] ImageError),
+    Image(#[from] ImageError),
     /// The extraction ends.
     #[error(transparent)]
     Backbone(#[from] BackboneError),
@@ -188,7 +188,7 @@ impl Extractor<'_> {
             let result = self.extract(worker, &images[i], cache.as_ref(), &on_cache_error);
             match result {
                 Ok(values) => Ok(Ok(values)),
-                Err(ExtractError::HashedImage(error)) => Ok(Err(error)),
+                Err(ExtractError::Image(error)) => Ok(Err(error)),
                 Err(ExtractError::Backbone(error)) => Err(error),
             }
         };

@@ -4,7 +4,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::train::features::Features;
 use crate::train::optim::temperature;
-use crate::train::optim::training_loop::{Learner, ParamGroup, TrainingParams, ValMetrics, random_below};
+use crate::train::optim::training_loop::{Hyperparams, Learner, ParamGroup, ValMetrics, random_below};
 use crate::vision::head::{argmax, linear, softmax};
 
 /// A linear layer with its training and validation sets.
@@ -18,9 +18,9 @@ pub struct HeadLearner<'a> {
 
 impl<'a> HeadLearner<'a> {
     /// Creates a learner with all weights and biases zero.
-    pub fn new(train: &'a Features, val: &'a Features, classes: usize, settings: &TrainingParams) -> Self {
+    pub fn new(train: &'a Features, val: &'a Features, classes: usize, hyperparams: &Hyperparams) -> Self {
         let groups = head_groups(classes, train.width);
-        HeadLearner { train, val, targets: SoftTargets::new(&train.classes(), classes, settings), groups }
+        HeadLearner { train, val, targets: SoftTargets::new(&train.classes(), classes, hyperparams), groups }
     }
 
     /// Returns the weight `[classes, width]` and the bias `[classes]`.
@@ -100,14 +100,14 @@ pub struct SoftTargets {
 }
 
 impl SoftTargets {
-    /// `labels` is the class of each training image. With [`TrainingParams::balance`] the weight of a class is inversely proportional
+    /// `labels` is the class of each training image. With [`Hyperparams::balance`] the weight of a class is inversely proportional
     /// to its frequency, with mean 1 over the images.
-    pub fn new(labels: &[usize], classes: usize, settings: &TrainingParams) -> Self {
+    pub fn new(labels: &[usize], classes: usize, hyperparams: &Hyperparams) -> Self {
         let weight = |class: usize| {
             let count = labels.iter().filter(|label| **label == class).count().max(1);
-            if settings.balance { labels.len() as f32 / (classes * count) as f32 } else { 1.0 }
+            if hyperparams.balance { labels.len() as f32 / (classes * count) as f32 } else { 1.0 }
         };
-        SoftTargets { smoothing: settings.label_smoothing, class_weights: (0..classes).map(weight).collect() }
+        SoftTargets { smoothing: hyperparams.label_smoothing, class_weights: (0..classes).map(weight).collect() }
     }
 
     /// Returns the weighted cross-entropy in nats for an image of `class`, and its gradient with respect to the logits,
@@ -135,7 +135,7 @@ mod tests {
 
     use rand_chacha::rand_core::SeedableRng;
 
-    use super::super::training_loop::tests::{expect_gradient, settings};
+    use super::super::training_loop::tests::{expect_gradient, hyperparams};
     use super::super::training_loop::{Optimizer, fit};
     use super::*;
     use crate::train::data::image_set::HashedImage;
@@ -159,8 +159,8 @@ mod tests {
     #[test]
     fn gradient_matches_finite_differences() {
         let features = features(13);
-        let settings = TrainingParams { label_smoothing: 0.1, balance: true, ..settings() };
-        let mut learner = HeadLearner::new(&features, &features, 3, &settings);
+        let hyperparams = Hyperparams { label_smoothing: 0.1, balance: true, ..hyperparams() };
+        let mut learner = HeadLearner::new(&features, &features, 3, &hyperparams);
         let params = learner.groups.iter_mut().flat_map(|group| &mut group.values);
         params.enumerate().for_each(|(i, value)| *value = (i as f32 * 0.7).sin());
         expect_gradient(&mut learner, &(0..13).collect::<Vec<_>>(), 1e-2, 2e-4);
@@ -169,26 +169,26 @@ mod tests {
     #[test]
     fn converges_and_is_reproducible_for_a_seed() {
         let features = features(300);
-        let run = |settings: &TrainingParams| {
-            let mut learner = HeadLearner::new(&features, &features, 3, settings);
-            let history = fit(&mut learner, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
+        let run = |hyperparams: &Hyperparams| {
+            let mut learner = HeadLearner::new(&features, &features, 3, hyperparams);
+            let history = fit(&mut learner, hyperparams, |_, _| Ok::<(), Infallible>(())).unwrap();
             (learner.into_params(), history)
         };
         for optimizer in [Optimizer::Sgd, Optimizer::Adam] {
-            let settings = TrainingParams { optimizer, ..settings() };
-            let (params, history) = run(&settings);
+            let hyperparams = Hyperparams { optimizer, ..hyperparams() };
+            let (params, history) = run(&hyperparams);
             assert!(history[19].train_loss < history[0].train_loss * 0.6, "{history:?}");
             assert!(history[19].val.accuracy > 0.96, "{history:?}");
-            assert_eq!(run(&settings), (params.clone(), history));
-            assert_ne!(run(&TrainingParams { seed: 2, ..settings }).0, params);
+            assert_eq!(run(&hyperparams), (params.clone(), history));
+            assert_ne!(run(&Hyperparams { seed: 2, ..hyperparams }).0, params);
         }
     }
 
     #[test]
     fn balance_weights_a_rare_class_more() {
         let labels = [0, 0, 0, 1];
-        assert_eq!(SoftTargets::new(&labels, 2, &settings()).class_weights, [1.0, 1.0]);
-        let balanced = SoftTargets::new(&labels, 2, &TrainingParams { balance: true, ..settings() });
+        assert_eq!(SoftTargets::new(&labels, 2, &hyperparams()).class_weights, [1.0, 1.0]);
+        let balanced = SoftTargets::new(&labels, 2, &Hyperparams { balance: true, ..hyperparams() });
         assert_eq!(balanced.class_weights, [4.0 / 6.0, 2.0]);
     }
 }

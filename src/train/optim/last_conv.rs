@@ -13,7 +13,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::train::features::Features;
 use crate::train::optim::head::{SoftTargets, head_groups, val_metrics};
-use crate::train::optim::training_loop::{Learner, ParamGroup, TrainingParams, ValMetrics, random_below};
+use crate::train::optim::training_loop::{Hyperparams, Learner, ParamGroup, ValMetrics, random_below};
 use crate::train::parallel;
 use crate::vision::LastConvWeights;
 use crate::vision::head::{dot, linear};
@@ -68,7 +68,7 @@ impl<'a> LastConvLearner<'a> {
         val: &'a Features,
         pretrained: &LastConvWeights,
         classes: usize,
-        settings: &TrainingParams,
+        hyperparams: &Hyperparams,
         threads: usize,
     ) -> Self {
         let [head, bias] = head_groups(classes, pretrained.outputs());
@@ -79,8 +79,16 @@ impl<'a> LastConvLearner<'a> {
             head,
             bias,
         ];
-        let targets = SoftTargets::new(&train.classes(), classes, settings);
-        LastConvLearner { train, val, targets, dropout: settings.dropout, threads, inputs: pretrained.inputs(), groups }
+        let targets = SoftTargets::new(&train.classes(), classes, hyperparams);
+        LastConvLearner {
+            train,
+            val,
+            targets,
+            dropout: hyperparams.dropout,
+            threads,
+            inputs: pretrained.inputs(),
+            groups,
+        }
     }
 
     /// Returns the fine-tuned convolution, and the weight `[classes, outputs]` and bias `[classes]` of the head.
@@ -273,7 +281,7 @@ impl Learner for LastConvLearner<'_> {
 mod tests {
     use std::convert::Infallible;
 
-    use super::super::training_loop::tests::{expect_gradient, settings};
+    use super::super::training_loop::tests::{expect_gradient, hyperparams};
     use super::super::training_loop::{Optimizer, fit};
     use super::*;
     use crate::train::data::image_set::HashedImage;
@@ -304,8 +312,8 @@ mod tests {
     #[test]
     fn gradient_matches_finite_differences() {
         let maps = maps(11, 2);
-        let settings = TrainingParams { label_smoothing: 0.1, dropout: 0.3, balance: true, ..settings() };
-        let mut learner = LastConvLearner::new(&maps, &maps, &pretrained(), 3, &settings, 2);
+        let hyperparams = Hyperparams { label_smoothing: 0.1, dropout: 0.3, balance: true, ..hyperparams() };
+        let mut learner = LastConvLearner::new(&maps, &maps, &pretrained(), 3, &hyperparams, 2);
         for group in [GAIN, HEAD, BIAS] {
             let values = learner.groups[group].values.iter_mut();
             values.enumerate().for_each(|(i, value)| *value += (i as f32 * 0.9).cos() * 0.5);
@@ -315,12 +323,12 @@ mod tests {
 
     #[test]
     fn converges_and_does_not_depend_on_the_number_of_threads() {
-        let (maps, settings) =
-            (maps(120, 3), TrainingParams { optimizer: Optimizer::Adam, dropout: 0.1, ..settings() });
+        let (maps, hyperparams) =
+            (maps(120, 3), Hyperparams { optimizer: Optimizer::Adam, dropout: 0.1, ..hyperparams() });
         let run = |threads: usize| {
-            let settings = TrainingParams { learning_rate: 0.05, ..settings.clone() };
-            let mut learner = LastConvLearner::new(&maps, &maps, &pretrained(), 3, &settings, threads);
-            let history = fit(&mut learner, &settings, |_, _| Ok::<(), Infallible>(())).unwrap();
+            let hyperparams = Hyperparams { learning_rate: 0.05, ..hyperparams.clone() };
+            let mut learner = LastConvLearner::new(&maps, &maps, &pretrained(), 3, &hyperparams, threads);
+            let history = fit(&mut learner, &hyperparams, |_, _| Ok::<(), Infallible>(())).unwrap();
             (learner.groups.map(|group| group.values), history)
         };
         let (values, history) = run(1);
@@ -332,7 +340,7 @@ mod tests {
     #[test]
     fn validation_metrics_match_the_exported_parameters() {
         let maps = maps(12, 1);
-        let mut learner = LastConvLearner::new(&maps, &maps, &pretrained(), 3, &settings(), 1);
+        let mut learner = LastConvLearner::new(&maps, &maps, &pretrained(), 3, &hyperparams(), 1);
         learner.groups[GAIN].values[2] = -0.5;
         learner.groups[HEAD].values.iter_mut().enumerate().for_each(|(i, w)| *w = (i as f32).sin());
         let (conv, weight, bias) = learner.params().unwrap();

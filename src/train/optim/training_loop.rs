@@ -5,10 +5,10 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-/// Settings of the training loop.
+/// Hyperparameters of the training loop.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct TrainingParams {
+pub struct Hyperparams {
     /// Seed of all random choices of a run, such as the order of the images, the augmented views and the dropout.
     pub seed: u64,
     /// Largest number of epochs, 1–100,000.
@@ -66,7 +66,7 @@ pub enum Schedule {
     Cosine,
 }
 
-impl TrainingParams {
+impl Hyperparams {
     /// Returns the learning rate of step `step` (from 0) of `steps`, with `per_epoch` steps an epoch.
     fn rate(&self, step: usize, steps: usize, per_epoch: usize) -> f32 {
         let warm_up = (self.warm_up * per_epoch).min(steps);
@@ -154,23 +154,23 @@ pub struct Epoch {
 /// Panics if the batch size is 0, or if `learner` panics.
 pub fn fit<E>(
     learner: &mut dyn Learner,
-    settings: &TrainingParams,
+    hyperparams: &Hyperparams,
     mut on_epoch: impl FnMut(&Epoch, &[ParamGroup]) -> Result<(), E>,
 ) -> Result<Vec<Epoch>, E> {
-    let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
+    let mut rng = ChaCha8Rng::seed_from_u64(hyperparams.seed);
     let mut order: Vec<usize> = (0..learner.train_len()).collect();
-    let per_epoch = order.len().div_ceil(settings.batch);
-    let steps = settings.epochs * per_epoch;
+    let per_epoch = order.len().div_ceil(hyperparams.batch);
+    let steps = hyperparams.epochs * per_epoch;
     let mut state = OptimizerState::new(learner.param_groups());
     let mut history: Vec<Epoch> = Vec::new();
     let mut best: Option<(Epoch, Vec<Vec<f32>>)> = None;
-    for epoch in 1..=settings.epochs {
+    for epoch in 1..=hyperparams.epochs {
         shuffle(&mut order, &mut rng);
         let (mut loss, mut learning_rate) = (0.0, 0.0);
-        for batch in order.chunks(settings.batch) {
+        for batch in order.chunks(hyperparams.batch) {
             loss += learner.loss_and_gradient(batch, &mut rng) * batch.len() as f32;
-            learning_rate = settings.rate(state.steps, steps, per_epoch);
-            state.step(learner.param_groups(), settings, learning_rate);
+            learning_rate = hyperparams.rate(state.steps, steps, per_epoch);
+            state.step(learner.param_groups(), hyperparams, learning_rate);
         }
         let val = learner.validate();
         let is_best = val.loss.is_finite() && best.as_ref().is_none_or(|(best, _)| val.loss < best.val.loss);
@@ -185,7 +185,7 @@ pub fn fit<E>(
             break;
         }
         let epochs_since_best = epoch - best.as_ref().map_or(0, |(best, _)| best.epoch);
-        if settings.patience > 0 && epochs_since_best >= settings.patience {
+        if hyperparams.patience > 0 && epochs_since_best >= hyperparams.patience {
             break;
         }
     }
@@ -212,12 +212,12 @@ impl OptimizerState {
         OptimizerState { steps: 0, first: zeros(), second: zeros() }
     }
 
-    fn step(&mut self, groups: &mut [ParamGroup], settings: &TrainingParams, rate: f32) {
+    fn step(&mut self, groups: &mut [ParamGroup], hyperparams: &Hyperparams, rate: f32) {
         self.steps += 1;
         for ((group, first), second) in groups.iter_mut().zip(&mut self.first).zip(&mut self.second) {
-            let decay = if group.weight_decay { settings.weight_decay } else { 0.0 };
-            match settings.optimizer {
-                Optimizer::Sgd => sgd_step(group, first, settings, rate, decay),
+            let decay = if group.weight_decay { hyperparams.weight_decay } else { 0.0 };
+            match hyperparams.optimizer {
+                Optimizer::Sgd => sgd_step(group, first, hyperparams, rate, decay),
                 Optimizer::Adam => adam_step(group, first, second, self.steps, rate, decay),
             }
         }
@@ -225,12 +225,12 @@ impl OptimizerState {
 }
 
 /// v ← μ v + g; w ← w − r v, or with Nesterov w − r (g + μ v)
-fn sgd_step(group: &mut ParamGroup, velocity: &mut [f32], settings: &TrainingParams, rate: f32, decay: f32) {
-    let momentum = settings.momentum;
+fn sgd_step(group: &mut ParamGroup, velocity: &mut [f32], hyperparams: &Hyperparams, rate: f32, decay: f32) {
+    let momentum = hyperparams.momentum;
     for ((value, gradient), velocity) in group.values.iter_mut().zip(&group.gradient).zip(velocity) {
         let gradient = gradient + decay * *value;
         *velocity = momentum * *velocity + gradient;
-        *value -= rate * if settings.nesterov { gradient + momentum * *velocity } else { *velocity };
+        *value -= rate * if hyperparams.nesterov { gradient + momentum * *velocity } else { *velocity };
     }
 }
 
@@ -270,8 +270,8 @@ pub(crate) mod tests {
 
     use super::*;
 
-    pub fn settings() -> TrainingParams {
-        TrainingParams {
+    pub fn hyperparams() -> Hyperparams {
+        Hyperparams {
             seed: 1,
             epochs: 20,
             patience: 0,
@@ -334,53 +334,53 @@ pub(crate) mod tests {
         }
     }
 
-    fn run(settings: &TrainingParams) -> (f32, Vec<Epoch>) {
+    fn run(hyperparams: &Hyperparams) -> (f32, Vec<Epoch>) {
         let mut learner = Quadratic(vec![ParamGroup::new("x", vec![0.0], true)]);
-        let history = fit(&mut learner, settings, |_, _| Ok::<(), Infallible>(())).unwrap();
+        let history = fit(&mut learner, hyperparams, |_, _| Ok::<(), Infallible>(())).unwrap();
         (learner.0[0].values[0], history)
     }
 
     #[test]
     fn keeps_the_best_epoch_and_stops_early_with_patience() {
-        let slow = TrainingParams { momentum: 0.0, nesterov: false, schedule: Schedule::Constant, ..settings() };
+        let slow = Hyperparams { momentum: 0.0, nesterov: false, schedule: Schedule::Constant, ..hyperparams() };
         let (kept, history) = run(&slow);
         assert_eq!(history.len(), 20);
         let best = history.iter().rev().find(|epoch| epoch.best).unwrap();
         assert!((f64::from(kept - 2.0).abs() - best.val.loss).abs() < 1e-6, "{kept}");
         assert!(history[19].val.loss > best.val.loss + 0.5, "the last epoch is past the optimum");
-        let (again, short) = run(&TrainingParams { patience: 3, ..slow });
+        let (again, short) = run(&Hyperparams { patience: 3, ..slow });
         assert_eq!((again, short.len()), (kept, best.epoch + 3));
     }
 
     #[test]
     fn every_optimizer_converges() {
-        let final_value = |settings: &TrainingParams| {
+        let final_value = |hyperparams: &Hyperparams| {
             let mut learner = Quadratic(vec![ParamGroup::new("x", vec![0.0], true)]);
             let mut last = 0.0;
-            fit(&mut learner, settings, |_, groups| {
+            fit(&mut learner, hyperparams, |_, groups| {
                 last = groups[0].values[0];
                 Ok::<(), Infallible>(())
             })
             .unwrap();
             last
         };
-        let long = TrainingParams { epochs: 200, ..settings() };
+        let long = Hyperparams { epochs: 200, ..hyperparams() };
         for optimizer in [Optimizer::Sgd, Optimizer::Adam] {
             for nesterov in [false, true] {
-                let reached = final_value(&TrainingParams { optimizer, nesterov, ..long.clone() });
+                let reached = final_value(&Hyperparams { optimizer, nesterov, ..long.clone() });
                 assert!((reached - 3.0).abs() < 0.02, "{optimizer:?} {nesterov}: {reached}");
             }
         }
         // The gradient x − 3 and the decay x cancel at 1.5.
-        let decayed = final_value(&TrainingParams { weight_decay: 1.0, ..long });
+        let decayed = final_value(&Hyperparams { weight_decay: 1.0, ..long });
         assert!((decayed - 1.5).abs() < 0.01, "{decayed}");
     }
 
     #[test]
     fn learning_rate_follows_the_schedule() {
         let rates = |schedule: Schedule, warm_up: usize| {
-            let settings = TrainingParams { schedule, warm_up, learning_rate: 1.0, step_epochs: 2, ..settings() };
-            [0, 9, 10, 20, 39].map(|step| settings.rate(step, 40, 10))
+            let hyperparams = Hyperparams { schedule, warm_up, learning_rate: 1.0, step_epochs: 2, ..hyperparams() };
+            [0, 9, 10, 20, 39].map(|step| hyperparams.rate(step, 40, 10))
         };
         assert_eq!(rates(Schedule::Constant, 0), [1.0; 5]);
         assert_eq!(rates(Schedule::Constant, 1), [0.1, 1.0, 1.0, 1.0, 1.0]);
@@ -393,7 +393,7 @@ pub(crate) mod tests {
     fn an_error_of_the_callback_ends_the_training() {
         let mut learner = Quadratic(vec![ParamGroup::new("x", vec![0.0], true)]);
         let on_epoch = |epoch: &Epoch, _: &[ParamGroup]| if epoch.epoch == 2 { Err("disk full") } else { Ok(()) };
-        assert_eq!(fit(&mut learner, &settings(), on_epoch), Err("disk full"));
+        assert_eq!(fit(&mut learner, &hyperparams(), on_epoch), Err("disk full"));
     }
 
     #[test]

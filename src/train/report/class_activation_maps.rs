@@ -63,7 +63,7 @@ impl<'a> ClassActivationMaps<'a> {
             })
         };
         let work = |worker: &mut Worker, n: usize| {
-            self.overlaid(worker, labels, &set.photographs[indices[n]], &set.predictions[indices[n]])
+            self.overlaid(worker, labels, &set.images[indices[n]], &set.predictions[indices[n]])
         };
         let images = parallel::map(indices.len(), threads, "report", init, work, &|_| {})?;
         Ok(images.into_iter().flatten().collect())

@@ -70,7 +70,7 @@ impl Gallery {
         threads: usize,
     ) -> Result<Self, BackboneError> {
         let (labels, val, preprocess) = (&trained.labels, &trained.val, settings.preprocess());
-        let sample = random_sample(val, SAMPLE_LEN, settings.training.seed);
+        let sample = random_sample(val, SAMPLE_LEN, settings.hyperparams.seed);
         let mut correct = most_confident_correct(val, labels.names().len(), CAMS_PER_CLASS);
         correct.truncate(CAMS_MAX);
         let cams = ClassActivationMaps::new(network, trained, &preprocess);
@@ -113,7 +113,7 @@ impl GalleryImage {
 
 /// Returns `count` random indices into the set, ascending.
 fn random_sample(set: &EvaluatedSet, count: usize, seed: u64) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..set.photographs.len()).collect();
+    let mut order: Vec<usize> = (0..set.images.len()).collect();
     training_loop::shuffle(&mut order, &mut ChaCha8Rng::seed_from_u64(seed));
     order.truncate(count);
     order.sort_unstable();
@@ -135,8 +135,7 @@ fn most_confident_correct(set: &EvaluatedSet, classes: usize, count: usize) -> V
 fn most_confident(set: &EvaluatedSet, count: usize, filter: impl Fn(&HashedImage, usize) -> bool) -> Vec<usize> {
     let top = |i: usize| argmax(&set.predictions[i].probabilities);
     let confidence = |i: usize| set.predictions[i].probabilities[top(i)];
-    let mut indices: Vec<usize> =
-        (0..set.photographs.len()).filter(|i| filter(&set.photographs[*i], top(*i))).collect();
+    let mut indices: Vec<usize> = (0..set.images.len()).filter(|i| filter(&set.images[*i], top(*i))).collect();
     indices.sort_by(|a, b| confidence(*b).total_cmp(&confidence(*a)));
     indices.truncate(count);
     indices
@@ -145,7 +144,7 @@ fn most_confident(set: &EvaluatedSet, count: usize, filter: impl Fn(&HashedImage
 /// Returns the images at `indices`; those that cannot be decoded are skipped.
 fn load(labels: &Labels, set: &EvaluatedSet, indices: &[usize], threads: usize) -> Vec<GalleryImage> {
     let load = |(): &mut (), n: usize| {
-        let (photograph, prediction) = (&set.photographs[indices[n]], &set.predictions[indices[n]]);
+        let (photograph, prediction) = (&set.images[indices[n]], &set.predictions[indices[n]]);
         let pixels = photograph.decode().ok();
         Ok::<_, Infallible>(pixels.map(|pixels| GalleryImage::new(labels, photograph, prediction, &pixels)))
     };

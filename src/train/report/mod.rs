@@ -84,7 +84,7 @@ fn header(settings: &Settings, network: &OnnxBackbone, trained: &Trained) -> Str
          <div class=\"figures\">\n{}</div>\n",
         escaped(&settings.name),
         settings.recipe.name(),
-        settings.training.seed,
+        settings.hyperparams.seed,
         escaped(network.name()),
         with_separators(parameters.total),
         with_separators(parameters.trained),
@@ -193,7 +193,7 @@ fn class_table(evaluation: &Evaluation) -> String {
 
 /// Reliability diagrams before and after temperature scaling.
 fn calibration(val: &EvaluatedSet, temperature: f32) -> String {
-    let classes: Vec<usize> = val.photographs.iter().map(|photograph| photograph.class).collect();
+    let classes: Vec<usize> = val.images.iter().map(|image| image.class).collect();
     let before: Vec<Prediction> = val.predictions.iter().map(|after| without_temperature(after, temperature)).collect();
     let panel = |title: &str, predictions: &[Prediction]| {
         let (bins, error) = reliability(predictions, &classes);

@@ -48,7 +48,7 @@ pub(super) fn calibrate(
     let ClassifierParams { labels, head, ood, .. } = params;
     Ok(Trained {
         parameters: count_parameters(context.settings.fine_tune, &pretrained.network, &head),
-        dataset: describe_dataset(&labels, &train.images, &val.photographs),
+        dataset: describe_dataset(&labels, &train.images, &val.images),
         train_images: images_per_class(&labels, &train.classes()),
         labels,
         val,
@@ -74,13 +74,12 @@ pub(super) fn evaluate_test_set(
     let (Some(dataset), Some(path)) = (&datasets.test, &context.settings.test) else { return Ok(()) };
     let used = [&datasets.train.kept[..], &datasets.val.kept].concat();
     let used = ImageSet { kept: used, skipped: Vec::new() };
-    let photographs = ImageSet::read(dataset, context.options.threads, &|_| {});
-    let photographs = photographs.dedup(None).dedup(Some(&used));
-    let total = photographs.kept.len();
+    let images = ImageSet::read(dataset, context.options.threads, &|_| {});
+    let images = images.dedup(None).dedup(Some(&used));
+    let total = images.kept.len();
     let progress = |done| (context.progress)(Progress::Features { done, total });
-    let (mut features, _) =
-        extract_set(context, pretrained, &photographs.kept, Views::ONE, Precision::Single, &progress)?;
-    let skipped = [photographs.skipped, take(&mut features.skipped)].concat();
+    let (mut features, _) = extract_set(context, pretrained, &images.kept, Views::ONE, Precision::Single, &progress)?;
+    let skipped = [images.skipped, take(&mut features.skipped)].concat();
     context.expect_all_classes(&pretrained.labels, &features.images, path, "testing", &skipped)?;
     trained.skipped.extend(skipped);
     let rows = final_features(context, &features, trained.last_conv.as_ref());
@@ -123,7 +122,7 @@ fn fit_ood_detector(context: RunContext<'_>, train: &[Vec<f32>], val: &[Vec<f32>
     // A subspace of nearly all dimensions contains nearly every feature vector.
     let rank = RANK.min(width / 2).max(1);
     let rows = train.iter().map(Vec::as_slice);
-    let basis = ood::principal_directions(rows, width, rank, context.settings.training.seed);
+    let basis = ood::principal_directions(rows, width, rank, context.settings.hyperparams.seed);
     let detector = OodDetector::new(width, basis, 0.0)?;
     let mut similarities: Vec<f32> = val.iter().map(|row| detector.similarity(row)).collect();
     similarities.sort_by(f32::total_cmp);

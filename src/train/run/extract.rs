@@ -29,7 +29,7 @@ pub(super) fn extract(
 ) -> Result<ExtractedFeatures, TrainError> {
     let (settings, labels) = (context.settings, &pretrained.labels);
     let Datasets { train, val, .. } = datasets;
-    let views = Views { count: settings.views, seed: settings.training.seed };
+    let views = Views { count: settings.views, seed: settings.hyperparams.seed };
     let precision = match settings.fine_tune {
         FineTune::None => Precision::Single,
         FineTune::LastConv => Precision::Half,

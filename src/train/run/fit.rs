@@ -28,23 +28,24 @@ pub(super) fn fit(
     features: &ExtractedFeatures,
     writer: &mut RunWriter,
 ) -> Result<FittedModel, TrainError> {
-    let (classes, params) = (pretrained.labels.names().len(), &context.settings.training);
+    let (classes, hyperparams) = (pretrained.labels.names().len(), &context.settings.hyperparams);
     let mut on_epoch = |epoch: &Epoch, groups: &[ParamGroup]| {
-        (context.progress)(Progress::Epoch { epoch: *epoch, total: params.epochs });
+        (context.progress)(Progress::Epoch { epoch: *epoch, total: hyperparams.epochs });
         writer.epoch(epoch, groups)
     };
     match context.settings.fine_tune {
         FineTune::None => {
-            let mut learner = HeadLearner::new(&features.train, &features.val, classes, params);
-            let history = expect_finite(training_loop::fit(&mut learner, params, &mut on_epoch)?)?;
+            let mut learner = HeadLearner::new(&features.train, &features.val, classes, hyperparams);
+            let history = expect_finite(training_loop::fit(&mut learner, hyperparams, &mut on_epoch)?)?;
             let (head_weight, head_bias) = learner.into_params();
             Ok(FittedModel { last_conv: None, head_weight, head_bias, history })
         }
         FineTune::LastConv => {
             let weights = &pretrained.network.last_conv()?.weights;
             let threads = context.options.threads;
-            let mut learner = LastConvLearner::new(&features.train, &features.val, weights, classes, params, threads);
-            let history = expect_finite(training_loop::fit(&mut learner, params, &mut on_epoch)?)?;
+            let mut learner =
+                LastConvLearner::new(&features.train, &features.val, weights, classes, hyperparams, threads);
+            let history = expect_finite(training_loop::fit(&mut learner, hyperparams, &mut on_epoch)?)?;
             let (last_conv, head_weight, head_bias) = learner.params()?;
             Ok(FittedModel { last_conv: Some(last_conv), head_weight, head_bias, history })
         }

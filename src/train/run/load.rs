@@ -37,7 +37,7 @@ pub(super) fn load(context: RunContext<'_>) -> Result<(Pretrained, Datasets), Tr
     let pretrained = load_network(context, dataset.classes.clone())?;
     let labels = &pretrained.labels;
     let test = settings.test.as_deref().map(|path| read_with_classes(path, labels)).transpose()?;
-    let (train, val) = load_photographs(context, &dataset, labels)?;
+    let (train, val) = load_image_sets(context, &dataset, labels)?;
     Ok((pretrained, Datasets { train, val, test }))
 }
 
@@ -69,7 +69,7 @@ fn read_with_classes(path: &Path, labels: &Labels) -> Result<Dataset, DatasetErr
 }
 
 /// Returns the training and validation sets, without duplicates.
-fn load_photographs(
+fn load_image_sets(
     context: RunContext<'_>,
     dataset: &Dataset,
     labels: &Labels,

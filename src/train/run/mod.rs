@@ -63,14 +63,14 @@ pub enum TrainError {
     /// The network cannot be loaded or run.
     #[error(transparent)]
     Backbone(#[from] BackboneError),
-    /// A class has no usable training or validation image after duplicates and unreadable images are skipped.
+    /// A class has no usable image in a dataset after duplicates and unreadable images are skipped.
     #[error("{path}: no image of the class {class} is left for {purpose}{hint}")]
     NoImagesLeft {
         /// Path of the dataset.
         path: PathBuf,
         /// Name of the class.
         class: String,
-        /// `training` or `validation`.
+        /// `training`, `validation` or `testing`.
         purpose: &'static str,
         /// A skipped file with the reason, or a suggestion; starts with `; ` unless it is empty.
         hint: String,

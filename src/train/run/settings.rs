@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle::manifest::check_name;
 use crate::system::hash::sha256_hex;
-use crate::train::optim::training_loop::{Optimizer, Schedule, TrainingParams};
+use crate::train::optim::training_loop::{Hyperparams, Optimizer, Schedule};
 use crate::vision::backbone;
 use crate::vision::{BackboneError, Preprocess};
 use crate::zoo;
@@ -45,9 +45,9 @@ pub struct Settings {
     pub embed_backbone: bool,
     /// The backbone; `None` selects the built-in one.
     pub backbone: Option<BackboneFile>,
-    /// Settings of the training loop.
+    /// Hyperparameters of the training loop.
     #[serde(rename = "sgd")]
-    pub training: TrainingParams,
+    pub hyperparams: Hyperparams,
 }
 
 /// A backbone in an ONNX file.
@@ -180,7 +180,7 @@ impl Recipe {
     /// Returns the settings for `dataset`. The hyperparameters were tuned on the validation set of TensorFlow's
     /// `flower_photos`; the README lists the results.
     pub fn settings(self, dataset: PathBuf) -> Settings {
-        let head = TrainingParams {
+        let head = Hyperparams {
             seed: 1,
             epochs: 60,
             patience: 0,
@@ -198,7 +198,7 @@ impl Recipe {
             balance: false,
             dropout: 0.0,
         };
-        let conv = TrainingParams {
+        let conv = Hyperparams {
             epochs: 40,
             optimizer: Optimizer::Adam,
             learning_rate: 2e-3,
@@ -206,11 +206,11 @@ impl Recipe {
             dropout: 0.2,
             ..head.clone()
         };
-        let (fine_tune, views, params) = match self {
+        let (fine_tune, views, hyperparams) = match self {
             Recipe::Frozen => (FineTune::None, 1, head),
             Recipe::Augmentation => (FineTune::None, 6, head),
             Recipe::LastConv => (FineTune::LastConv, 6, conv),
-            Recipe::LastConvSlow => (FineTune::LastConv, 6, TrainingParams { learning_rate: 1e-4, ..conv }),
+            Recipe::LastConvSlow => (FineTune::LastConv, 6, Hyperparams { learning_rate: 1e-4, ..conv }),
         };
         Settings {
             name: "flowers".into(),
@@ -224,7 +224,7 @@ impl Recipe {
             reject: 0.03,
             embed_backbone: false,
             backbone: None,
-            training: params,
+            hyperparams,
         }
     }
 }
@@ -280,7 +280,7 @@ impl Settings {
     }
 
     fn check_ranges(&self) -> Result<(), SettingsError> {
-        let params = &self.training;
+        let sgd = &self.hyperparams;
         let unit = |value: f32| (0.0..=1.0).contains(&value);
         let positive = |value: f32| value.is_finite() && value > 0.0;
         let not_negative = |value: f32| value.is_finite() && value >= 0.0;
@@ -293,16 +293,16 @@ impl Settings {
             ),
             ("views", (1..=VIEWS_MAX).contains(&self.views), self.views.to_string(), "1 to 64"),
             ("reject", unit(self.reject), self.reject.to_string(), "0 to 1"),
-            ("sgd.epochs", (1..=100_000).contains(&params.epochs), params.epochs.to_string(), "1 to 100000"),
-            ("sgd.batch", (1..=100_000).contains(&params.batch), params.batch.to_string(), "1 to 100000"),
-            ("sgd.learning_rate", positive(params.learning_rate), params.learning_rate.to_string(), "a number above 0"),
-            ("sgd.warm_up", params.warm_up <= params.epochs, params.warm_up.to_string(), "at most the epochs"),
-            ("sgd.step_epochs", params.step_epochs > 0, params.step_epochs.to_string(), "1 or above"),
-            ("sgd.step_factor", positive(params.step_factor), params.step_factor.to_string(), "a number above 0"),
-            ("sgd.momentum", unit(params.momentum), params.momentum.to_string(), "0 to 1"),
-            ("sgd.weight_decay", not_negative(params.weight_decay), params.weight_decay.to_string(), "0 or above"),
-            ("sgd.label_smoothing", unit(params.label_smoothing), params.label_smoothing.to_string(), "0 to 1"),
-            ("sgd.dropout", unit(params.dropout) && params.dropout < 1.0, params.dropout.to_string(), "0 to below 1"),
+            ("sgd.epochs", (1..=100_000).contains(&sgd.epochs), sgd.epochs.to_string(), "1 to 100000"),
+            ("sgd.batch", (1..=100_000).contains(&sgd.batch), sgd.batch.to_string(), "1 to 100000"),
+            ("sgd.learning_rate", positive(sgd.learning_rate), sgd.learning_rate.to_string(), "a number above 0"),
+            ("sgd.warm_up", sgd.warm_up <= sgd.epochs, sgd.warm_up.to_string(), "at most the epochs"),
+            ("sgd.step_epochs", sgd.step_epochs > 0, sgd.step_epochs.to_string(), "1 or above"),
+            ("sgd.step_factor", positive(sgd.step_factor), sgd.step_factor.to_string(), "a number above 0"),
+            ("sgd.momentum", unit(sgd.momentum), sgd.momentum.to_string(), "0 to 1"),
+            ("sgd.weight_decay", not_negative(sgd.weight_decay), sgd.weight_decay.to_string(), "0 or above"),
+            ("sgd.label_smoothing", unit(sgd.label_smoothing), sgd.label_smoothing.to_string(), "0 to 1"),
+            ("sgd.dropout", unit(sgd.dropout) && sgd.dropout < 1.0, sgd.dropout.to_string(), "0 to below 1"),
         ];
         match checks.into_iter().find(|(_, good, ..)| !good) {
             None => Ok(()),
@@ -365,7 +365,7 @@ mod tests {
         fs::write(&path, text).unwrap();
         let settings = Settings::read(&path).unwrap();
         assert_eq!((settings.recipe, settings.fine_tune, settings.views), (Recipe::LastConv, FineTune::LastConv, 6));
-        assert_eq!((settings.training.optimizer, settings.training.schedule), (Optimizer::Adam, Schedule::Step));
+        assert_eq!((settings.hyperparams.optimizer, settings.hyperparams.schedule), (Optimizer::Adam, Schedule::Step));
         let lines = |text: &str| -> Vec<String> { text.lines().map(|line| line.trim().into()).collect() };
         assert_eq!(lines(&settings.to_toml()), lines(text.trim()), "the same keys and values");
     }
@@ -379,13 +379,13 @@ mod tests {
         let error = Settings::read(&path).unwrap_err().to_string();
         assert!(error.contains("config.toml") && error.contains("unknown field `epoch`"), "{error}");
         let mut settings = Recipe::Frozen.settings("photos".into());
-        settings.training.dropout = 1.0;
+        settings.hyperparams.dropout = 1.0;
         assert_eq!(settings.check().unwrap_err().to_string(), "sgd.dropout: 1, expected 0 to below 1");
-        settings.training.dropout = 0.0;
+        settings.hyperparams.dropout = 0.0;
         let named = Settings { name: "a\nb".into(), ..settings.clone() };
         let error = named.check().unwrap_err().to_string();
         assert_eq!(error, "name: a\nb, expected 1 to 64 bytes without control characters");
-        settings.training.learning_rate = f32::NAN;
+        settings.hyperparams.learning_rate = f32::NAN;
         assert_eq!(settings.check().unwrap_err().to_string(), "sgd.learning_rate: NaN, expected a number above 0");
     }
 }

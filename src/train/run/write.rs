@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::bundle::manifest::FORMAT;
 use crate::bundle::selftest::SelfTestError;
 use crate::bundle::tensors;
-use crate::bundle::{BackboneRef, Bundle, BundleError, Contents, Manifest, Metrics, SelfTest, Unknown, UnknownRule};
+use crate::bundle::{BackboneRef, Bundle, BundleError, Contents, Manifest, Metrics, OodMeasure, OodParams, SelfTest};
 use crate::train::evaluate::Evaluation;
 use crate::train::optim::training_loop::{Epoch, ParamGroup};
 use crate::train::report::tensorboard::{self, EventWriter};
@@ -184,7 +184,7 @@ impl RunWriter {
         let metrics = RunMetrics {
             name: self.settings.name.clone(),
             recipe: self.settings.recipe,
-            seed: self.settings.training.seed,
+            seed: self.settings.hyperparams.seed,
             seconds: trained.elapsed.as_secs_f64(),
             device: network.device(),
             train_images: trained.train_images.iter().sum(),
@@ -215,7 +215,7 @@ impl RunWriter {
         let mut bundle = Bundle::new(manifest(&self.settings, self.created_at, network, trained), parts);
         // The expected outputs are those of a CPU, as on the devices, also if a GPU extracted the features.
         let mut classifier =
-            Classifier::new(&bundle.backbone(&network.on(ComputeDevice::Cpu))?, bundle.classifier_params())?;
+            Classifier::new(&bundle.compile_backbone(&network.on(ComputeDevice::Cpu))?, bundle.classifier_params())?;
         let images = SELF_TEST_SIZES.map(|(width, height)| test_pattern::jpeg(width, height)).to_vec();
         bundle.set_self_test(SelfTest::record(&mut classifier, trained.self_test_features.clone(), images)?);
         Ok(bundle.write(&self.folder.join(MODEL))?)
@@ -254,14 +254,14 @@ fn manifest(settings: &Settings, created_at: SystemTime, network: &OnnxBackbone,
         },
         preprocess: settings.preprocess(),
         temperature: trained.head.temperature(),
-        unknown: Unknown {
-            rule: UnknownRule::CosineSubspace,
+        unknown: OodParams {
+            rule: OodMeasure::CosineSubspace,
             threshold: trained.ood.threshold(),
             rejected_share: evaluation.unknown as f32,
         },
         dataset: trained.dataset.clone(),
         metrics: Metrics { accuracy: evaluation.accuracy, loss: evaluation.loss, ece: evaluation.ece },
-        seed: settings.training.seed,
+        seed: settings.hyperparams.seed,
         program: format!("bloomcast {}", env!("CARGO_PKG_VERSION")),
         members: Default::default(),
     }

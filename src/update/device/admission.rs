@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use super::UpdateOptions;
-use super::model::{DeviceBackbone, LoadedModel, ModelHandle};
+use super::model::{DeviceBackbone, LoadedModel, ModelInfo};
 use super::store::State;
 use crate::bundle::selftest::SelfTestError;
 use crate::bundle::signature::{KeyError, Keyring, UntrustedSigner};
@@ -42,7 +42,7 @@ pub enum Refusal {
     #[error("decide.classes: {0}")]
     Classes(#[from] UnknownClass),
     /// It does not fit the free memory.
-    #[error("it needs about {needed} MiB of memory, {free} MiB are free")]
+    #[error("the model needs about {needed} MiB of memory, {free} MiB are free")]
     Memory {
         /// Estimated memory that it needs, in MiB.
         needed: u64,
@@ -57,7 +57,7 @@ pub enum Refusal {
     SelfTest(#[from] SelfTestError),
     /// A frame takes too much processor time.
     #[error(
-        "it needs {cpu_ms} ms of processor time per frame, the active model {active_ms} ms: more than model.slowdown_max = {slowdown_max} allows"
+        "the model needs {cpu_ms} ms of processor time per frame, the active model {active_ms} ms: more than model.slowdown_max = {slowdown_max} allows"
     )]
     Slow {
         /// Its processor time per frame, in milliseconds.
@@ -67,7 +67,7 @@ pub enum Refusal {
         /// Largest allowed ratio of the two.
         slowdown_max: f64,
     },
-    /// A library panicked; the name of the model's file.
+    /// A library panicked while it processed the model.
     #[error("the model made the program panic; see the message above in the log")]
     Panicked,
 }
@@ -76,7 +76,7 @@ pub enum Refusal {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UpgradeRefused {
     /// It was rolled back on this device.
-    #[error("{0} was rolled back here, or failed its trial")]
+    #[error("{0} was rolled back on this device, or failed its trial")]
     RolledBack(String),
     /// Its version is not above the active model's.
     #[error("{model} is not newer than {active}")]
@@ -87,7 +87,7 @@ pub enum UpgradeRefused {
         active: String,
     },
     /// Its version is not above the highest that was confirmed.
-    #[error("{model} is not newer than version {highest_confirmed_version}, which was confirmed here before")]
+    #[error("{model} is not newer than version {highest_confirmed_version}, which was confirmed on this device before")]
     BelowConfirmed {
         /// Name and version of the new model.
         model: String,
@@ -112,14 +112,14 @@ pub enum Checks<'a> {
     /// the configured and the built-in one.
     Integrity {
         /// A model whose backbone is used again if it is the same.
-        reuse: Option<&'a ModelHandle>,
+        reuse: Option<&'a ModelInfo>,
     },
     /// Checks a new model: signature, classes, memory, self-test, and processor time beside the active model.
     Full {
         /// Options of the update agent.
         options: &'a UpdateOptions,
         /// The active model.
-        active: &'a ModelHandle,
+        active: &'a ModelInfo,
         /// Whether a trusted key must have signed the model.
         signature_required: bool,
     },
@@ -179,7 +179,7 @@ fn validate(
     source: ModelSource,
     options: &UpdateOptions,
     backbone: &DeviceBackbone,
-    active: &ModelHandle,
+    active: &ModelInfo,
 ) -> Result<Admitted, Refusal> {
     options.policy.rules(&bundle.manifest().classes)?;
     check_memory(&bundle, backbone, active)?;
@@ -190,7 +190,7 @@ fn validate(
 }
 
 /// Refuses a network that does not fit the free memory; another head alone needs little memory and is not checked.
-fn check_memory(bundle: &Bundle, backbone: &DeviceBackbone, active: &ModelHandle) -> Result<(), Refusal> {
+fn check_memory(bundle: &Bundle, backbone: &DeviceBackbone, active: &ModelInfo) -> Result<(), Refusal> {
     if active.has_same_features(bundle.manifest()) {
         return Ok(());
     }
@@ -207,7 +207,7 @@ fn check_memory(bundle: &Bundle, backbone: &DeviceBackbone, active: &ModelHandle
 }
 
 /// Returns the most processor time that a frame may take; refuses a network that takes more.
-fn check_cpu_time(model: &ModelHandle, active: &ModelHandle, slowdown_max: f64) -> Result<Duration, Refusal> {
+fn check_cpu_time(model: &ModelInfo, active: &ModelInfo, slowdown_max: f64) -> Result<Duration, Refusal> {
     let active_time = cpu_time(&active.backbone, &active.manifest)?;
     let limit = active_time.mul_f64(slowdown_max).max(active_time + TIMING_NOISE);
     if active.has_same_features(&model.manifest) {
@@ -260,9 +260,9 @@ mod tests {
         let state = State { rolled_back: vec!["bad".into()], highest_confirmed_version: 5, ..State::default() };
         let refused = |new| check_upgrade(&new, &model(3, "active"), &state).unwrap_err().to_string();
         assert_eq!(check_upgrade(&model(6, "new"), &model(3, "active"), &state), Ok(()));
-        assert_eq!(refused(model(6, "bad")), "m 6 was rolled back here, or failed its trial");
+        assert_eq!(refused(model(6, "bad")), "m 6 was rolled back on this device, or failed its trial");
         assert_eq!(refused(model(3, "same")), "m 3 is not newer than m 3");
-        let before = "m 5 is not newer than version 5, which was confirmed here before";
+        let before = "m 5 is not newer than version 5, which was confirmed on this device before";
         assert_eq!(refused(model(5, "older")), before);
     }
 }

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::UpdateOptions;
 use super::admission::{Admitted, Candidate, Checks, Refusal, UpgradeRefused, admit, check_upgrade};
-use super::model::{LoadedModel, ModelHandle};
+use super::model::{LoadedModel, ModelInfo};
 use super::model_loader::{ActiveModel, ModelLoader, NoStore, persist_or_keep};
 use super::store::{Phase, State, StoreError};
 use super::trial::{Trial, TrialOutcome};
@@ -46,7 +46,7 @@ pub struct UpdateAgent {
     agent_outbox: Outbox,
     swaps: SyncSender<Swap>,
     /// The active model.
-    model: ModelHandle,
+    model: ModelInfo,
     /// The store's state that this agent wrote or read last.
     state: State,
     commands: mpsc::Receiver<Command>,
@@ -92,7 +92,9 @@ enum RequestError {
     Store(#[from] StoreError),
     #[error("model.trusted_keys: {0}")]
     Keys(#[from] KeyError),
-    #[error("no key is trusted here: put one into model.trusted_keys, or `bloomcast install --trust`")]
+    #[error(
+        "no key is trusted on this device: add a public key to model.trusted_keys, or install locally with `bloomcast install --trust`"
+    )]
     NoTrustedKeys,
     #[error("{0}; --force installs it anyway")]
     UpgradeRefused(#[from] UpgradeRefused),
@@ -108,7 +110,7 @@ enum RequestError {
     OtherModel { model: String, offered: String },
     #[error(transparent)]
     Refused(#[from] Refusal),
-    #[error("the messages about it take {bytes} bytes, mqtt.packet_bytes_max is {bytes_max}")]
+    #[error("the messages about the model need {bytes} bytes, mqtt.packet_bytes_max is {bytes_max}")]
     StatusTooLarge { bytes: usize, bytes_max: usize },
     #[error("the program is about to stop")]
     Stopping,
@@ -160,7 +162,7 @@ impl UpdateAgent {
             match self.commands.recv_timeout(IDLE) {
                 Ok(command) => self.handle(command),
                 Err(RecvTimeoutError::Timeout) => {}
-                // The connection is gone, and every sender of commands with it.
+                // The MQTT client and all command senders were dropped.
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             self.check_trial();
@@ -279,7 +281,7 @@ impl UpdateAgent {
             ChunkResult::Complete(bytes) => Ok(bytes),
             ChunkResult::Altered => Err(RequestError::Altered),
         };
-        // Before the validation, which takes its time.
+        // Sent before the validation, which may take minutes.
         self.send_progress(false);
         let Some(Transfer { offer, .. }) = self.transfer.take() else { return };
         if let Err(error) = bundle.and_then(|bytes| self.activate_received(&offer, &bytes)) {
@@ -314,7 +316,7 @@ impl UpdateAgent {
     }
 
     /// Refuses a model whose retained messages would be too large to publish: those of another model would stay.
-    fn expect_status_fits(&self, model: &ModelHandle) -> Result<(), RequestError> {
+    fn expect_status_fits(&self, model: &ModelInfo) -> Result<(), RequestError> {
         let bytes_max = self.options.packet_bytes_max;
         let messages = announce(&self.loader, model, &self.state).messages(&self.topics, self.options.discovery);
         let bytes = messages.iter().map(|(topic, payload)| topic.len() + payload.len() + STATUS_MARGIN).max();
@@ -419,9 +421,9 @@ impl UpdateAgent {
         self.model = model;
     }
 
-    fn send_progress(&self, again: bool) {
+    fn send_progress(&self, resend: bool) {
         if let Some(transfer) = &self.transfer {
-            self.agent_outbox.push(self.topics.progress(), json(&transfer.progress(again)));
+            self.agent_outbox.push(self.topics.progress(), json(&transfer.progress(resend)));
         }
     }
 
@@ -456,7 +458,7 @@ impl UpdateAgent {
 }
 
 /// Returns the retained messages about a model.
-fn announce(loader: &ModelLoader, model: &ModelHandle, state: &State) -> ModelAnnouncement {
+fn announce(loader: &ModelLoader, model: &ModelInfo, state: &State) -> ModelAnnouncement {
     ModelAnnouncement {
         version: model.manifest.version,
         classes: model.manifest.classes.clone(),

@@ -22,7 +22,7 @@ pub struct DeviceBackbone {
 
 /// A loaded model without its classifier.
 #[derive(Clone)]
-pub struct ModelHandle {
+pub struct ModelInfo {
     /// Its manifest.
     pub manifest: Manifest,
     /// SHA-256 of the bundle, hexadecimal.
@@ -38,14 +38,14 @@ pub struct ModelHandle {
 /// A model that is ready to be activated.
 pub struct LoadedModel {
     /// The model.
-    pub model: ModelHandle,
+    pub model: ModelInfo,
     /// Its classifier.
     pub classifier: Classifier,
     /// Its self-test, if the bundle has one.
     pub self_test: Option<SelfTest>,
 }
 
-impl ModelHandle {
+impl ModelInfo {
     /// Returns the name, version and SHA-256.
     pub fn identity(&self) -> Identity {
         identity(&self.manifest, &self.sha256)
@@ -69,18 +69,18 @@ impl LoadedModel {
         mut bundle: Bundle,
         source: ModelSource,
         device: &DeviceBackbone,
-        reuse: Option<&ModelHandle>,
+        reuse: Option<&ModelInfo>,
     ) -> Result<Self, BundleError> {
         let backbone = match reuse.filter(|reuse| reuse.has_same_features(bundle.manifest())) {
             Some(reuse) => reuse.backbone.clone(),
             None => {
-                let network = bundle.network(device.file.as_deref())?.with_kernels(device.kernels);
-                bundle.backbone(&network.with_thread_pool(device.thread_pool.clone()))?
+                let network = bundle.onnx_backbone(device.file.as_deref())?.with_kernels(device.kernels);
+                bundle.compile_backbone(&network.with_thread_pool(device.thread_pool.clone()))?
             }
         };
         let classifier = Classifier::new(&backbone, bundle.classifier_params())?;
         let self_test = bundle.take_self_test();
-        let model = ModelHandle {
+        let model = ModelInfo {
             manifest: bundle.manifest().clone(),
             sha256: bundle.sha256().to_owned(),
             signed_by: bundle.signer().map(crate::bundle::PublicKey::id),

@@ -9,7 +9,7 @@ use bloomcast_kernels::{Isa, ThreadPool};
 use tracing::warn;
 
 use super::admission::{Candidate, Checks, Refusal, admit};
-use super::model::{DeviceBackbone, LoadedModel, ModelHandle};
+use super::model::{DeviceBackbone, LoadedModel, ModelInfo};
 use super::store::{ModelSlot, Phase, State, Store, StoreError, StoredTrial};
 use crate::bundle::manifest::FORMAT;
 use crate::bundle::{ArchiveError, BACKBONE, BUILT_IN, BundleError, Identity, Manifest, archive};
@@ -157,7 +157,7 @@ impl ModelLoader {
                 let written = store.fall_back(ModelSlot::BuiltIn, fallback_reason.clone());
                 persist_or_keep(written, State::default(), |state| state.fallback_reason = Some(fallback_reason))
             }
-            // The error may be gone at the next start: the state stays.
+            // The error may be temporary: the state file is not changed.
             Err(error) => {
                 warn!("{error}; the built-in model is active");
                 let state = State { fallback_reason: Some(error.to_string()), ..State::default() };
@@ -191,7 +191,7 @@ impl ModelLoader {
         &self,
         store: &Store,
         state: State,
-        reuse: Option<&ModelHandle>,
+        reuse: Option<&ModelInfo>,
     ) -> Result<ActiveModel, ModelError> {
         let (fallback_reason, damaged) = match self.load(store, &state.current, reuse) {
             Ok(loaded) => return Ok(ActiveModel::new(loaded, state)),
@@ -227,7 +227,7 @@ impl ModelLoader {
         Ok((self.load(store, &ModelSlot::Slot(trial.slot.clone()), None)?, state))
     }
 
-    fn load(&self, store: &Store, slot: &ModelSlot, reuse: Option<&ModelHandle>) -> Result<LoadedModel, ModelError> {
+    fn load(&self, store: &Store, slot: &ModelSlot, reuse: Option<&ModelInfo>) -> Result<LoadedModel, ModelError> {
         let ModelSlot::Slot(slot) = slot else { return self.default_model() };
         let file = store.slot_file(slot).display().to_string();
         self.read(&file, &store.read(slot)?, ModelSource::Store, reuse).map_err(ModelError::from)
@@ -261,7 +261,7 @@ impl ModelLoader {
         file: &str,
         bytes: &[u8],
         source: ModelSource,
-        reuse: Option<&ModelHandle>,
+        reuse: Option<&ModelInfo>,
     ) -> Result<LoadedModel, Refusal> {
         let candidate = Candidate { file, bytes, source };
         let admitted = admit(&candidate, &self.backbone, &Checks::Integrity { reuse }, |_| Ok::<_, Refusal>(()));
@@ -269,7 +269,7 @@ impl ModelLoader {
     }
 
     /// Returns the message about the active model.
-    pub fn status(&self, model: &ModelHandle, state: &State) -> ModelStatus {
+    pub fn status(&self, model: &ModelInfo, state: &State) -> ModelStatus {
         ModelStatus {
             schema: SCHEMA,
             model: model.identity(),

@@ -87,7 +87,7 @@ pub enum ModelSlot {
 pub enum Phase {
     /// Not started, or interrupted by an orderly stop.
     Waiting,
-    /// The model is active. A start that finds this phase follows a crash.
+    /// The model is active. Finding this phase at the start means that the daemon crashed.
     Running,
 }
 

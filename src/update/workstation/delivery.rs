@@ -2,7 +2,7 @@
 //! caller passes messages and the time.
 //!
 //! An offer is also the request for the transfer's progress: while the device receives the model, it answers each offer, also a
-//! repeated one, with a [`Progress`] message that has `again` set, and chunks are sent from its `next` on.
+//! repeated one, with a [`Progress`] message that has `resend` set, and chunks are sent from its `next` on.
 
 use std::time::{Duration, Instant};
 
@@ -89,7 +89,7 @@ impl DeliveryStatus {
             DeliveryStatus::RolledBack => "rolled back",
             DeliveryStatus::Offline => "offline",
             DeliveryStatus::NoAnswer => "no answer",
-            DeliveryStatus::NotStarted => "not begun",
+            DeliveryStatus::NotStarted => "not started",
         }
     }
 
@@ -152,7 +152,7 @@ pub struct Delivery {
     received_max: u32,
     /// Index of the next chunk to send.
     next: u32,
-    /// Whether an offer is due or unanswered. The device answers a repeated offer with a [`Progress`] message with `again`, and no
+    /// Whether an offer is due or unanswered. The device answers a repeated offer with a [`Progress`] message with `resend`, and no
     /// chunk is sent until then: by then, each chunk sent before the offer has arrived or is lost.
     offer_unanswered: bool,
     next_offer_at: Instant,
@@ -308,12 +308,12 @@ impl Delivery {
         if progress.transfer != self.transfer || progress.chunks != self.chunks || progress.next > self.chunks {
             return;
         }
-        let is_restart = progress.again && progress.next == 0;
+        let is_restart = progress.resend && progress.next == 0;
         // After a reconnect, a device may publish an earlier progress again.
-        let is_stale = !progress.again && progress.next < self.received;
+        let is_stale = !progress.resend && progress.next < self.received;
         match self.state {
             DeliveryState::Sending { .. } if !is_stale => {}
-            DeliveryState::Validating { .. } if progress.again => {}
+            DeliveryState::Validating { .. } if progress.resend => {}
             // The device receives the model again, so the model is not active any more.
             DeliveryState::OnTrial { .. } if is_restart => {
                 return self.finish(DeliveryStatus::RolledBack, "no answer with the reason was received");
@@ -349,7 +349,7 @@ impl Delivery {
         if has_advanced || !matches!(self.state, DeliveryState::Sending { .. }) {
             self.state = DeliveryState::Sending { deadline: now + PROGRESS_TIMEOUT };
         }
-        if progress.again {
+        if progress.resend {
             self.next = progress.next;
             self.offer_unanswered = false;
             if has_sent && !has_advanced {
@@ -412,7 +412,7 @@ impl Delivery {
             DeliveryState::OnTrial { deadline } if now >= deadline => {
                 self.finish(
                     DeliveryStatus::NoAnswer,
-                    "still on trial: the camera delivers no frames, or the device is gone",
+                    "still on trial: the camera delivers no frames, or the device is disconnected",
                 );
             }
             DeliveryState::Sending { .. } | DeliveryState::Validating { .. } | DeliveryState::OnTrial { .. } => {
@@ -594,8 +594,8 @@ mod tests {
             None
         }
 
-        fn report_progress(&mut self, device: &Transfer, again: bool) {
-            self.handle("bloomcast/pi/model/progress", &json(&device.progress(again)));
+        fn report_progress(&mut self, device: &Transfer, resend: bool) {
+            self.handle("bloomcast/pi/model/progress", &json(&device.progress(resend)));
         }
 
         fn answer(&mut self, status: UpdateStatus, reason: Option<&str>) {
