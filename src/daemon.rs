@@ -83,10 +83,10 @@ pub enum DaemonError {
 }
 
 impl DaemonError {
-    /// Returns whether a changed configuration can correct the error; false for an error of a thread or of the store.
+    /// Returns whether a changed configuration can correct the error; false for an error of a thread.
     pub fn is_configuration(&self) -> bool {
         match self {
-            DaemonError::Thread { .. } | DaemonError::Panicked(_) | DaemonError::Model(ModelError::Store(_)) => false,
+            DaemonError::Thread { .. } | DaemonError::Panicked(_) => false,
             DaemonError::Config(_)
             | DaemonError::Model(_)
             | DaemonError::Classes(_)
@@ -135,6 +135,33 @@ impl StoppedDaemon {
 }
 
 /// A daemon whose configuration, model and camera settings were checked.
+///
+/// # Examples
+/// ```
+/// use bloomcast::config::Config;
+/// use bloomcast::daemon::Daemon;
+/// use bloomcast::vision::test_pattern;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// // One image as the camera, no store, and no broker at this port: the outbox keeps the events.
+/// let dir = tempfile::tempdir()?;
+/// std::fs::write(dir.path().join("frame.jpg"), test_pattern::jpeg(320, 240))?;
+/// let settings = [
+///     "camera.source=replay".to_owned(),
+///     format!("camera.replay.path={}", dir.path().display()),
+///     "camera.replay.looped=false".to_owned(),
+///     "model.store=".to_owned(),
+///     "mqtt.port=1".to_owned(),
+/// ];
+/// let daemon = Daemon::prepare(Config::from_settings(&settings)?)?;
+/// assert!(daemon.model().starts_with("flowers "));
+///
+/// // It stops by itself after the last image.
+/// let stopped = daemon.run(std::future::pending(), Box::new(|frame| println!("{:?}", frame.class)))?;
+/// assert_eq!(stopped.close().classified.get(), 1);
+/// # Ok(())
+/// # }
+/// ```
 pub struct Daemon {
     config: Config,
     loader: ModelLoader,
@@ -149,7 +176,8 @@ pub struct Daemon {
 
 impl Daemon {
     /// Loads the active model and checks the configuration, without opening the camera or a connection to the broker. The store
-    /// is changed as a start requires: a trial begins or, after a crash, is rolled back.
+    /// is changed as a start requires: a trial begins or, after a crash, is rolled back. The configuration needs the broker's
+    /// credentials if the broker requires them: [`Config::with_credentials`].
     ///
     /// # Errors
     /// If the model, the keys or the camera's settings cannot be used, or threads cannot be started.
@@ -186,8 +214,8 @@ impl Daemon {
         Ok(Daemon { config, loader, active, decider, source, pace, counters: Arc::default(), outbox, agent_outbox })
     }
 
-    /// Continues a daemon that has stopped: its counters, its unacknowledged messages and, if the classes are the same, its
-    /// observation.
+    /// Continues a daemon that has stopped: its counters, its unacknowledged messages, a pause and, if the classes are the
+    /// same, its observation.
     pub fn resume(mut self, stopped: StoppedDaemon) -> Self {
         let StoppedDaemon { counters, outbox, agent_outbox, decider, .. } = stopped;
         self.agent_outbox.append(&agent_outbox);
@@ -197,10 +225,15 @@ impl Daemon {
             counters.events_lost.add(lost as u64);
         }
         self.counters = counters;
-        if let Some(mut decider) = decider.filter(|decider| decider.labels() == self.labels()) {
-            *decider.rules_mut() = self.decider.rules_mut().clone();
-            decider.set_model(self.active.loaded.model.manifest.version);
-            self.decider = decider;
+        match decider {
+            Some(mut decider) if decider.labels() == self.labels() => {
+                *decider.rules_mut() = self.decider.rules_mut().clone();
+                decider.set_model(self.active.loaded.model.manifest.version);
+                self.decider = decider;
+            }
+            // The observation of other classes ends; a pause continues.
+            Some(decider) if decider.paused() => drop(self.decider.set_paused(true, SystemTime::now())),
+            _ => {}
         }
         self
     }
@@ -513,7 +546,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_that_the_configuration_does_not_cause_is_not_a_configuration_error() {
+    fn an_error_of_a_thread_is_not_a_configuration_error() {
         assert!(!DaemonError::Panicked("vision").is_configuration());
         let source = std::io::Error::other("no memory");
         assert!(!DaemonError::Thread { name: "camera", source }.is_configuration());

@@ -1,6 +1,6 @@
 //! Decides from predictions what is observed: smoothing, hysteresis and dwell times.
 //!
-//! Pure: no clock and no I/O; each frame brings its capture time.
+//! Pure: no clock and, besides log lines, no I/O; each frame brings its capture time.
 //!
 //! Each class has a score that follows the class's probability as an exponential moving average (a frame that is unknown
 //! counts as probability 0 for every class). A class becomes the observed one when its score is the largest, reaches the

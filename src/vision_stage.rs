@@ -6,6 +6,7 @@
 //!                     Commands ────┘  settings, model swaps
 //! ```
 
+use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
@@ -45,6 +46,21 @@ pub enum Setting {
     Leave(f32),
 }
 
+/// The setting as `name = value`, with its name in the topic.
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Setting::Pause(paused) => write!(f, "pause = {paused}"),
+            Setting::IntervalMs(ms) => write!(f, "interval_ms = {ms}"),
+            Setting::SmoothingMs(ms) => write!(f, "smoothing_ms = {ms}"),
+            Setting::EnterDwellMs(ms) => write!(f, "enter_dwell_ms = {ms}"),
+            Setting::LeaveDwellMs(ms) => write!(f, "leave_dwell_ms = {ms}"),
+            Setting::Enter(enter) => write!(f, "enter = {enter}"),
+            Setting::Leave(leave) => write!(f, "leave = {leave}"),
+        }
+    }
+}
+
 /// A frame that was classified.
 #[derive(Debug, Clone)]
 pub struct ClassifiedFrame {
@@ -64,7 +80,7 @@ pub type OnClassified = Box<dyn FnMut(ClassifiedFrame) + Send>;
 /// Receives a report for each frame of a model on trial; returns `false` once it needs no more.
 pub type FrameObserver = Box<dyn FnMut(FrameReport) -> bool + Send>;
 
-/// How the model processed a frame.
+/// The result of a frame of a model on trial.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FrameReport {
     /// It classified the frame; processor time of the backbone.
@@ -193,7 +209,7 @@ impl VisionStage {
                 RecvResult::Item(MailboxItem::Lost { at }) => self.observe_unknown(at, false),
                 RecvResult::Timeout => {}
                 RecvResult::Closed => {
-                    info!("the camera has no more frames");
+                    info!("the source has no more frames");
                     break;
                 }
             }
@@ -254,8 +270,8 @@ impl VisionStage {
     fn apply_commands(&mut self) {
         while let Ok(setting) = self.commands.settings.try_recv() {
             match self.apply(setting) {
-                Ok(()) => info!("setting changed over MQTT: {setting:?}"),
-                Err(error) => warn!("setting {setting:?} rejected: {error}"),
+                Ok(()) => info!("setting changed over MQTT: {setting}"),
+                Err(error) => warn!("setting {setting} rejected: {error}"),
             }
         }
         if let Ok(swap) = self.commands.swaps.try_recv() {

@@ -158,7 +158,7 @@ fn first_names(path: &[String]) -> Vec<String> {
     names
 }
 
-/// How many modules lie between the file's module and the crate's root.
+/// Returns the number of modules between the file's module and the crate's root.
 fn depth(file: &str) -> usize {
     let path = file.strip_prefix("src/").unwrap().trim_end_matches(".rs").trim_end_matches("/mod");
     path.split('/').count()

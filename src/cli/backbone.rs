@@ -43,10 +43,10 @@ pub struct BackboneArgs {
     /// Tensor with the features [default: the input of the last matrix product]
     #[arg(long, requires = "backbone")]
     feature: Option<String>,
-    /// Normalization of its input, if its SHA-256 is not listed
+    /// Normalization of the backbone's input, if its SHA-256 is not listed
     #[arg(long, value_enum, requires = "backbone")]
     preprocess: Option<PreprocessArg>,
-    /// Width and height of its input in pixels, if the file does not fix them
+    /// Width and height of the backbone's input in pixels, if the file does not fix them
     #[arg(long, requires = "backbone")]
     size: Option<u32>,
 }
@@ -86,8 +86,8 @@ pub fn list() -> Result<(), Failure> {
         let exists = folder.as_deref().is_some_and(|folder| entry.path_in(folder).is_file());
         let state = match (exists, entry.urls.is_empty()) {
             (true, _) => "downloaded",
-            (false, false) => "available",
-            (false, true) => "not published",
+            (false, false) => "can be fetched",
+            (false, true) => "no download",
         };
         let (name, size, mb) = (&entry.name, entry.preprocess.size, entry.bytes as f64 / 1e6);
         writeln!(out, "{name:26} {size:4} px {mb:6.1} MB  {state:14} {}  ({})", entry.about, entry.licence)?;

@@ -39,6 +39,7 @@ pub struct KeyArg {
 
 #[derive(Debug, Args)]
 pub struct SignArgs {
+    /// The model bundle (.bloom)
     bundle: PathBuf,
     #[command(flatten)]
     key: KeyArg,
@@ -49,6 +50,7 @@ pub struct SignArgs {
 
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
+    /// The model bundle (.bloom)
     bundle: PathBuf,
     /// A public key, or a folder of public keys [default: ~/.config/bloomcast/trainer.pub]
     #[arg(long, value_name = "PATH")]
@@ -57,19 +59,21 @@ pub struct VerifyArgs {
 
 #[derive(Debug, Args)]
 pub struct InstallArgs {
+    /// The model bundle (.bloom)
     bundle: PathBuf,
     #[command(flatten)]
     config: ConfigArgs,
     /// Install without a trusted signature
     #[arg(long)]
     trust: bool,
-    /// Install although it is not newer, or was rolled back
+    /// Install the model even if it is not newer, or was rolled back
     #[arg(long)]
     force: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct PushArgs {
+    /// The model bundle (.bloom), signed
     bundle: PathBuf,
     /// A device name; may be repeated
     #[arg(long, value_name = "NAME", required_unless_present = "group")]
@@ -85,7 +89,7 @@ pub struct PushArgs {
     /// Check whether the model fits each device, and send nothing
     #[arg(long)]
     dry_run: bool,
-    /// Push a model that is not newer, worse on the same dataset, or lacks a class
+    /// Push the model even if it is not newer, is worse on the same dataset, or lacks a class
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -231,8 +235,8 @@ pub fn rollback(args: &RollbackArgs) -> Result<(), Failure> {
     for topics in &devices {
         let rolled_back = match rollback_device(&access, topics, &key) {
             Ok(answer) if answer.status == UpdateStatus::RolledBack => Ok(answer.model),
-            Ok(answer) => Err(format!("{}: refused: {}", topics.device(), answer.reason.unwrap_or_default())),
-            Err(error) => Err(error.to_string()),
+            Ok(answer) => Err(anyhow!("{}: refused: {}", topics.device(), answer.reason.unwrap_or_default())),
+            Err(error) => Err(error.into()),
         };
         match rolled_back {
             // Continues with the other devices even if standard output is closed.

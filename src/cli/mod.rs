@@ -45,7 +45,7 @@ pub struct Cli {
 enum Command {
     /// Run the daemon: watch the camera, classify, publish
     Run(ConfigArgs),
-    /// Check the configuration, the model and the camera: exit 0, or 78 with the reason
+    /// Check the configuration, the model and the camera: exit 0, or 78 for an invalid configuration
     Check(CheckArgs),
     /// Run a demonstration: a broker inside, replayed photographs, events on the terminal
     #[cfg(feature = "demo")]
@@ -182,6 +182,9 @@ struct KernelsArg {
 impl KernelsArg {
     /// Returns the chosen kernels; `None` for tract's operators.
     fn resolve(&self) -> Result<Option<Isa>, Failure> {
+        if std::env::var_os("BLOOMCAST_KERNELS").is_some() {
+            eprintln!("warning: the environment variable BLOOMCAST_KERNELS is ignored; use --kernels");
+        }
         let kernels = self.kernels;
         kernels.resolve().map_err(|error| Failure::usage(anyhow!("--kernels {kernels}: {error}")))
     }

@@ -23,18 +23,18 @@ const RENAMED: [(&str, &str); 1] = [("mqtt.farewell_ms", "mqtt.shutdown_timeout_
 /// Environment variables that were removed, and the keys that replace them.
 const REMOVED_VARIABLES: [(&str, &str); 1] = [("BLOOMCAST_KERNELS", "model.kernels")];
 
-/// Merges `defaults` under `file` under the environment's `BLOOMCAST__…` under `overrides` (`key=value`). Returns the settings,
-/// and a warning for each key under an old name.
+/// Merges `defaults` under `file` under the environment's `BLOOMCAST__…` under `overrides` (`key=value`). Returns the settings
+/// and their places.
 ///
 /// # Errors
 /// The file cannot be read or is not TOML, a key is not among the defaults, or a value has the wrong type; the error names the
 /// place.
-pub fn merge<T: DeserializeOwned>(
+pub fn merge<'a, T: DeserializeOwned>(
     defaults: &str,
-    file: Option<&Path>,
+    file: Option<&'a Path>,
     environment: impl Iterator<Item = (String, String)>,
     overrides: &[String],
-) -> Result<(T, Vec<String>), ConfigError> {
+) -> Result<(T, Places<'a>), ConfigError> {
     let (known, mut places) = (Known::from_defaults(defaults), Places::default());
     let mut builder = config::Config::builder().add_source(config::File::from_str(defaults, FileFormat::Toml));
     if let Some(path) = file {
@@ -51,7 +51,7 @@ pub fn merge<T: DeserializeOwned>(
     builder = flags(builder, overrides, &known, &mut places)?;
     let merged = builder.build().map_err(|e| ConfigError::Value(e.to_string()))?;
     let settings = merged.try_deserialize().map_err(|e| places.wrong_value(&e))?;
-    Ok((settings, places.warnings))
+    Ok((settings, places))
 }
 
 fn variables(
@@ -64,7 +64,7 @@ fn variables(
     for (name, value) in environment {
         if let Some((_, key)) = REMOVED_VARIABLES.iter().find(|(removed, _)| name == *removed) {
             let present = format!("{prefix}{}", key.to_uppercase().replace('.', ENV_SEPARATOR));
-            places.warnings.push(format!("the environment's {name} has no effect any more; use {key} or {present}"));
+            places.warnings.push(format!("the environment variable {name} is ignored; use {key} or {present}"));
         }
         if !name.starts_with(&prefix) {
             continue;
@@ -73,8 +73,12 @@ fn variables(
         let place = format!("the environment's {name}");
         known.expect(&key, || place.clone())?;
         let present = places.present_name(key.clone(), &place);
-        let renamed = || format!("{prefix}{}", present.to_uppercase().replace('.', ENV_SEPARATOR));
-        ours.insert(if present == key { name } else { renamed() }, value);
+        if present == key {
+            ours.insert(name, value);
+        } else {
+            let present = format!("{prefix}{}", present.to_uppercase().replace('.', ENV_SEPARATOR));
+            ours.entry(present).or_insert(value);
+        }
         places.outer.push((present, place));
     }
     let source = Environment::with_prefix(ENV_PREFIX).prefix_separator(ENV_SEPARATOR).separator(ENV_SEPARATOR);
@@ -93,7 +97,12 @@ fn flags(
             ConfigError::Value(format!("{place}: expected KEY=VALUE, like camera.device=/dev/video2"))
         })?;
         known.expect(key, || place.clone())?;
-        let key = places.present_name(key.to_owned(), &place);
+        let (given, key) = (key, places.present_name(key.to_owned(), &place));
+        let is_given =
+            |name: &str| overrides.iter().any(|other| other.split_once('=').is_some_and(|(key, _)| key == name));
+        if given != key && is_given(&key) {
+            continue;
+        }
         builder = builder.set_override(&key, value).map_err(|e| ConfigError::Value(e.to_string()))?;
         places.outer.push((key, place));
     }
@@ -122,7 +131,7 @@ fn rename_warning(place: &str, old: &str, new: &str) -> String {
 
 /// The places of settings: in the file, and in the layers over it, the outermost last.
 #[derive(Default)]
-struct Places<'a> {
+pub struct Places<'a> {
     file: Option<(&'a Path, String)>,
     outer: Vec<(String, String)>,
     /// Keys under an old name.
@@ -130,6 +139,24 @@ struct Places<'a> {
 }
 
 impl Places<'_> {
+    /// Adds the place of the value to an error of an invalid value.
+    pub fn locate(&self, error: ConfigError) -> ConfigError {
+        match error {
+            ConfigError::Invalid { key, value, reason, .. } => {
+                // The value of a table is the name of the invalid entry.
+                let place = self.find(&format!("{key}.{value}")).or_else(|| self.find(key));
+                let place = place.map_or(String::new(), |place| format!("{place}: "));
+                ConfigError::Invalid { place, key, value, reason }
+            }
+            error => error,
+        }
+    }
+
+    /// Returns a warning for each key under an old name, and for each removed environment variable.
+    pub fn into_warnings(self) -> Vec<String> {
+        self.warnings
+    }
+
     /// Returns the present name of a key, with a warning if it is an old one.
     fn present_name(&mut self, key: String, place: &str) -> String {
         let Some((old, new)) = RENAMED.iter().find(|(old, _)| *old == key) else { return key };

@@ -30,7 +30,7 @@ use crate::update::device::{ModelFiles, UpdateOptions};
 use crate::update::protocol::TrialLimits;
 use crate::vision::backbone::{KernelChoice, UnsupportedKernels};
 use crate::vision::decode::{FILE_BYTES_MAX, SIDE_MAX};
-use tables::{Settings, Source};
+use tables::{Source, Tables};
 
 /// Every setting with its default and its reason.
 pub const DEFAULTS: &str = include_str!("../../systemd/bloomcast.toml");
@@ -71,8 +71,10 @@ pub enum ConfigError {
     #[error("{0}")]
     Value(String),
     /// A value is outside of its range.
-    #[error("{key} = {value}: {reason}")]
+    #[error("{place}{key} = {value}: {reason}")]
     Invalid {
+        /// File and line, variable or flag, as a prefix of the message; empty for a default.
+        place: String,
         /// Key of the setting.
         key: &'static str,
         /// The value as text.
@@ -84,7 +86,7 @@ pub enum ConfigError {
 
 impl ConfigError {
     fn invalid(key: &'static str, value: &dyn fmt::Display, reason: impl Into<String>) -> Self {
-        ConfigError::Invalid { key, value: value.to_string(), reason: reason.into() }
+        ConfigError::Invalid { place: String::new(), key, value: value.to_string(), reason: reason.into() }
     }
 }
 
@@ -113,7 +115,7 @@ pub struct Config {
     pub log: LogConfig,
     /// The file of the broker's credentials, if one is configured.
     pub credentials_file: Option<PathBuf>,
-    /// Settings under an old name, to be logged once.
+    /// Tables under an old name, to be logged once.
     pub warnings: Vec<String>,
 }
 
@@ -173,7 +175,8 @@ impl CameraConfig {
 }
 
 impl Config {
-    /// Reads the layers: the defaults, `file`, the process's environment, then `overrides`, each `key=value`.
+    /// Reads the layers: the defaults, `file`, the process's environment, then `overrides`, each `key=value`. The broker's
+    /// credentials are not read: see [`Config::with_credentials`].
     ///
     /// # Errors
     /// If a file cannot be read, a key is unknown, or a value has the wrong type or is out of range.
@@ -199,7 +202,12 @@ impl Config {
     pub fn with_credentials(mut self) -> Result<Self, ConfigError> {
         self.connection.access.credentials = match &self.credentials_file {
             None => service_credentials(env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from))?,
-            Some(file) => Some(credentials(file)?),
+            Some(file) => Some(credentials(file).map_err(|error| match error {
+                ConfigError::Read { path, reason } => {
+                    ConfigError::invalid("mqtt.credentials_file", &path.display(), reason)
+                }
+                error => error,
+            })?),
         };
         Ok(self)
     }
@@ -219,13 +227,15 @@ impl Config {
         environment: impl Iterator<Item = (String, String)>,
         overrides: &[String],
     ) -> Result<Self, ConfigError> {
-        let (settings, warnings) = layers::merge::<Settings>(DEFAULTS, file, environment, overrides)?;
-        check_ranges(&settings)?;
-        Self::parse(settings, warnings)
+        let (tables, places) = layers::merge::<Tables>(DEFAULTS, file, environment, overrides)?;
+        let config = check_ranges(&tables).and_then(|()| Self::parse(&tables));
+        let mut config = config.map_err(|error| places.locate(error))?;
+        config.warnings = places.into_warnings();
+        Ok(config)
     }
 
-    fn parse(settings: Settings, warnings: Vec<String>) -> Result<Self, ConfigError> {
-        let Settings { camera, model, decide, mqtt, fleet, log, device } = &settings;
+    fn parse(tables: &Tables) -> Result<Self, ConfigError> {
+        let Tables { camera, model, decide, mqtt, fleet, log, device } = tables;
         let ms = Duration::from_millis;
         let topics = topics(&device.name, mqtt)?;
         Ok(Config {
@@ -266,7 +276,7 @@ impl Config {
             credentials_file: non_empty(&mqtt.credentials_file),
             groups: groups(fleet)?,
             log: LogConfig { level: log.level, counters_interval: Duration::from_secs(log.counters_interval_s) },
-            warnings,
+            warnings: Vec::new(),
         })
     }
 }
@@ -277,8 +287,8 @@ fn non_empty(path: &Path) -> Option<PathBuf> {
 }
 
 /// Checks the values that have a range or an order.
-fn check_ranges(settings: &Settings) -> Result<(), ConfigError> {
-    let Settings { camera, model, mqtt, log, .. } = settings;
+fn check_ranges(tables: &Tables) -> Result<(), ConfigError> {
+    let Tables { camera, model, mqtt, log, .. } = tables;
     if !(model.slowdown_max >= 1.0 && model.slowdown_max <= 1000.0) {
         return Err(ConfigError::invalid("model.slowdown_max", &model.slowdown_max, "expected 1 to 1000"));
     }
@@ -324,7 +334,7 @@ fn check_ranges(settings: &Settings) -> Result<(), ConfigError> {
 }
 
 /// Returns the device's topics. An empty name is the host's.
-fn topics(name: &str, mqtt: &tables::Mqtt) -> Result<Topics, ConfigError> {
+fn topics(name: &str, mqtt: &tables::MqttTable) -> Result<Topics, ConfigError> {
     let name = match name {
         "" => fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
         name => name.to_owned(),
@@ -337,7 +347,7 @@ fn topics(name: &str, mqtt: &tables::Mqtt) -> Result<Topics, ConfigError> {
     Ok(Topics::new(&mqtt.base, prefix, device))
 }
 
-fn source(camera: &tables::Camera) -> Result<SourceOptions, ConfigError> {
+fn source(camera: &tables::CameraTable) -> Result<SourceOptions, ConfigError> {
     let (width, height, fps) = (camera.width, camera.height, camera.fps);
     Ok(match camera.source {
         Source::V4l2 => SourceOptions::V4l2 {
@@ -363,7 +373,7 @@ fn source(camera: &tables::Camera) -> Result<SourceOptions, ConfigError> {
     })
 }
 
-fn policy(decide: &tables::Decide) -> Result<Policy, ConfigError> {
+fn policy(decide: &tables::DecideTable) -> Result<Policy, ConfigError> {
     for (key, value) in [("decide.enter", decide.enter), ("decide.leave", decide.leave)] {
         if !(value > 0.0 && value <= 1.0) {
             return Err(ConfigError::invalid(key, &value, "expected a number above 0, at most 1"));
@@ -391,7 +401,7 @@ fn policy(decide: &tables::Decide) -> Result<Policy, ConfigError> {
     })
 }
 
-fn groups(fleet: &tables::Fleet) -> Result<BTreeMap<String, Vec<DeviceName>>, ConfigError> {
+fn groups(fleet: &tables::FleetTable) -> Result<BTreeMap<String, Vec<DeviceName>>, ConfigError> {
     let mut groups = BTreeMap::new();
     for (group, names) in &fleet.groups {
         if names.is_empty() {
@@ -407,7 +417,7 @@ fn groups(fleet: &tables::Fleet) -> Result<BTreeMap<String, Vec<DeviceName>>, Co
 }
 
 /// Returns the broker's address, without credentials.
-fn access(mqtt: &tables::Mqtt) -> BrokerAccess {
+fn access(mqtt: &tables::MqttTable) -> BrokerAccess {
     BrokerAccess {
         host: mqtt.host.clone(),
         port: mqtt.port,
@@ -502,8 +512,8 @@ mod tests {
     #[test]
     fn a_removed_environment_variable_is_reported() {
         let config = load("", &[("BLOOMCAST_KERNELS", "avx2")], &[]).unwrap();
-        let warning = "the environment's BLOOMCAST_KERNELS has no effect any more; \
-            use model.kernels or BLOOMCAST__MODEL__KERNELS";
+        let warning =
+            "the environment variable BLOOMCAST_KERNELS is ignored; use model.kernels or BLOOMCAST__MODEL__KERNELS";
         assert_eq!(config.warnings, [warning]);
         assert_eq!(config.kernels, KernelChoice::Auto);
     }
@@ -519,6 +529,14 @@ mod tests {
         assert_eq!((timeout(&config), config.warnings.len()), (80, 2));
         let config = load(file, &[], &["mqtt.farewell_ms=90"]).unwrap();
         assert_eq!(timeout(&config), 90);
+        let environment = [("BLOOMCAST__MQTT__SHUTDOWN_TIMEOUT_MS", "60"), ("BLOOMCAST__MQTT__FAREWELL_MS", "80")];
+        for environment in [environment, [environment[1], environment[0]]] {
+            assert_eq!(timeout(&load("", &environment, &[]).unwrap()), 60);
+        }
+        let flags = ["mqtt.shutdown_timeout_ms=60", "mqtt.farewell_ms=80"];
+        for flags in [flags, [flags[1], flags[0]]] {
+            assert_eq!(timeout(&load("", &[], &flags).unwrap()), 60);
+        }
         let config = load("[mqtt]\nfarewell_ms = 70\nshutdown_timeout_ms = 60\n", &[], &[]).unwrap();
         assert_eq!(timeout(&config), 60, "the new name wins within a layer");
         let error = load("[mqtt]\nfarewell_ms = \"long\"\n", &[], &[]).unwrap_err();
@@ -546,36 +564,48 @@ mod tests {
             ("[kamera]\nwidth = 1\n", "b.toml:1: unknown setting `kamera`, did you mean `camera`?"),
             ("zzzzzzzz = 1\n", "b.toml:1: unknown setting `zzzzzzzz`"),
             ("[mqtt]\nport = \"many\"\n", "b.toml:2: mqtt.port: invalid type: string \"many\", expected an integer"),
-            ("[mqtt]\nport = 0\n", "mqtt.port = 0: expected 1 to 65535"),
-            ("[decide]\nleave = 0.9\n", "decide.leave = 0.9: expected at most decide.enter: the class would oscillate"),
-            ("[decide]\nenter = 7\n", "decide.enter = 7: expected a number above 0, at most 1"),
+            ("[mqtt]\nport = 0\n", "b.toml:2: mqtt.port = 0: expected 1 to 65535"),
+            (
+                "[decide]\nleave = 0.9\n",
+                "b.toml:2: decide.leave = 0.9: expected at most decide.enter: the class would oscillate",
+            ),
+            ("[decide]\nenter = 7\n", "b.toml:2: decide.enter = 7: expected a number above 0, at most 1"),
             ("[decide.classes.roses]\nentre = 0.9\n", "b.toml:2: unknown setting `decide.classes.roses.entre`"),
-            ("[decide.classes.roses]\nleave = 0.9\n", "decide.classes = roses: expected 0 < leave ≤ enter ≤ 1"),
+            (
+                "[decide.classes.roses]\nleave = 0.9\n",
+                "b.toml:1: decide.classes = roses: expected 0 < leave ≤ enter ≤ 1",
+            ),
             (
                 "[device]\nname = \"a/b\"\n",
-                "device.name = \"a/b\": expected 1 to 64 letters (a–z, A–Z), digits, - or _",
+                "b.toml:2: device.name = \"a/b\": expected 1 to 64 letters (a–z, A–Z), digits, - or _",
             ),
             ("[camera]\nsource = \"replay\"\n", "camera.replay.path = \"\": expected a folder or a list of images"),
-            ("[fleet.groups]\ngarden = []\n", "fleet.groups = garden: expected at least one device"),
+            ("[fleet.groups]\ngarden = []\n", "b.toml:2: fleet.groups = garden: expected at least one device"),
             (
                 "[fleet.groups]\ngarden = [\"a/b\"]\n",
-                "fleet.groups = garden: \"a/b\" is not a device name: expected 1 to 64 letters (a–z, A–Z), digits, - or _",
+                "b.toml:2: fleet.groups = garden: \"a/b\" is not a device name: expected 1 to 64 letters (a–z, A–Z), digits, - or _",
             ),
-            ("[model]\nslowdown_max = 0.5\n", "model.slowdown_max = 0.5: expected 1 to 1000"),
-            ("[camera]\nstill_threshold = -1\n", "camera.still_threshold = -1: expected 0 to 255 grey levels"),
-            ("[model]\nthreads = 65\n", "model.threads = 65: expected 0 to 64"),
-            ("[decide]\nleave = 0\n", "decide.leave = 0: expected a number above 0, at most 1"),
-            ("[mqtt]\ninflight_max = 65530\n", "mqtt.inflight_max = 65530: expected 1 to 1000"),
-            ("[mqtt]\nkeep_alive_s = 65536\n", "mqtt.keep_alive_s = 65536: expected 1 to 65535"),
+            ("[model]\nslowdown_max = 0.5\n", "b.toml:2: model.slowdown_max = 0.5: expected 1 to 1000"),
+            (
+                "[camera]\nstill_threshold = -1\n",
+                "b.toml:2: camera.still_threshold = -1: expected 0 to 255 grey levels",
+            ),
+            ("[model]\nthreads = 65\n", "b.toml:2: model.threads = 65: expected 0 to 64"),
+            ("[decide]\nleave = 0\n", "b.toml:2: decide.leave = 0: expected a number above 0, at most 1"),
+            ("[mqtt]\ninflight_max = 65530\n", "b.toml:2: mqtt.inflight_max = 65530: expected 1 to 1000"),
+            ("[mqtt]\nkeep_alive_s = 65536\n", "b.toml:2: mqtt.keep_alive_s = 65536: expected 1 to 65535"),
             (
                 "[mqtt]\nbase = \"a/#\"\n",
-                "mqtt.base = \"a/#\": expected 1 to 128 bytes, non-empty levels, without +, #, $ at the start or control characters",
+                "b.toml:2: mqtt.base = \"a/#\": expected 1 to 128 bytes, non-empty levels, without +, #, $ at the start or control characters",
             ),
             (
                 "[mqtt.discovery]\nprefix = \"/\"\n",
-                "mqtt.discovery.prefix = \"/\": expected 1 to 128 bytes, non-empty levels, without +, #, $ at the start or control characters",
+                "b.toml:2: mqtt.discovery.prefix = \"/\": expected 1 to 128 bytes, non-empty levels, without +, #, $ at the start or control characters",
             ),
-            ("[camera]\nreopen_ms_max = 1\n", "camera.reopen_ms_max = 1: expected at least 500, the first wait"),
+            (
+                "[camera]\nreopen_ms_max = 1\n",
+                "b.toml:2: camera.reopen_ms_max = 1: expected at least 500, the first wait",
+            ),
         ];
         for (text, expected) in cases {
             assert_eq!(load(text, &[], &[]).unwrap_err(), expected, "{text}");

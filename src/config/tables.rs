@@ -12,25 +12,25 @@ use crate::vision::backbone::KernelChoice;
 /// The tables of `systemd/bloomcast.toml`, where each setting has its default and its reason.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Settings {
-    pub device: Device,
-    pub camera: Camera,
-    pub model: Model,
-    pub decide: Decide,
-    pub mqtt: Mqtt,
-    pub fleet: Fleet,
-    pub log: Log,
+pub(super) struct Tables {
+    pub device: DeviceTable,
+    pub camera: CameraTable,
+    pub model: ModelTable,
+    pub decide: DecideTable,
+    pub mqtt: MqttTable,
+    pub fleet: FleetTable,
+    pub log: LogTable,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Device {
+pub(super) struct DeviceTable {
     pub name: String,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Camera {
+pub(super) struct CameraTable {
     pub name: String,
     pub source: Source,
     pub interval_ms: u64,
@@ -44,8 +44,8 @@ pub(super) struct Camera {
     pub height: u32,
     pub fps: u32,
     pub format: PixelFormat,
-    pub rpicam: Rpicam,
-    pub replay: Replay,
+    pub rpicam: RpicamTable,
+    pub replay: ReplayTable,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -58,20 +58,20 @@ pub(super) enum Source {
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Rpicam {
+pub(super) struct RpicamTable {
     pub command: String,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Replay {
+pub(super) struct ReplayTable {
     pub path: PathBuf,
     pub looped: bool,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Model {
+pub(super) struct ModelTable {
     pub bundle: PathBuf,
     pub backbone: PathBuf,
     pub store: PathBuf,
@@ -86,7 +86,7 @@ pub(super) struct Model {
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Fleet {
+pub(super) struct FleetTable {
     /// Device names by group.
     #[serde(default)]
     pub groups: BTreeMap<String, Vec<String>>,
@@ -94,7 +94,7 @@ pub(super) struct Fleet {
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Decide {
+pub(super) struct DecideTable {
     pub smoothing_ms: u64,
     pub enter_dwell_ms: u64,
     pub leave_dwell_ms: u64,
@@ -115,7 +115,7 @@ pub(super) struct ClassThresholds {
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Mqtt {
+pub(super) struct MqttTable {
     pub host: String,
     pub port: u16,
     pub base: String,
@@ -131,19 +131,19 @@ pub(super) struct Mqtt {
     /// The old name of `shutdown_timeout_ms`; [`super::layers`] has passed its value on.
     #[serde(default, rename = "farewell_ms")]
     pub _farewell_ms: Option<IgnoredAny>,
-    pub discovery: Discovery,
+    pub discovery: DiscoveryTable,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Discovery {
+pub(super) struct DiscoveryTable {
     pub enabled: bool,
     pub prefix: String,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Log {
+pub(super) struct LogTable {
     pub level: super::LogLevel,
     pub counters_interval_s: u64,
 }

@@ -44,7 +44,7 @@ pub async fn feed_watchdog(heartbeats: &[Heartbeat]) {
         match stalled(heartbeats, limit / 2) {
             None => notify(&[NotifyState::Watchdog]),
             Some((stage, age)) => {
-                error!("the thread {stage} has made no progress for {} s: the watchdog is not fed", age.as_secs());
+                error!("the thread {stage} has made no progress for {} s: the watchdog is not notified", age.as_secs());
             }
         }
     }

@@ -172,9 +172,9 @@ fn expect_schema(schema: u32) -> Result<(), ProtocolError> {
     if schema == SCHEMA { Ok(()) } else { Err(ProtocolError::Schema(schema)) }
 }
 
-/// Progress of a transfer; also sent when a chunk is missing.
+/// TransferProgress of a transfer; also sent when a chunk is missing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Progress {
+pub struct TransferProgress {
     /// [`SCHEMA`].
     pub schema: u32,
     /// Id of the transfer.
@@ -384,12 +384,12 @@ mod tests {
             r#"{"schema":1,"transfer":"00000000-0000-0000-0000-000000000000","order":{"generation":3,"signed":"cd"}}"#,
         );
         expect_json(
-            &Progress { schema: SCHEMA, transfer, next: 1, chunks: 2, resend: true },
+            &TransferProgress { schema: SCHEMA, transfer, next: 1, chunks: 2, resend: true },
             r#"{"schema":1,"transfer":"00000000-0000-0000-0000-000000000000","next":1,"chunks":2,"again":true}"#,
         );
     }
 
-    /// As above.
+    /// As [`offers_requests_and_progress_keep_their_schema`].
     #[test]
     fn answers_and_statuses_keep_their_schema() {
         let model = Identity { name: "garden".into(), version: 7, sha256: "ab".into() };

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use crate::mqtt::connection::{INCOMING_BYTES_MAX, PUBLISH_OVERHEAD};
 use crate::mqtt::message::SCHEMA;
 use crate::system::hash::sha256_hex;
-use crate::update::protocol::{Offer, Progress};
+use crate::update::protocol::{Offer, TransferProgress};
 
 /// After this time without a message of its sender, a transfer may be replaced by another.
 const IDLE_MAX: Duration = Duration::from_secs(15);
@@ -89,9 +89,9 @@ impl Transfer {
     }
 
     /// Returns a progress message. `resend`: chunks may have been lost, the sender is to send from `next` on.
-    pub fn progress(&self, resend: bool) -> Progress {
+    pub fn progress(&self, resend: bool) -> TransferProgress {
         let Offer { transfer, .. } = self.offer;
-        Progress { schema: SCHEMA, transfer, next: self.next, chunks: self.offer.chunks(), resend }
+        TransferProgress { schema: SCHEMA, transfer, next: self.next, chunks: self.offer.chunks(), resend }
     }
 
     /// Takes a chunk. `payload` is the transfer's id and the chunk's bytes. A duplicate or a chunk of another transfer is

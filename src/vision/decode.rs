@@ -40,7 +40,7 @@ pub enum DecodeError {
     #[error("empty file")]
     Empty,
     /// A JPEG has no end-of-image marker.
-    #[error("the JPEG is cut short: no end marker")]
+    #[error("the JPEG is truncated: no end marker")]
     CutShort,
     /// A JPEG is invalid; the decoder's message.
     #[error("{0}")]
@@ -100,7 +100,7 @@ pub fn picture(picture: &Picture) -> Result<RgbImage, DecodeError> {
 /// Decodes the bytes of a JPEG, PNG or WebP file, and applies its EXIF orientation. out: H×W×3 u8 RGB.
 ///
 /// # Errors
-/// If the image is empty, cut short or invalid, or exceeds a limit.
+/// If the image is empty, truncated or invalid, or exceeds a limit.
 pub fn encoded(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     match bytes {
         [] => Err(DecodeError::Empty),

@@ -6,6 +6,7 @@
 //! writes or returns. `[positions, width]` is row-major: the values of the first position come first.
 
 pub mod backbone;
+pub mod class_activation_map;
 pub mod classifier;
 pub mod decode;
 pub mod frame_diff;

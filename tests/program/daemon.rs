@@ -248,7 +248,7 @@ fn applies_settings_over_mqtt_and_rejects_invalid_ones() {
     let events = logged_ids(&daemon).len();
     publish(broker.port, "bloomcast/pi/set/pause", "true");
     publish(broker.port, "bloomcast/pi/set/enter", "0.2");
-    daemon.line("setting Enter(0.2) rejected: leave must not be above enter");
+    daemon.line("setting enter = 0.2 rejected: leave must not be above enter");
     publish(broker.port, "bloomcast/pi/set/enter", "lots");
     daemon.line("bloomcast/pi/set/enter: \"lots\": expected a number above 0, at most 1");
     publish(broker.port, "bloomcast/pi/set/colour", "red");
@@ -321,7 +321,7 @@ fn counts_and_skips_broken_and_oversized_images() {
     }
     let mut daemon = Process::start(&mut replay_command(broker.port, dir.path(), &["camera.replay.looped=false"]));
     assert!(daemon.wait_for_exit(super::tools::TIMEOUT).success(), "{}", daemon.log());
-    daemon.line("1-cut.jpg: broken frame skipped: the JPEG is cut short: no end marker");
+    daemon.line("1-cut.jpg: broken frame skipped: the JPEG is truncated: no end marker");
     daemon.line("2-empty.jpg: broken frame skipped: empty file");
     daemon.line("3-text.png: broken frame skipped");
     daemon.line("4-giant.jpg: 4294967296 bytes, more than the 16777216 allowed; skipped");

@@ -40,7 +40,7 @@ fn classify_reports_each_unreadable_image_and_classifies_the_others() {
     assert_eq!(predictions.as_array().unwrap().len(), 1);
     let text = String::from_utf8(result.stderr).unwrap();
     for expected in [
-        "cut.jpg: the JPEG is cut short: no end marker",
+        "cut.jpg: the JPEG is truncated: no end marker",
         "text.jpg: The image format could not be determined",
         "empty.png: empty file",
         "giant.jpg: 4294967296 bytes, more than the 67108864 allowed",

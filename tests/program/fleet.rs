@@ -393,7 +393,7 @@ fn rollback_and_downgrade_require_a_signed_command() {
     assert_eq!(push(&second, &["--dry-run"]).0, "fit");
     assert_eq!(device.model_status()["version"], version + 1, "a dry run sends nothing");
     assert_eq!(push(&second, &[]).0, "confirmed");
-    assert_eq!(push(&second, &[]), ("confirmed".into(), "it is already active".into()));
+    assert_eq!(push(&second, &[]), ("confirmed".into(), "the model is already active".into()));
     assert_eq!(device.model_status()["previous"], format!("flowers {}", version + 1));
 
     let (_, text) = failure(&mut rollback(&untrusted));
@@ -434,7 +434,7 @@ fn rollback_and_downgrade_require_a_signed_command() {
     assert_eq!(push(&older, &["--force"]).0, "confirmed");
     assert_eq!(device.model_status()["version"], version - 1);
     let replay = push_bytes(broker.port, "pi", &fs::read(&older).unwrap(), |_, model| model.version = version - 1);
-    assert_eq!(replay.devices[0].reason, "it is already active");
+    assert_eq!(replay.devices[0].reason, "the model is already active");
     assert_eq!(push(&second, &["--force"]).0, "confirmed");
     assert_eq!(device.model_status()["version"], version + 2);
 }

@@ -41,7 +41,7 @@ fn training_is_reproducible_and_its_bundle_classifies() {
         );
         let text = String::from_utf8(run.stderr).unwrap();
         assert!(run.status.success(), "{text}");
-        assert!(text.contains("cut.jpg: the JPEG is cut short"), "{text}");
+        assert!(text.contains("cut.jpg: the JPEG is truncated"), "{text}");
         fs::read(path(out).join("model.bloom")).unwrap()
     };
     assert!(train("one", "1") == train("two", "2"), "the same bytes on one thread and on two");

@@ -29,7 +29,7 @@ pub struct LabeledImage {
     pub class: usize,
 }
 
-/// Why a dataset folder is rejected.
+/// Error of a rejected dataset folder.
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
     /// A folder cannot be read.

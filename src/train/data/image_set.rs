@@ -29,7 +29,7 @@ pub struct HashedImage {
     pub content_hash: ContentHash,
 }
 
-/// Why an image cannot be used.
+/// Error of an image that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The file cannot be read or decoded.
@@ -108,28 +108,28 @@ impl ImageSet {
     /// every file that is also in `other`.
     pub fn dedup(self, other: Option<&ImageSet>) -> Self {
         let mut by_content: HashMap<ContentHash, Vec<&HashedImage>> = HashMap::new();
-        for photograph in &self.kept {
-            by_content.entry(photograph.content_hash).or_default().push(photograph);
+        for image in &self.kept {
+            by_content.entry(image.content_hash).or_default().push(image);
         }
         let in_other: HashMap<ContentHash, &HashedImage> =
             other.map(|other| other.kept.iter().map(|one| (one.content_hash, one)).collect()).unwrap_or_default();
-        let duplicate = |photograph: &HashedImage| -> Option<String> {
+        let duplicate = |image: &HashedImage| -> Option<String> {
             let same = |other: &HashedImage| format!("the same file as {}", other.path.display());
-            if let Some(original) = in_other.get(&photograph.content_hash) {
+            if let Some(original) = in_other.get(&image.content_hash) {
                 return Some(same(original));
             }
-            let equal = &by_content[&photograph.content_hash];
-            if let Some(mislabeled) = equal.iter().find(|one| one.class != photograph.class) {
+            let equal = &by_content[&image.content_hash];
+            if let Some(mislabeled) = equal.iter().find(|one| one.class != image.class) {
                 return Some(format!("{}, of another class", same(mislabeled)));
             }
-            (equal[0].path != photograph.path).then(|| same(equal[0]))
+            (equal[0].path != image.path).then(|| same(equal[0]))
         };
         let problems: Vec<Option<String>> = self.kept.iter().map(duplicate).collect();
         let mut unique = ImageSet { kept: Vec::new(), skipped: self.skipped };
-        for (photograph, problem) in self.kept.into_iter().zip(problems) {
+        for (image, problem) in self.kept.into_iter().zip(problems) {
             match problem {
-                None => unique.kept.push(photograph),
-                Some(problem) => unique.skipped.push(DatasetProblem { file: photograph.path, problem }),
+                None => unique.kept.push(image),
+                Some(problem) => unique.skipped.push(DatasetProblem { file: image.path, problem }),
             }
         }
         unique
@@ -140,12 +140,12 @@ impl ImageSet {
     /// adding images does not move others, except an image that was moved to keep a set from being empty.
     pub fn split(self, fraction: f64) -> (Self, Self) {
         let mut by_class: HashMap<usize, Vec<f64>> = HashMap::new();
-        for photograph in &self.kept {
-            by_class.entry(photograph.class).or_default().push(split_key(&photograph.content_hash));
+        for image in &self.kept {
+            by_class.entry(image.class).or_default().push(split_key(&image.content_hash));
         }
         let limits: HashMap<usize, f64> =
             by_class.into_iter().map(|(class, keys)| (class, split_limit(keys, fraction))).collect();
-        let in_val = |photograph: &HashedImage| split_key(&photograph.content_hash) < limits[&photograph.class];
+        let in_val = |image: &HashedImage| split_key(&image.content_hash) < limits[&image.class];
         let (val, train) = self.kept.into_iter().partition(in_val);
         (ImageSet { kept: train, skipped: self.skipped }, ImageSet { kept: val, skipped: Vec::new() })
     }
@@ -174,12 +174,12 @@ mod tests {
     use super::*;
 
     fn image_set(rows: &[(u8, usize)]) -> ImageSet {
-        let photograph = |(i, (content, class)): (usize, &(u8, usize))| HashedImage {
+        let image = |(i, (content, class)): (usize, &(u8, usize))| HashedImage {
             path: format!("{i}.jpg").into(),
             class: *class,
             content_hash: Sha256::digest([*content]).into(),
         };
-        ImageSet { kept: rows.iter().enumerate().map(photograph).collect(), skipped: Vec::new() }
+        ImageSet { kept: rows.iter().enumerate().map(image).collect(), skipped: Vec::new() }
     }
 
     #[test]

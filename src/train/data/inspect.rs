@@ -163,7 +163,7 @@ mod tests {
             [
                 "train/daisy/a.png: the same file as train/roses/daisy.png, of another class",
                 "train/daisy/again.png: the same file as train/roses/daisy.png, of another class",
-                "train/daisy/cut.jpg: the JPEG is cut short: no end marker",
+                "train/daisy/cut.jpg: the JPEG is truncated: no end marker",
                 "train/daisy/tiny.png: 60×20 pixels, fewer than 32 a side",
                 "train/roses/daisy.png: the same file as train/daisy/a.png, of another class",
                 "val/roses/b.jpg: looks like train/roses/b.png",

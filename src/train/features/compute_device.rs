@@ -29,11 +29,11 @@ pub struct Selected {
     pub network: OnnxBackbone,
     /// The backbone of `network`.
     pub backbone: CompiledBackbone,
-    /// Why the CPU is used although a GPU was requested.
+    /// Reason why the CPU is used although a GPU was requested.
     pub fallback: Option<GpuFallback>,
 }
 
-/// Why the GPU is not used.
+/// Reason why the GPU is not used.
 #[derive(Debug, thiserror::Error)]
 pub enum GpuFallback {
     /// The difference, relative to the largest CPU feature.

@@ -149,7 +149,7 @@ pub struct Extractor<'a> {
     pub threads: usize,
 }
 
-/// Why an image has no features.
+/// Error of an image without features.
 #[derive(Debug, thiserror::Error)]
 enum ExtractError {
     /// The image is skipped.

@@ -87,11 +87,11 @@ impl GalleryImage {
     ///
     /// # Panics
     /// Panics if the true or the top class is not an index into `labels`, or if `prediction` has no probabilities.
-    pub fn new(labels: &Labels, photograph: &HashedImage, prediction: &Prediction, pixels: &RgbImage) -> Self {
+    pub fn new(labels: &Labels, image: &HashedImage, prediction: &Prediction, pixels: &RgbImage) -> Self {
         let top = argmax(&prediction.probabilities);
         GalleryImage {
-            file: photograph.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-            truth: labels.name(Some(photograph.class)).into(),
+            file: image.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            truth: labels.name(Some(image.class)).into(),
             predicted: labels.name(Some(top)).into(),
             confidence: prediction.probabilities[top],
             known: prediction.known,
@@ -122,12 +122,12 @@ fn random_sample(set: &EvaluatedSet, count: usize, seed: u64) -> Vec<usize> {
 
 /// Returns the indices of the misclassified images, the most confident first.
 fn most_confident_errors(set: &EvaluatedSet, count: usize) -> Vec<usize> {
-    most_confident(set, count, |photograph, top| photograph.class != top)
+    most_confident(set, count, |image, top| image.class != top)
 }
 
 /// Returns the indices of the most confident correct images, `count` of each class.
 fn most_confident_correct(set: &EvaluatedSet, classes: usize, count: usize) -> Vec<usize> {
-    let of_class = |class| most_confident(set, count, move |photograph, top| photograph.class == class && top == class);
+    let of_class = |class| most_confident(set, count, move |image, top| image.class == class && top == class);
     (0..classes).flat_map(of_class).collect()
 }
 
@@ -144,9 +144,9 @@ fn most_confident(set: &EvaluatedSet, count: usize, filter: impl Fn(&HashedImage
 /// Returns the images at `indices`; those that cannot be decoded are skipped.
 fn load(labels: &Labels, set: &EvaluatedSet, indices: &[usize], threads: usize) -> Vec<GalleryImage> {
     let load = |(): &mut (), n: usize| {
-        let (photograph, prediction) = (&set.images[indices[n]], &set.predictions[indices[n]]);
-        let pixels = photograph.decode().ok();
-        Ok::<_, Infallible>(pixels.map(|pixels| GalleryImage::new(labels, photograph, prediction, &pixels)))
+        let (image, prediction) = (&set.images[indices[n]], &set.predictions[indices[n]]);
+        let pixels = image.decode().ok();
+        Ok::<_, Infallible>(pixels.map(|pixels| GalleryImage::new(labels, image, prediction, &pixels)))
     };
     let Ok(images) = parallel::map(indices.len(), threads, "report", || Ok(()), load, &|_| {});
     images.into_iter().flatten().collect()

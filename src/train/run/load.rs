@@ -109,7 +109,7 @@ impl RunContext<'_> {
         purpose: &'static str,
         skipped: &[DatasetProblem],
     ) -> Result<(), TrainError> {
-        let has_image = |class: &usize| images.iter().any(|photograph| photograph.class == *class);
+        let has_image = |class: &usize| images.iter().any(|image| image.class == *class);
         let Some(missing) = (0..labels.names().len()).find(|class| !has_image(class)) else {
             return Ok(());
         };

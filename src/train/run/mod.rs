@@ -51,7 +51,7 @@ pub enum Progress {
     },
 }
 
-/// Why a run failed.
+/// Error of a run.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
     /// A value of the settings is out of range.

@@ -95,7 +95,7 @@ pub enum Recipe {
     LastConvSlow,
 }
 
-/// Why settings are rejected.
+/// Error of rejected settings.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
     /// The file cannot be read or parsed, or has unknown or missing keys.

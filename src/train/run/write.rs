@@ -38,7 +38,7 @@ const CHECKPOINTS: &str = "checkpoints";
 /// users' photographs out of the bundle.
 const SELF_TEST_SIZES: [(u32, u32); 2] = [(320, 240), (97, 131)];
 
-/// Why a run's folder cannot be written.
+/// Error of writing a run's folder.
 #[derive(Debug, thiserror::Error)]
 pub enum RunWriterError {
     /// A file or folder cannot be read, written or removed.

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use super::UpdateOptions;
-use super::model::{DeviceBackbone, LoadedModel, ModelInfo};
+use super::model::{DeviceBackbone, LoadedModel, ModelMetadata};
 use super::store::State;
 use crate::bundle::selftest::SelfTestError;
 use crate::bundle::signature::{KeyError, Keyring, UntrustedSigner};
@@ -112,14 +112,14 @@ pub enum Checks<'a> {
     /// the configured and the built-in one.
     Integrity {
         /// A model whose backbone is used again if it is the same.
-        reuse: Option<&'a ModelInfo>,
+        reuse: Option<&'a ModelMetadata>,
     },
     /// Checks a new model: signature, classes, memory, self-test, and processor time beside the active model.
     Full {
         /// Options of the update agent.
         options: &'a UpdateOptions,
         /// The active model.
-        active: &'a ModelInfo,
+        active: &'a ModelMetadata,
         /// Whether a trusted key must have signed the model.
         signature_required: bool,
     },
@@ -179,7 +179,7 @@ fn validate(
     source: ModelSource,
     options: &UpdateOptions,
     backbone: &DeviceBackbone,
-    active: &ModelInfo,
+    active: &ModelMetadata,
 ) -> Result<Admitted, Refusal> {
     options.policy.rules(&bundle.manifest().classes)?;
     check_memory(&bundle, backbone, active)?;
@@ -190,7 +190,7 @@ fn validate(
 }
 
 /// Refuses a network that does not fit the free memory; another head alone needs little memory and is not checked.
-fn check_memory(bundle: &Bundle, backbone: &DeviceBackbone, active: &ModelInfo) -> Result<(), Refusal> {
+fn check_memory(bundle: &Bundle, backbone: &DeviceBackbone, active: &ModelMetadata) -> Result<(), Refusal> {
     if active.has_same_features(bundle.manifest()) {
         return Ok(());
     }
@@ -207,7 +207,7 @@ fn check_memory(bundle: &Bundle, backbone: &DeviceBackbone, active: &ModelInfo) 
 }
 
 /// Returns the most processor time that a frame may take; refuses a network that takes more.
-fn check_cpu_time(model: &ModelInfo, active: &ModelInfo, slowdown_max: f64) -> Result<Duration, Refusal> {
+fn check_cpu_time(model: &ModelMetadata, active: &ModelMetadata, slowdown_max: f64) -> Result<Duration, Refusal> {
     let active_time = cpu_time(&active.backbone, &active.manifest)?;
     let limit = active_time.mul_f64(slowdown_max).max(active_time + TIMING_NOISE);
     if active.has_same_features(&model.manifest) {

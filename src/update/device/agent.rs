@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::UpdateOptions;
 use super::admission::{Admitted, Candidate, Checks, Refusal, UpgradeRefused, admit, check_upgrade};
-use super::model::{LoadedModel, ModelInfo};
+use super::model::{LoadedModel, ModelMetadata};
 use super::model_loader::{ActiveModel, ModelLoader, NoStore, persist_or_keep};
 use super::store::{Phase, State, StoreError};
 use super::trial::{Trial, TrialOutcome};
@@ -46,7 +46,7 @@ pub struct UpdateAgent {
     agent_outbox: Outbox,
     swaps: SyncSender<Swap>,
     /// The active model.
-    model: ModelInfo,
+    model: ModelMetadata,
     /// The store's state that this agent wrote or read last.
     state: State,
     commands: mpsc::Receiver<Command>,
@@ -198,7 +198,8 @@ impl UpdateAgent {
                 Ok(request) => {
                     if let Err(error) = self.roll_back(&request) {
                         let (model, transfer) = (self.model.identity(), Some(request.transfer));
-                        self.answer(UpdateStatus::Refused, Some(error.to_string()), model, transfer);
+                        warn!("rollback of {model} refused: {error}");
+                        self.send_new_answer(UpdateStatus::Refused, Some(error.to_string()), model, transfer);
                     }
                 }
                 Err(error) => warn!("{}: malformed rollback request: {error}", self.topics.rollback()),
@@ -226,7 +227,7 @@ impl UpdateAgent {
         }
         if offer.model.sha256 == self.model.sha256 {
             let status = if self.trial.is_some() { UpdateStatus::Accepted } else { UpdateStatus::Confirmed };
-            let reason = Some("it is already active".into());
+            let reason = Some("the model is already active".into());
             self.answer(status, reason, self.model.identity(), Some(offer.transfer));
             return Ok(());
         }
@@ -316,7 +317,7 @@ impl UpdateAgent {
     }
 
     /// Refuses a model whose retained messages would be too large to publish: those of another model would stay.
-    fn expect_status_fits(&self, model: &ModelInfo) -> Result<(), RequestError> {
+    fn expect_status_fits(&self, model: &ModelMetadata) -> Result<(), RequestError> {
         let bytes_max = self.options.packet_bytes_max;
         let messages = announce(&self.loader, model, &self.state).messages(&self.topics, self.options.discovery);
         let bytes = messages.iter().map(|(topic, payload)| topic.len() + payload.len() + STATUS_MARGIN).max();
@@ -340,8 +341,8 @@ impl UpdateAgent {
         let Some(ActiveTrial { transfer, reports: _reports, .. }) = self.trial.take() else { return };
         let model = self.model.identity();
         let confirmed = match outcome {
-            TrialOutcome::Confirmed => self.confirm(&model).map_err(|error| error.to_string()),
-            TrialOutcome::Failed(reason) => Err(reason),
+            TrialOutcome::Confirmed => self.confirm(&model).map_err(TrialFailure::from),
+            TrialOutcome::Failed(reason) => Err(TrialFailure::Frames(reason)),
         };
         match confirmed {
             Ok(state) => {
@@ -349,7 +350,8 @@ impl UpdateAgent {
                 self.announcement.send_replace(announce(&self.loader, &self.model, &self.state));
                 self.answer(UpdateStatus::Confirmed, None, model, transfer);
             }
-            Err(reason) => {
+            Err(failure) => {
+                let reason = failure.to_string();
                 warn!("{model} failed its trial: {reason}");
                 let before = self.state.clone();
                 if let Ok(store) = self.loader.store() {
@@ -427,13 +429,24 @@ impl UpdateAgent {
         }
     }
 
+    /// Logs and sends an answer about a model.
     fn answer(&mut self, status: UpdateStatus, reason: Option<String>, model: Identity, transfer: Option<Uuid>) {
-        let reason = reason.map(shortened);
-        let because = reason.as_deref().map_or(String::new(), |reason| format!(": {reason}"));
+        let because = reason.clone().map_or(String::new(), |reason| format!(": {}", shortened(reason)));
         match status {
             UpdateStatus::Accepted | UpdateStatus::Confirmed => info!("{model} is {status}{because}"),
             UpdateStatus::Refused | UpdateStatus::RolledBack => warn!("{model} is {status}{because}"),
         }
+        self.send_new_answer(status, reason, model, transfer);
+    }
+
+    fn send_new_answer(
+        &mut self,
+        status: UpdateStatus,
+        reason: Option<String>,
+        model: Identity,
+        transfer: Option<Uuid>,
+    ) {
+        let reason = reason.map(shortened);
         let answer = Answer {
             schema: SCHEMA,
             device: self.topics.device().to_string(),
@@ -458,12 +471,23 @@ impl UpdateAgent {
 }
 
 /// Returns the retained messages about a model.
-fn announce(loader: &ModelLoader, model: &ModelInfo, state: &State) -> ModelAnnouncement {
+fn announce(loader: &ModelLoader, model: &ModelMetadata, state: &State) -> ModelAnnouncement {
     ModelAnnouncement {
         version: model.manifest.version,
         classes: model.manifest.classes.clone(),
         status: json(&loader.status(model, state)),
     }
+}
+
+/// Reason why a model did not pass its trial.
+#[derive(Debug, thiserror::Error)]
+enum TrialFailure {
+    /// A frame failed or was slow.
+    #[error("{0}")]
+    Frames(String),
+    /// The confirmation cannot be recorded.
+    #[error(transparent)]
+    Confirm(#[from] RequestError),
 }
 
 /// Cuts a reason, which may contain text from the network, to [`REASON_CHARS_MAX`] characters.

@@ -11,7 +11,7 @@ pub mod trial;
 use std::path::PathBuf;
 
 pub use agent::UpdateAgent;
-pub use model::ModelInfo;
+pub use model::ModelMetadata;
 pub use model_loader::{ActiveModel, ModelFiles, ModelLoader};
 pub use store::Store;
 

@@ -20,9 +20,9 @@ pub struct DeviceBackbone {
     pub thread_pool: Option<Arc<ThreadPool>>,
 }
 
-/// A loaded model without its classifier.
+/// The metadata of a loaded model, and its compiled backbone, which another model may share.
 #[derive(Clone)]
-pub struct ModelInfo {
+pub struct ModelMetadata {
     /// Its manifest.
     pub manifest: Manifest,
     /// SHA-256 of the bundle, hexadecimal.
@@ -38,14 +38,14 @@ pub struct ModelInfo {
 /// A model that is ready to be activated.
 pub struct LoadedModel {
     /// The model.
-    pub model: ModelInfo,
+    pub model: ModelMetadata,
     /// Its classifier.
     pub classifier: Classifier,
     /// Its self-test, if the bundle has one.
     pub self_test: Option<SelfTest>,
 }
 
-impl ModelInfo {
+impl ModelMetadata {
     /// Returns the name, version and SHA-256.
     pub fn identity(&self) -> Identity {
         identity(&self.manifest, &self.sha256)
@@ -69,7 +69,7 @@ impl LoadedModel {
         mut bundle: Bundle,
         source: ModelSource,
         device: &DeviceBackbone,
-        reuse: Option<&ModelInfo>,
+        reuse: Option<&ModelMetadata>,
     ) -> Result<Self, BundleError> {
         let backbone = match reuse.filter(|reuse| reuse.has_same_features(bundle.manifest())) {
             Some(reuse) => reuse.backbone.clone(),
@@ -80,7 +80,7 @@ impl LoadedModel {
         };
         let classifier = Classifier::new(&backbone, bundle.classifier_params())?;
         let self_test = bundle.take_self_test();
-        let model = ModelInfo {
+        let model = ModelMetadata {
             manifest: bundle.manifest().clone(),
             sha256: bundle.sha256().to_owned(),
             signed_by: bundle.signer().map(crate::bundle::PublicKey::id),

@@ -9,7 +9,7 @@ use bloomcast_kernels::{Isa, ThreadPool};
 use tracing::warn;
 
 use super::admission::{Candidate, Checks, Refusal, admit};
-use super::model::{DeviceBackbone, LoadedModel, ModelInfo};
+use super::model::{DeviceBackbone, LoadedModel, ModelMetadata};
 use super::store::{ModelSlot, Phase, State, Store, StoreError, StoredTrial};
 use crate::bundle::manifest::FORMAT;
 use crate::bundle::{ArchiveError, BACKBONE, BUILT_IN, BundleError, Identity, Manifest, archive};
@@ -22,9 +22,9 @@ use crate::vision::backbone::{self, MOBILENET_V2, MOBILENET_V2_NAME};
 /// An error of loading the device's model.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
-    /// The configured bundle cannot be loaded.
+    /// The configured bundle cannot be loaded or is not admitted.
     #[error("model.bundle: {0}")]
-    ConfiguredBundle(BundleError),
+    ConfiguredBundle(Refusal),
     /// The configured backbone cannot be loaded.
     #[error("model.backbone: {0}")]
     ConfiguredBackbone(BackboneError),
@@ -191,7 +191,7 @@ impl ModelLoader {
         &self,
         store: &Store,
         state: State,
-        reuse: Option<&ModelInfo>,
+        reuse: Option<&ModelMetadata>,
     ) -> Result<ActiveModel, ModelError> {
         let (fallback_reason, damaged) = match self.load(store, &state.current, reuse) {
             Ok(loaded) => return Ok(ActiveModel::new(loaded, state)),
@@ -227,7 +227,7 @@ impl ModelLoader {
         Ok((self.load(store, &ModelSlot::Slot(trial.slot.clone()), None)?, state))
     }
 
-    fn load(&self, store: &Store, slot: &ModelSlot, reuse: Option<&ModelInfo>) -> Result<LoadedModel, ModelError> {
+    fn load(&self, store: &Store, slot: &ModelSlot, reuse: Option<&ModelMetadata>) -> Result<LoadedModel, ModelError> {
         let ModelSlot::Slot(slot) = slot else { return self.default_model() };
         let file = store.slot_file(slot).display().to_string();
         self.read(&file, &store.read(slot)?, ModelSource::Store, reuse).map_err(ModelError::from)
@@ -251,7 +251,7 @@ impl ModelLoader {
             {
                 ModelError::ConfiguredBackbone(error)
             }
-            Refusal::Bundle(error) if self.bundle.is_some() => ModelError::ConfiguredBundle(error),
+            refusal if self.bundle.is_some() => ModelError::ConfiguredBundle(refusal),
             refusal => refusal.into(),
         })
     }
@@ -261,7 +261,7 @@ impl ModelLoader {
         file: &str,
         bytes: &[u8],
         source: ModelSource,
-        reuse: Option<&ModelInfo>,
+        reuse: Option<&ModelMetadata>,
     ) -> Result<LoadedModel, Refusal> {
         let candidate = Candidate { file, bytes, source };
         let admitted = admit(&candidate, &self.backbone, &Checks::Integrity { reuse }, |_| Ok::<_, Refusal>(()));
@@ -269,7 +269,7 @@ impl ModelLoader {
     }
 
     /// Returns the message about the active model.
-    pub fn status(&self, model: &ModelInfo, state: &State) -> ModelStatus {
+    pub fn status(&self, model: &ModelMetadata, state: &State) -> ModelStatus {
         ModelStatus {
             schema: SCHEMA,
             model: model.identity(),

@@ -2,7 +2,7 @@
 //! caller passes messages and the time.
 //!
 //! An offer is also the request for the transfer's progress: while the device receives the model, it answers each offer, also a
-//! repeated one, with a [`Progress`] message that has `resend` set, and chunks are sent from its `next` on.
+//! repeated one, with a [`TransferProgress`] message that has `resend` set, and chunks are sent from its `next` on.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use super::preflight::{self, Incompatible};
 use crate::bundle::{BACKBONE, Identity, Manifest, PrivateKey};
 use crate::mqtt::Topics;
 use crate::mqtt::message::{ONLINE, SCHEMA, json};
-use crate::update::protocol::{Action, Answer, ModelStatus, Offer, Progress, SignedCommand, UpdateStatus};
+use crate::update::protocol::{Action, Answer, ModelStatus, Offer, SignedCommand, TransferProgress, UpdateStatus};
 use crate::update::transfer;
 
 /// The longest wait for a device's retained messages.
@@ -152,7 +152,7 @@ pub struct Delivery {
     received_max: u32,
     /// Index of the next chunk to send.
     next: u32,
-    /// Whether an offer is due or unanswered. The device answers a repeated offer with a [`Progress`] message with `resend`, and no
+    /// Whether an offer is due or unanswered. The device answers a repeated offer with a [`TransferProgress`] message with `resend`, and no
     /// chunk is sent until then: by then, each chunk sent before the offer has arrived or is lost.
     offer_unanswered: bool,
     next_offer_at: Instant,
@@ -304,7 +304,7 @@ impl Delivery {
         }
     }
 
-    fn handle_progress(&mut self, progress: &Progress, now: Instant) {
+    fn handle_progress(&mut self, progress: &TransferProgress, now: Instant) {
         if progress.transfer != self.transfer || progress.chunks != self.chunks || progress.next > self.chunks {
             return;
         }
@@ -333,7 +333,7 @@ impl Delivery {
     }
 
     /// Continues the transfer from the device's progress.
-    fn advance(&mut self, progress: &Progress, now: Instant) {
+    fn advance(&mut self, progress: &TransferProgress, now: Instant) {
         let (has_advanced, has_sent) = (progress.next > self.received_max, self.next > self.received);
         self.received = progress.next;
         self.received_max = self.received_max.max(self.received);
@@ -432,7 +432,7 @@ impl Delivery {
         match (self.online, &self.model_status) {
             (Some(true), Some(Some(model_status))) => match is_needed(payload, model_status) {
                 Ok(true) => self.state = DeliveryState::Ready,
-                Ok(false) => self.finish(DeliveryStatus::Confirmed, "it is already active"),
+                Ok(false) => self.finish(DeliveryStatus::Confirmed, "the model is already active"),
                 Err(incompatible) => self.finish(DeliveryStatus::Refused, incompatible.to_string()),
             },
             (Some(false), Some(_)) => self.finish(DeliveryStatus::Offline, ""),

@@ -29,7 +29,7 @@ pub enum Incompatible {
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum Downgrade {
     /// The version is not larger.
-    #[error("version {new} is not newer than the device's {active}")]
+    #[error("version {new} is not newer than the device's version {active}")]
     Version {
         /// Version of the new model.
         new: u64,
@@ -37,7 +37,7 @@ pub enum Downgrade {
         active: u64,
     },
     /// A class of the active model is missing; its name.
-    #[error("it lacks the class {0:?} of the device's model")]
+    #[error("the new model lacks the class {0:?} of the device's model")]
     Class(String),
     /// The accuracy on the same dataset, 0–1, is lower.
     #[error("accuracy {new:.4} is lower than the device's {active:.4} on the same dataset")]
