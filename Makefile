@@ -8,11 +8,11 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # for the tests, and openssl, with which a test reads the keys.
 PACKAGES := build-essential pkg-config libclang-dev mosquitto mosquitto-clients openssl
 
-# Installs the packages of a list that are missing.
-install = missing=; for package in $(1); do \
+# Installs the missing packages of a list; twice, since a package may replace another of the list that comes from backports.
+install = for attempt in 1 2; do missing=; for package in $(1); do \
 	  dpkg-query -W -f='$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed || missing="$$missing $$package"; done; \
 	[ -z "$$missing" ] || { echo "installing$$missing"; $(SUDO) apt-get update -qq && \
-	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; }
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; } || exit; done
 
 .PHONY: all setup build demo test sanitize lint licences doc fuzz deb deb-arm64 deb-armhf deb-check arm64 armhf arm64-smoke vm-test bench peers instructions model \
   backbones backbones-keras clean
