@@ -238,6 +238,12 @@ impl Daemon {
         self
     }
 
+    /// Returns the daemon with another frame source than the configured one.
+    pub fn with_source(mut self, source: Box<dyn FrameSource>) -> Self {
+        self.source = source;
+        self
+    }
+
     /// Returns the name and version of the active model.
     pub fn model(&self) -> String {
         self.active.loaded.model.identity().to_string()

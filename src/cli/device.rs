@@ -42,7 +42,7 @@ pub struct CheckArgs {
 #[cfg(feature = "demo")]
 #[derive(Debug, Args)]
 pub struct DemoArgs {
-    /// Folder of photographs, one subfolder per class [default: a local copy, else a download]
+    /// Folder of photographs, one subfolder per class [default: ../shared/flowers/val or an earlier download, else drawings]
     #[arg(long)]
     frames: Option<PathBuf>,
     /// Port of the demo's broker on 127.0.0.1; 0 chooses a free one
@@ -54,6 +54,12 @@ pub struct DemoArgs {
     /// Interval between two photographs
     #[arg(long, default_value_t = 100)]
     interval_ms: u64,
+    /// Download TensorFlow's flower_photos (218 MiB) if there are no photographs
+    #[arg(long)]
+    fetch: bool,
+    /// Seed of the drawings [default: a random one, which is printed]
+    #[arg(long)]
+    seed: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -137,16 +143,54 @@ pub fn check(args: &CheckArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Removes a folder in which another thread may still create files.
+#[cfg(feature = "demo")]
+fn remove_used(folder: &Path) {
+    const ATTEMPTS: usize = 50;
+    for _ in 0..ATTEMPTS {
+        if !folder.exists() {
+            return;
+        }
+        // An error means that a file was created meanwhile.
+        let _ = std::fs::remove_dir_all(folder);
+    }
+}
+
+/// Exit code after SIGINT, as a shell reports it.
+#[cfg(feature = "demo")]
+const INTERRUPTED: u8 = 130;
+
 #[cfg(feature = "demo")]
 pub fn demo(args: DemoArgs) -> Result<(), Failure> {
+    let runtime = daemon::runtime()?;
+    let mut signals = runtime.block_on(async { Signals::new() }).context("cannot wait for signals")?;
+    let folder = tempfile::TempDir::with_prefix("bloomcast-demo-").context("cannot create a temporary folder")?;
     let options = bloomcast::demo::Options {
+        folder: folder.path().to_owned(),
         frames: args.frames,
         port: args.port,
         per_class: args.per_class,
         interval_ms: args.interval_ms,
+        fetch: args.fetch,
+        seed: args.seed,
     };
     log_to_stderr(LogLevel::Error);
-    Ok(bloomcast::demo::run(&options, &mut std::io::stdout())?)
+    let demo = runtime.spawn_blocking(move || bloomcast::demo::run(&options, &mut std::io::stdout()));
+    let finished = runtime.block_on(async {
+        tokio::select! {
+            finished = demo => Some(finished),
+            () = signals.stop() => None,
+        }
+    });
+    // The demo's thread is left running after a signal; the program ends.
+    runtime.shutdown_background();
+    match finished {
+        Some(finished) => Ok(finished.context("the demo panicked")??),
+        None => {
+            remove_used(folder.path());
+            Err(Failure { code: INTERRUPTED, error: anyhow!("interrupted") })
+        }
+    }
 }
 
 pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
@@ -230,6 +274,16 @@ impl Signals {
     fn new() -> std::io::Result<Self> {
         let [term, int, hup] = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
         Ok(Signals { term: term?, int: int?, hup: hup? })
+    }
+
+    /// Waits for SIGTERM, SIGINT or SIGHUP.
+    #[cfg(feature = "demo")]
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
+            _ = self.hup.recv() => {}
+        }
     }
 
     /// Waits for SIGTERM or SIGINT, or for a SIGHUP after which the configuration is valid.

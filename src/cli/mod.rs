@@ -47,7 +47,7 @@ enum Command {
     Run(ConfigArgs),
     /// Check the configuration, the model and the camera: exit 0, or 78 for an invalid configuration
     Check(CheckArgs),
-    /// Run a demonstration: a broker inside, replayed photographs, events on the terminal
+    /// Run a demonstration: a broker inside, replayed photographs or drawings, events on the terminal
     #[cfg(feature = "demo")]
     Demo(DemoArgs),
     /// Classify images

@@ -1,25 +1,29 @@
 //! The demo: a broker inside the process, photographs that are replayed through the daemon, and a subscriber that prints the
-//! events.
+//! events. Without photographs, the demo draws flowers and trains a model on them.
 
 pub mod broker;
+pub mod drawing;
+mod drawn;
 mod photographs;
 mod screen;
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::Value;
 
-use crate::bundle::Bundle;
+use crate::bundle::signature::KeyError;
+use crate::bundle::{Bundle, BundleError};
 use crate::config::{Config, ConfigError};
 use crate::daemon::{Daemon, DaemonError};
 use crate::mqtt::BrokerAccess;
 use crate::mqtt::client::{Client, ClientError};
 use crate::mqtt::message::OFFLINE;
 use crate::system::Counters;
+use crate::train::TrainError;
 use crate::update::device::admission::Refusal;
 use crate::vision::UNKNOWN;
 use crate::vision_stage::ClassifiedFrame;
@@ -32,7 +36,7 @@ const DEVICE: &str = "demo";
 /// An error of the demo.
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
-    /// There are no photographs, or their list cannot be written.
+    /// The photographs cannot be read or downloaded, or their list cannot be written.
     #[error(transparent)]
     Photographs(#[from] photographs::PhotographsError),
     /// The broker cannot be started.
@@ -44,6 +48,21 @@ pub enum DemoError {
     /// A setting of the demo's daemon is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A drawing cannot be written.
+    #[error("cannot write a drawing: {0}")]
+    Drawing(#[from] image::ImageError),
+    /// The training on the drawings fails.
+    #[error("training: {0}")]
+    Train(#[from] TrainError),
+    /// The key cannot be generated.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// The bundle cannot be signed.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The pushed model is not confirmed; the reason.
+    #[error("the model was not confirmed: {0}")]
+    Push(String),
     /// The daemon cannot be prepared, or fails.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
@@ -64,8 +83,14 @@ pub struct Options {
     pub port: u16,
     /// Largest number of photographs of each class.
     pub per_class: usize,
-    /// Interval between two photographs, in milliseconds.
+    /// Interval between two photographs or drawings, in milliseconds.
     pub interval_ms: u64,
+    /// An existing, empty folder for temporary files.
+    pub folder: PathBuf,
+    /// Downloads photographs if there are none.
+    pub fetch: bool,
+    /// Seed of the drawings; `None` chooses one.
+    pub seed: Option<u64>,
 }
 
 /// A received event.
@@ -86,22 +111,26 @@ struct Outcome {
     elapsed: Duration,
 }
 
-/// Replays the photographs and prints the received events.
+/// Replays the photographs, or drawings if there are no photographs, and prints the received events.
 ///
 /// # Errors
-/// If there are no photographs, the broker, the daemon or the subscriber fails, `out` cannot be written, or the events do not
+/// If the photographs cannot be read, the broker, the daemon or the subscriber fails, `out` cannot be written, or the events do not
 /// follow the folders that were replayed.
 pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
+    let photographs = Photographs::find(options.frames.as_deref(), options.per_class, options.fetch, out)?;
+    let Some(photographs) = photographs else { return drawn::run(options, out) };
     let labels = Bundle::built_in()
         .map_err(|e| DaemonError::Model(Refusal::from(e).into()))?
         .manifest()
         .classes
         .names()
         .to_vec();
-    let photographs = Photographs::find(options.frames.as_deref(), options.per_class, out)?.match_labels(&labels);
+    let photographs = photographs.match_labels(&labels);
     let port = broker::start(options.port)?;
-    let list = photographs.write_list()?;
-    let daemon = Daemon::prepare(config(port, &list, options.interval_ms)?)?;
+    let list = photographs.write_list(&options.folder)?;
+    let mut settings = settings(port, &list, options.interval_ms);
+    settings.push("model.store=".into());
+    let daemon = Daemon::prepare(Config::from_settings(&settings)?)?;
     screen::header(out, port, &photographs, &daemon.model())?;
 
     let mut subscriber = Client::connect(&BrokerAccess::local(port), &[format!("bloomcast/{DEVICE}/#")])?;
@@ -111,7 +140,7 @@ pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
         .name("daemon".into())
         // The channel has room for every photograph: the daemon never waits.
         .spawn(move || daemon.run(std::future::pending(), Box::new(move |frame| drop(classified.try_send(frame)))))?;
-    let events = listen(&mut subscriber, &running, out)?;
+    let events = listen(&mut subscriber, &running, &mut |event| screen::event(out, event))?;
     let counters = running.join().map_err(|_| DaemonError::Panicked("daemon"))??.close();
     let outcome =
         Outcome { events, classified: classified_frames.iter().collect(), counters, elapsed: began.elapsed() };
@@ -119,28 +148,27 @@ pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
     follows(&photographs, &outcome.events)
 }
 
-fn config(port: u16, list: &tempfile::NamedTempFile, interval_ms: u64) -> Result<Config, ConfigError> {
-    let settings = [
+/// Returns the settings of the daemon, without those of the store.
+fn settings(port: u16, images: &Path, interval_ms: u64) -> Vec<String> {
+    vec![
         format!("device.name={DEVICE}"),
         "camera.name=replay".into(),
         "camera.source=replay".into(),
         "camera.replay.looped=false".into(),
-        format!("camera.replay.path={}", list.path().display()),
+        format!("camera.replay.path={}", images.display()),
         format!("camera.interval_ms={interval_ms}"),
         format!("decide.smoothing_ms={}", 4 * interval_ms),
         format!("decide.enter_dwell_ms={}", 2 * interval_ms),
         format!("decide.leave_dwell_ms={}", 8 * interval_ms),
         format!("mqtt.port={port}"),
-        "model.store=".into(),
-    ];
-    Config::from_settings(&settings)
+    ]
 }
 
-/// Prints each event until the device publishes `offline`.
+/// Receives events until the device publishes `offline`; `print` is called for each.
 fn listen<T>(
     subscriber: &mut Client,
     daemon: &thread::JoinHandle<T>,
-    out: &mut dyn Write,
+    print: &mut dyn FnMut(&Event) -> io::Result<()>,
 ) -> Result<Vec<Event>, DemoError> {
     let mut events = Vec::new();
     loop {
@@ -157,7 +185,7 @@ fn listen<T>(
         if message.topic.ends_with("/event")
             && let Some(event) = Event::read(&message.payload, message.received_at)
         {
-            screen::event(out, &event)?;
+            print(&event)?;
             events.push(event);
         }
     }

@@ -1,5 +1,6 @@
 //! Photographs for the demo: from a named folder, a known local one, or a download.
 
+use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -8,22 +9,20 @@ use crate::fetch::{FetchError, flower_photos};
 
 /// Folder beside the repository, one subfolder a class.
 const LOCAL_FOLDER: &str = "../shared/flowers/val";
-/// Photographs of Debian's package mate-backgrounds.
-const MATE_BACKGROUNDS: &str = "/usr/share/backgrounds/mate";
+/// Folder of the download in the user's cache.
+const FLOWER_PHOTOS: &str = "flower_photos";
 /// Repetitions of each photograph of a folder without classes, enough for the decider to publish an event.
 const REPEATS: usize = 8;
 
-/// No photographs, or no list of them.
+/// An error of reading, downloading or listing photographs.
 #[derive(Debug, thiserror::Error)]
 pub enum PhotographsError {
     /// The folder that the user named cannot be read.
     #[error("--frames: {0}")]
     Named(CameraError),
-    /// No folder was named, and none of the default sources has photographs.
-    #[error(
-        "no photographs: {LOCAL_FOLDER} does not exist, flower_photos cannot be fetched ({0}), and Debian's mate-backgrounds is not installed; name a folder with --frames"
-    )]
-    NotFound(FlowerPhotosError),
+    /// The user asked for a download, which failed.
+    #[error("--fetch: flower_photos: {0}")]
+    Fetch(FlowerPhotosError),
     /// The temporary list of photographs cannot be written.
     #[error("cannot write the list of photographs: {0}")]
     List(io::Error),
@@ -57,25 +56,31 @@ pub struct Photographs {
 }
 
 impl Photographs {
-    /// Finds photographs in `folder`, or in the first default source that has some; at most `per_class` of each class.
-    /// Prints to `out` before a download.
+    /// Finds photographs in `folder`, or in a default folder; at most `per_class` of each class. `None` if there are none and
+    /// no `folder` is named; with `download`, TensorFlow's flower_photos are downloaded then. Prints to `out` before a download.
     ///
     /// # Errors
     ///
-    /// [`PhotographsError`] if there are no photographs.
-    pub fn find(folder: Option<&Path>, per_class: usize, out: &mut dyn Write) -> Result<Self, PhotographsError> {
+    /// [`PhotographsError`] if the named folder cannot be read or the download fails.
+    pub fn find(
+        folder: Option<&Path>,
+        per_class: usize,
+        download: bool,
+        out: &mut dyn Write,
+    ) -> Result<Option<Self>, PhotographsError> {
         if let Some(folder) = folder {
-            return Self::read(folder, per_class).map_err(PhotographsError::Named);
+            return Self::read(folder, per_class).map(Some).map_err(PhotographsError::Named);
         }
         if let Ok(photographs) = Self::read(Path::new(LOCAL_FOLDER), per_class) {
-            return Ok(photographs);
+            return Ok(Some(photographs));
         }
-        match fetch(out) {
-            Ok(folder) => Self::read(&folder, per_class).map_err(|e| PhotographsError::NotFound(e.into())),
-            Err(error) => {
-                Self::read(Path::new(MATE_BACKGROUNDS), per_class).map_err(|_| PhotographsError::NotFound(error))
-            }
+        if download {
+            let folder = fetch(out).map_err(PhotographsError::Fetch)?;
+            let read = Self::read(&folder, per_class);
+            return read.map(Some).map_err(|error| PhotographsError::Fetch(error.into()));
         }
+        let downloaded = crate::system::paths::user_cache().map(|cache| cache.join(FLOWER_PHOTOS));
+        Ok(downloaded.and_then(|folder| Self::read(&folder, per_class).ok()))
     }
 
     /// Reads the subfolders with images as classes if there are at least two; otherwise takes every image below `folder`.
@@ -115,20 +120,21 @@ impl Photographs {
         self.classes.iter().any(|class| class == name).then_some(name)
     }
 
-    /// Writes the list that [`replay::images`] reads to a temporary file.
+    /// Writes the list that [`replay::images`] reads to `folder`; returns its path.
     ///
     /// # Errors
     ///
     /// [`PhotographsError::List`] if the file cannot be written or a photograph no longer exists.
-    pub fn write_list(&self) -> Result<tempfile::NamedTempFile, PhotographsError> {
-        let mut list = tempfile::Builder::new().suffix(".txt").tempfile().map_err(PhotographsError::List)?;
+    pub fn write_list(&self, folder: &Path) -> Result<PathBuf, PhotographsError> {
+        let mut list = String::new();
         for image in &self.images {
             // The replay resolves relative paths against the folder of the list.
             let image = image.canonicalize().map_err(PhotographsError::List)?;
-            writeln!(list, "{}", image.display()).map_err(PhotographsError::List)?;
+            list += &format!("{}\n", image.display());
         }
-        list.flush().map_err(PhotographsError::List)?;
-        Ok(list)
+        let path = folder.join("photographs.txt");
+        fs::write(&path, list).map_err(PhotographsError::List)?;
+        Ok(path)
     }
 }
 
@@ -140,7 +146,7 @@ fn repeated(images: &[PathBuf]) -> Vec<PathBuf> {
 /// Fetches TensorFlow's flower_photos to the user's cache, unless it is there, and returns its folder.
 fn fetch(out: &mut dyn Write) -> Result<PathBuf, FlowerPhotosError> {
     let cache = crate::system::paths::user_cache().ok_or(FlowerPhotosError::NoHome)?;
-    let folder = cache.join("flower_photos");
+    let folder = cache.join(FLOWER_PHOTOS);
     if !folder.exists() {
         writeln!(out, "fetching flower_photos (218 MiB) to {} …", cache.display())?;
     }
@@ -150,8 +156,6 @@ fn fetch(out: &mut dyn Write) -> Result<PathBuf, FlowerPhotosError> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     fn folder(files: &[&str]) -> tempfile::TempDir {
@@ -166,27 +170,27 @@ mod tests {
     #[test]
     fn takes_the_same_share_of_each_class_folder() {
         let dir = folder(&["a/1.jpg", "a/2.jpg", "a/3.jpg", "a/4.jpg", "b/1.jpg"]);
-        let photographs = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
+        let photographs = Photographs::find(Some(dir.path()), 2, false, &mut Vec::new()).unwrap().unwrap();
         assert_eq!(photographs.classes, ["a", "b"]);
         let names: Vec<_> =
             photographs.images.iter().map(|p| p.strip_prefix(dir.path()).unwrap().to_str().unwrap()).collect();
         assert_eq!(names, ["a/1.jpg", "a/3.jpg", "b/1.jpg"]);
         assert_eq!(photographs.true_class(&photographs.images[2]), Some("b"));
         let matched = |labels: [&str; 2]| {
-            let photographs = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
+            let photographs = Photographs::find(Some(dir.path()), 2, false, &mut Vec::new()).unwrap().unwrap();
             let photographs = photographs.match_labels(&labels.map(str::to_owned));
             (photographs.classes.len(), photographs.images.len())
         };
         assert_eq!(matched(["b", "a"]), (2, 3));
         assert_eq!(matched(["b", "c"]), (0, 3 * REPEATS), "photographs without classes are repeated");
-        let list = fs::read_to_string(photographs.write_list().unwrap().path()).unwrap();
+        let list = fs::read_to_string(photographs.write_list(dir.path()).unwrap()).unwrap();
         assert_eq!(list.lines().count(), 3);
     }
 
     #[test]
     fn repeats_photographs_without_class_folders() {
         let dir = folder(&["1.jpg", "2.jpg"]);
-        let photographs = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).unwrap();
+        let photographs = Photographs::find(Some(dir.path()), 2, false, &mut Vec::new()).unwrap().unwrap();
         assert!(photographs.classes.is_empty());
         assert_eq!(photographs.images.len(), 2 * REPEATS);
         assert_eq!(photographs.true_class(&photographs.images[0]), None);
@@ -195,7 +199,7 @@ mod tests {
     #[test]
     fn the_error_names_an_empty_folder() {
         let dir = tempfile::tempdir().unwrap();
-        let error = Photographs::find(Some(dir.path()), 2, &mut Vec::new()).err().unwrap().to_string();
+        let error = Photographs::find(Some(dir.path()), 2, false, &mut Vec::new()).err().unwrap().to_string();
         assert!(error.starts_with("--frames: ") && error.contains("no images here"), "{error}");
     }
 }

@@ -31,16 +31,30 @@ pub fn header(out: &mut dyn Write, port: u16, photographs: &Photographs, model: 
 ///
 /// The error of the writer.
 pub fn event(out: &mut dyn Write, event: &Event) -> io::Result<()> {
+    writeln!(out, "{}   (was {})", line(event), event.previous)
+}
+
+/// Prints an event in one line: time, class, confidence, latency from the capture of the frame, the truth.
+///
+/// # Errors
+///
+/// The error of the writer.
+pub fn event_with_truth(out: &mut dyn Write, event: &Event, truth: &str) -> io::Result<()> {
+    match event.class == truth {
+        true => writeln!(out, "{}   right", line(event)),
+        false => writeln!(out, "{}   wrong: {truth}", line(event)),
+    }
+}
+
+fn line(event: &Event) -> String {
     let time = format_rfc3339_millis(event.received_at).to_string();
-    writeln!(
-        out,
-        "{}  {:12} {} {:3.0} %   {:4.0} ms after the frame   (was {})",
+    format!(
+        "{}  {:14} {} {:3.0} %   {:4.0} ms after the frame",
         &time[11..23],
         event.class,
         bar(event.confidence),
         event.confidence * 100.0,
         event.latency().as_secs_f64() * 1e3,
-        event.previous
     )
 }
 

@@ -493,6 +493,36 @@ fn demo_prints_the_replayed_classes() {
 }
 
 #[test]
+fn demo_without_photographs_trains_on_drawings_and_pushes_the_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = bloomcast();
+    command.current_dir(dir.path()).env("HOME", dir.path()).env("TMPDIR", dir.path()).env_remove("XDG_CACHE_HOME");
+    let demo = output(command.args(["demo", "--interval-ms", "40", "--seed", "7"]));
+    let text = String::from_utf8(demo.stdout).unwrap();
+    assert!(demo.status.success(), "{text}{}", String::from_utf8_lossy(&demo.stderr));
+    assert!(text.contains("seed 7") && text.contains("… confirmed in "), "{text}");
+    let events: Vec<&str> = text.lines().filter(|line| line.contains(" after the frame ")).collect();
+    let right = events.iter().filter(|line| line.ends_with("right")).count();
+    // Twelve flowers and three scenes without one.
+    assert!(right >= 12 && right * 5 >= events.len() * 4, "{text}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "no files are left");
+}
+
+#[test]
+fn an_interrupted_demo_leaves_no_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = || std::fs::read_dir(dir.path()).unwrap().count();
+    let mut command = bloomcast();
+    command.current_dir(dir.path()).env("HOME", dir.path()).env("TMPDIR", dir.path()).env_remove("XDG_CACHE_HOME");
+    command.args(["demo", "--seed", "7"]).stdout(std::process::Stdio::null());
+    let mut demo = Process::start(&mut command);
+    wait_until("the demo's folder", || files() == 1);
+    demo.signal("INT");
+    assert_eq!(demo.wait_for_exit(Duration::from_secs(5)).code(), Some(130), "{}", demo.log());
+    assert_eq!(files(), 0, "{}", demo.log());
+}
+
+#[test]
 fn notifies_systemd_of_readiness_watchdog_and_stop() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notify");

@@ -795,6 +795,9 @@ fn a_valid_model_is_active_after_a_kill_at_any_step() {
     let mut listener = Client::connect(&BrokerAccess::local(broker.port), &filters).unwrap();
     let mut active = Bundle::built_in().unwrap().manifest().version;
     let (mut newest, mut kills_after) = (active, [0; STEPS.len()]);
+    let seed = fastrand::u64(..);
+    println!("seed of the delays: {seed}");
+    let mut delays = fastrand::Rng::with_seed(seed);
     for kill in 0..=KILLS {
         let mut daemon = device.start();
         let model_status = wait_for_active_model(&mut listener);
@@ -822,7 +825,7 @@ fn a_valid_model_is_active_after_a_kill_at_any_step() {
         // The kill comes at a random time between this step and the next.
         let (step, within_ms) = STEPS[kill % STEPS.len()];
         daemon.line(step);
-        std::thread::sleep(Duration::from_micros(fastrand::u64(0..within_ms * 1000)));
+        std::thread::sleep(Duration::from_micros(delays.u64(0..within_ms * 1000)));
         daemon.kill();
         pushing.kill();
         fs::remove_file(bundle).unwrap();

@@ -21,6 +21,7 @@ fn kernels_classify_every_photograph_as_tract_does() {
         images.extend(class.unwrap().path().read_dir().unwrap().map(|entry| entry.unwrap().path()));
     }
     images.sort();
+    assert!(images.len() >= 500, "{} photographs in {}", images.len(), folder.display());
     let bundle = Bundle::built_in().unwrap();
     let network = bundle.onnx_backbone(None).unwrap();
     let classifier = |kernels: Option<Isa>, threads: usize| {

@@ -150,8 +150,20 @@ mod tests {
 
     #[test]
     fn the_checksum_is_crc_32c() {
-        // RFC 3720, B.4: 32 bytes of zeros.
-        assert_eq!(CRC.checksum(&[0; 32]), 0x8a91_36aa);
+        // RFC 3720, B.4: zeros, ones, ascending and descending bytes.
+        let ascending: Vec<u8> = (0..32).collect();
+        let descending: Vec<u8> = (0..32).rev().collect();
+        let vectors: [(&[u8], u32); 4] = [
+            (&[0; 32], 0x8a91_36aa),
+            (&[0xff; 32], 0x62a8_ab43),
+            (&ascending, 0x46dd_794e),
+            (&descending, 0x113f_db5c),
+        ];
+        for (bytes, expected) in vectors {
+            assert_eq!(CRC.checksum(bytes), expected);
+        }
+        // The mask of a TFRecord: rotated right by 15 bits, plus a constant.
+        assert_eq!(masked_crc(&[0; 32]), 0x0fd7_fffa);
     }
 
     #[test]
