@@ -32,12 +32,16 @@ build: setup
 demo: build
 	@$(BIN) demo
 
-# Unit tests and whole-program tests. A test without its photographs prints `skipped:`; their number is printed at the end.
+# Unit tests and whole-program tests. A test without its files prints `skipped:`, a test on photographs how many it has seen. Fails if
+# there are photographs and no test has seen one.
 test: setup
 	@mkdir -p target; \
 	{ $(CARGO) test --release --locked --workspace 2>&1; echo $$? >target/test-status; } | tee target/test-log; \
-	awk '/^test result: / { passed += $$4; failed += $$6 } /^skipped: / { skipped++ } \
-	  END { printf "%d passed, %d failed, %d skipped\n", passed - skipped, failed, skipped }' target/test-log; \
+	awk -v expected="$(wildcard ../shared/flowers/val)" \
+	  '/^test result: / { passed += $$4; failed += $$6 } /^skipped: / { name = $$2; sub(/:$$/, "", name); skipped[name] } \
+	  /^photographs: / { tests++; seen += $$3 } \
+	  END { printf "photographs: %d tests saw %d\n%d passed, %d failed, %d skipped\n", tests, seen, passed - length(skipped), failed, length(skipped); \
+	  if (expected && !seen) { print "error: no test saw the photographs in " expected; exit 1 } }' target/test-log && \
 	exit "$$(cat target/test-status)"
 
 lint: setup

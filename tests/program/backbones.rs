@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::tools::{bloomcast, failure, json, of_class, output, photographs};
+use super::tools::{bloomcast, drawn_flowers, failure, json, of_class, output};
 use super::workstation::dataset;
 
 /// Returns the path of a network from `make backbones`; if it is missing, prints that the test is skipped.
@@ -48,7 +48,7 @@ fn backbone_inspect_finds_the_feature_tensor_and_layout() {
 #[test]
 fn a_model_for_another_backbone_needs_that_backbone_unless_embedded() {
     let test = "a_model_for_another_backbone_needs_that_backbone_unless_embedded";
-    let Some(folder) = photographs(test) else { return };
+    let folder = drawn_flowers().folder.clone();
     let Some(efficientnet) = network(test, "efficientnet_lite0.onnx") else { return };
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
@@ -101,7 +101,7 @@ fn a_model_for_another_backbone_needs_that_backbone_unless_embedded() {
 #[test]
 fn channels_first_and_channels_last_graphs_train_the_same_model() {
     let test = "channels_first_and_channels_last_graphs_train_the_same_model";
-    let Some(folder) = photographs(test) else { return };
+    let folder = drawn_flowers().folder.clone();
     let Some(nchw) = network(test, "efficientnet_lite0.onnx") else { return };
     let Some(nhwc) = network(test, "efficientnet_lite0_channels_last.onnx") else { return };
     let dir = tempfile::tempdir().unwrap();
@@ -140,7 +140,7 @@ fn channels_first_and_channels_last_graphs_train_the_same_model() {
 #[test]
 fn rejects_fine_tuning_without_a_last_convolution_and_writes_nothing() {
     let test = "rejects_fine_tuning_without_a_last_convolution_and_writes_nothing";
-    let Some(folder) = photographs(test) else { return };
+    let folder = drawn_flowers().folder.clone();
     let Some(resnet) = network(test, "light_resnet50.onnx") else { return };
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
@@ -155,7 +155,7 @@ fn rejects_fine_tuning_without_a_last_convolution_and_writes_nothing() {
 #[test]
 fn trains_a_head_on_a_backbone_without_a_last_convolution() {
     let test = "trains_a_head_on_a_backbone_without_a_last_convolution";
-    let Some(folder) = photographs(test) else { return };
+    let folder = drawn_flowers().folder.clone();
     let Some(resnet) = network(test, "keras_resnet50.onnx") else { return };
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);

@@ -11,13 +11,12 @@ use serde_json::Value;
 use super::broker::{Mosquitto, Rumqttd};
 use super::mqtt::{Listener, PersistentSubscriber, publish};
 use super::tools::{
-    Process, TIMEOUT, bloomcast, confident_photographs, failure, free_port, output, photographs, replay_list,
-    wait_until,
+    Process, TIMEOUT, bloomcast, confident_drawings, drawn_flowers, failure, free_port, output, replay_list, wait_until,
 };
 
-/// Writes a replay list of eight photographs each of two classes; its repetition keeps causing events.
-fn alternating_photographs(folder: &Path) -> (tempfile::TempDir, std::path::PathBuf) {
-    replay_list(&[confident_photographs(folder, "daisy", 8), confident_photographs(folder, "sunflowers", 8)].concat())
+/// Writes a replay list of eight drawings each of two classes; its repetition keeps causing events.
+fn alternating_drawings() -> (tempfile::TempDir, std::path::PathBuf) {
+    replay_list(&[confident_drawings("daisy", 8), confident_drawings("sunflowers", 8)].concat())
 }
 
 /// Returns the command that runs a daemon named `pi` with these settings.
@@ -28,10 +27,12 @@ fn run_command<'a>(port: u16, settings: impl IntoIterator<Item = &'a str>) -> Co
     command
 }
 
-/// Returns the command that runs a daemon that replays `images` with a short interval and short dwell times.
+/// Returns the command that runs a daemon with the drawn flowers' model that replays `images` with a short interval and short dwell times.
 fn replay_command(port: u16, images: &Path, settings: &[&str]) -> Command {
     let images = format!("camera.replay.path={}", images.display());
+    let bundle = format!("model.bundle={}", drawn_flowers().bundle.display());
     let common = [
+        &bundle,
         "camera.source=replay",
         &images,
         "camera.interval_ms=60",
@@ -53,9 +54,8 @@ fn logged_ids(daemon: &Process) -> Vec<String> {
 
 #[test]
 fn publishes_everything_and_sigterm_publishes_offline() {
-    let Some(folder) = photographs("publishes_everything_and_sigterm_publishes_offline") else { return };
     let broker = Mosquitto::started(None);
-    let (_dir, images) = alternating_photographs(&folder);
+    let (_dir, images) = alternating_drawings();
     let mut daemon = Process::start(&mut replay_command(broker.port, &images, &["camera.name=window"]));
     daemon.line("connected to 127.0.0.1");
 
@@ -80,9 +80,9 @@ fn publishes_everything_and_sigterm_publishes_offline() {
     let (state, model, discovery) = (json(state), json(model), json(discovery));
     assert_eq!((&state["schema"], &state["device"], &state["camera"]), (&1.into(), &"pi".into(), &"window".into()));
     assert_eq!(state["camera_ok"], true);
-    let built_in = Bundle::built_in().unwrap();
-    assert_eq!(model["version"], built_in.manifest().version);
-    assert_eq!(model["sha256"], built_in.sha256());
+    let bundle = Bundle::read(&drawn_flowers().bundle).unwrap();
+    assert_eq!(model["version"], bundle.manifest().version);
+    assert_eq!(model["sha256"], bundle.sha256());
     assert_eq!(state["model"], model["version"]);
     assert_eq!(discovery["components"]["class"]["state_topic"], "bloomcast/pi/state");
 
@@ -101,10 +101,9 @@ fn publishes_everything_and_sigterm_publishes_offline() {
 
 #[test]
 fn last_will_publishes_offline_after_a_kill() {
-    let Some(folder) = photographs("last_will_publishes_offline_after_a_kill") else { return };
     let broker = Mosquitto::started(None);
     let listener = Listener::connect(broker.port);
-    let (_dir, images) = alternating_photographs(&folder);
+    let (_dir, images) = alternating_drawings();
     let mut daemon = Process::start(&mut replay_command(broker.port, &images, &[]));
     listener.wait("/status", |status| status == "online");
     daemon.kill();
@@ -113,9 +112,8 @@ fn last_will_publishes_offline_after_a_kill() {
 
 #[test]
 fn loses_no_event_while_mosquitto_is_down_killed_and_restarted() {
-    let Some(folder) = photographs("loses_no_event_while_mosquitto_is_down_killed_and_restarted") else { return };
     let mut broker = Mosquitto::prepare(None);
-    let (_dir, images) = alternating_photographs(&folder);
+    let (_dir, images) = alternating_drawings();
     let mut daemon = Process::start(&mut replay_command(broker.port, &images, &[]));
     daemon.line("reconnecting in");
     daemon.lines_with(" event ", 2);
@@ -157,9 +155,8 @@ fn wait_for_subscription(port: u16, subscriber: &PersistentSubscriber) {
 
 #[test]
 fn loses_no_event_while_rumqttd_is_down_killed_and_restarted() {
-    let Some(folder) = photographs("loses_no_event_while_rumqttd_is_down_killed_and_restarted") else { return };
     let mut broker = Rumqttd::prepare();
-    let (_dir, images) = alternating_photographs(&folder);
+    let (_dir, images) = alternating_drawings();
     let mut daemon = Process::start(&mut replay_command(broker.port, &images, &[]));
     daemon.line("reconnecting in");
     let mut received: Vec<String> = Vec::new();
@@ -205,9 +202,8 @@ fn loses_no_event_while_rumqttd_is_down_killed_and_restarted() {
 
 #[test]
 fn a_full_outbox_drops_the_oldest_events_and_logs_it() {
-    let Some(folder) = photographs("a_full_outbox_drops_the_oldest_events_and_logs_it") else { return };
     let mut broker = Mosquitto::prepare(None);
-    let (_dir, images) = alternating_photographs(&folder);
+    let (_dir, images) = alternating_drawings();
     let daemon = Process::start(&mut replay_command(broker.port, &images, &["mqtt.outbox_entries_max=2"]));
     daemon.lines_with("outbox full: 1 oldest events lost", 2);
     broker.start();
@@ -220,9 +216,8 @@ fn a_full_outbox_drops_the_oldest_events_and_logs_it() {
 
 #[test]
 fn logs_a_wrong_password_and_connects_with_the_right_one() {
-    let Some(folder) = photographs("logs_a_wrong_password_and_connects_with_the_right_one") else { return };
     let broker = Mosquitto::started(Some("right"));
-    let (dir, images) = alternating_photographs(&folder);
+    let (dir, images) = alternating_drawings();
     let credentials = dir.path().join("credentials");
     let setting = format!("mqtt.credentials_file={}", credentials.display());
     std::fs::write(&credentials, "pi\nwrong\n").unwrap();
@@ -237,9 +232,8 @@ fn logs_a_wrong_password_and_connects_with_the_right_one() {
 
 #[test]
 fn applies_settings_over_mqtt_and_rejects_invalid_ones() {
-    let Some(folder) = photographs("applies_settings_over_mqtt_and_rejects_invalid_ones") else { return };
     let broker = Mosquitto::started(None);
-    let (_dir, images) = alternating_photographs(&folder);
+    let (_dir, images) = alternating_drawings();
     let listener = Listener::connect(broker.port);
     let daemon = Process::start(&mut replay_command(broker.port, &images, &[]));
     listener.wait("/event", |_| true);
@@ -260,9 +254,8 @@ fn applies_settings_over_mqtt_and_rejects_invalid_ones() {
 
 #[test]
 fn exits_after_the_replay_when_all_events_are_acknowledged() {
-    let Some(folder) = photographs("exits_after_the_replay_when_all_events_are_acknowledged") else { return };
     let broker = Mosquitto::started(None);
-    let (_dir, images) = alternating_photographs(&folder);
+    let (_dir, images) = alternating_drawings();
     let mut daemon = Process::start(&mut replay_command(broker.port, &images, &["camera.replay.looped=false"]));
     assert!(daemon.wait_for_exit(super::tools::TIMEOUT).success(), "{}", daemon.log());
     let counts = daemon.line(" captured=");
@@ -273,9 +266,8 @@ fn exits_after_the_replay_when_all_events_are_acknowledged() {
 
 #[test]
 fn reconnects_at_exit_to_deliver_queued_events() {
-    let Some(folder) = photographs("reconnects_at_exit_to_deliver_queued_events") else { return };
     let mut broker = Mosquitto::prepare(None);
-    let (_dir, images) = alternating_photographs(&folder);
+    let (_dir, images) = alternating_drawings();
     // The delay before the daemon reconnects is longer than the replay.
     let settings = ["camera.replay.looped=false", "mqtt.reconnect_ms_min=20000", "mqtt.reconnect_ms_max=20000"];
     let mut daemon = Process::start(&mut replay_command(broker.port, &images, &settings));
@@ -288,9 +280,8 @@ fn reconnects_at_exit_to_deliver_queued_events() {
 
 #[test]
 fn an_unresponsive_broker_does_not_delay_the_exit() {
-    let Some(folder) = photographs("an_unresponsive_broker_does_not_delay_the_exit") else { return };
     let broker = Mosquitto::started(None);
-    let (_dir, images) = alternating_photographs(&folder);
+    let (_dir, images) = alternating_drawings();
     let mut daemon = Process::start(&mut replay_command(broker.port, &images, &[]));
     daemon.line("connected to");
     broker.signal("STOP");
@@ -305,9 +296,8 @@ fn an_unresponsive_broker_does_not_delay_the_exit() {
 
 #[test]
 fn counts_and_skips_broken_and_oversized_images() {
-    let Some(folder) = photographs("counts_and_skips_broken_and_oversized_images") else { return };
     let broker = Mosquitto::started(None);
-    let good = confident_photographs(&folder, "daisy", 3);
+    let good = confident_drawings("daisy", 3);
     let dir = tempfile::tempdir().unwrap();
     let jpeg = std::fs::read(&good[0]).unwrap();
     std::fs::write(dir.path().join("1-cut.jpg"), &jpeg[..jpeg.len() / 2]).unwrap();
@@ -389,8 +379,7 @@ fn configuration_errors_name_the_cause_and_exit_with_78() {
 
 #[test]
 fn check_accepts_a_valid_configuration_and_rejects_a_missing_camera() {
-    let Some(folder) = photographs("check_accepts_a_valid_configuration_and_rejects_a_missing_camera") else { return };
-    let replay = format!("camera.replay.path={}", folder.display());
+    let replay = format!("camera.replay.path={}", drawn_flowers().folder.display());
     let good = output(bloomcast().args(["check", "--set", "camera.source=replay", "--set", &replay]));
     assert!(good.status.success(), "{}", String::from_utf8_lossy(&good.stderr));
     let text = String::from_utf8(good.stdout).unwrap();
@@ -422,10 +411,9 @@ fn publishes_a_missing_camera_once_and_retries() {
 
 #[test]
 fn reads_motion_jpeg_from_a_child_process_and_restarts_it() {
-    let Some(folder) = photographs("reads_motion_jpeg_from_a_child_process_and_restarts_it") else { return };
     let broker = Mosquitto::started(None);
     let listener = Listener::connect(broker.port);
-    let image = confident_photographs(&folder, "daisy", 1).remove(0).canonicalize().unwrap();
+    let image = confident_drawings("daisy", 1).remove(0).canonicalize().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let script = dir.path().join("camera.sh");
     // The script writes ten frames and fails, like a camera whose cable is pulled.
@@ -436,7 +424,9 @@ fn reads_motion_jpeg_from_a_child_process_and_restarts_it() {
     std::fs::write(&script, text).unwrap();
     assert!(Command::new("chmod").arg("+x").arg(&script).status().unwrap().success());
     let command = format!("camera.rpicam.command={}", script.display());
+    let bundle = format!("model.bundle={}", drawn_flowers().bundle.display());
     let settings = [
+        &bundle,
         "camera.source=rpicam",
         &command,
         "camera.interval_ms=50",
@@ -462,34 +452,6 @@ fn demo_reports_a_port_in_use() {
     let (code, text) = failure(bloomcast().args(["demo", "--port", &port, "--frames", &frames]));
     assert_eq!(code, 1);
     assert!(text.contains(&format!("port {port} of 127.0.0.1: Address already in use")), "{text}");
-}
-
-#[test]
-fn demo_prints_no_accuracy_for_folders_that_are_not_classes() {
-    let Some(folder) = photographs("demo_prints_no_accuracy_for_folders_that_are_not_classes") else { return };
-    let dir = tempfile::tempdir().unwrap();
-    for (name, class) in [("holiday", "daisy"), ("garden", "sunflowers")] {
-        std::fs::create_dir(dir.path().join(name)).unwrap();
-        std::fs::copy(confident_photographs(&folder, class, 1).remove(0), dir.path().join(name).join("1.jpg")).unwrap();
-    }
-    let demo = output(bloomcast().arg("demo").arg("--frames").arg(dir.path()));
-    let text = String::from_utf8(demo.stdout).unwrap();
-    assert!(demo.status.success(), "{text}{}", String::from_utf8_lossy(&demo.stderr));
-    let events: Vec<&str> = text.lines().filter(|line| line.contains(" after the frame ")).collect();
-    assert!(events.iter().any(|line| line.contains("  sunflowers ")), "{text}");
-    assert!(events.iter().any(|line| line.contains("  daisy ")), "{text}");
-    assert!(!text.contains("accuracy"), "an accuracy without known classes: {text}");
-}
-
-#[test]
-fn demo_prints_the_replayed_classes() {
-    let Some(folder) = photographs("demo_prints_the_replayed_classes") else { return };
-    let frames = folder.display().to_string();
-    let demo = output(bloomcast().args(["demo", "--frames", &frames, "--port", &free_port().to_string()]));
-    let text = String::from_utf8(demo.stdout).unwrap();
-    assert!(demo.status.success(), "{text}{}", String::from_utf8_lossy(&demo.stderr));
-    assert!(text.contains("replayed    daisy → dandelion → roses → sunflowers → tulips"), "{text}");
-    assert!(text.contains("100 frames in"), "{text}");
 }
 
 #[test]
@@ -550,15 +512,14 @@ fn notifies_systemd_of_readiness_watchdog_and_stop() {
 
 #[test]
 fn reload_applies_a_valid_configuration_without_losing_events_and_rejects_an_invalid_one() {
-    let test = "reload_applies_a_valid_configuration_without_losing_events_and_rejects_an_invalid_one";
-    let Some(folder) = photographs(test) else { return };
     let mut broker = Mosquitto::started(None);
-    let (dir, images) = alternating_photographs(&folder);
+    let (dir, images) = alternating_drawings();
     let (config, port) = (dir.path().join("bloomcast.toml"), broker.port);
+    let bundle = &drawn_flowers().bundle;
     let write = |name: &str, more: &str| {
         let text = format!(
             "[device]\nname = \"{name}\"\n[camera]\nsource = \"replay\"\ninterval_ms = 60\n[camera.replay]\npath = {images:?}\n\
-             [decide]\nsmoothing_ms = 120\nenter_dwell_ms = 60\nleave_dwell_ms = 400\n\
+             [model]\nbundle = {bundle:?}\n[decide]\nsmoothing_ms = 120\nenter_dwell_ms = 60\nleave_dwell_ms = 400\n\
              [mqtt]\nport = {port}\nreconnect_ms_min = 200\nreconnect_ms_max = 400\n{more}"
         );
         std::fs::write(&config, text).unwrap();
@@ -623,12 +584,8 @@ fn reload_applies_a_valid_configuration_without_losing_events_and_rejects_an_inv
 
 #[test]
 fn an_unchanged_scene_is_not_classified_again_and_gives_the_same_events() {
-    let Some(folder) = photographs("an_unchanged_scene_is_not_classified_again_and_gives_the_same_events") else {
-        return;
-    };
     let broker = Mosquitto::started(None);
-    let [daisy, sunflower] =
-        ["daisy", "sunflowers"].map(|class| vec![confident_photographs(&folder, class, 1).remove(0); 20]);
+    let [daisy, sunflower] = ["daisy", "sunflowers"].map(|class| vec![confident_drawings(class, 1).remove(0); 20]);
     let (_dir, images) = replay_list(&[daisy, sunflower].concat());
     let replay_with = |threshold: &str| {
         let listener = Listener::connect(broker.port);

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 use super::broker::Mosquitto;
 use super::mqtt::Listener;
-use super::tools::{Process, TIMEOUT, bloomcast, confident_photographs, failure, output, photographs, replay_list};
+use super::tools::{Process, TIMEOUT, bloomcast, drawn_flowers, failure, of_class, output, replay_list};
 
 /// A signing key, and the folder with its public key and the bundles that it signs.
 struct Trainer {
@@ -115,8 +115,8 @@ struct Device {
 }
 
 impl Device {
-    fn new(name: &'static str, port: u16, folder: &Path, trainer: &Trainer) -> Self {
-        let (images_dir, images) = replay_list(&confident_photographs(folder, "daisy", 4));
+    fn new(name: &'static str, port: u16, trainer: &Trainer) -> Self {
+        let (images_dir, images) = replay_list(&of_class(&drawn_flowers().folder, "daisy", 4));
         let state = tempfile::tempdir().unwrap();
         let settings = vec![
             format!("device.name={name}"),
@@ -225,9 +225,8 @@ fn push_bytes(port: u16, device: &str, bytes: &[u8], claim: impl FnOnce(&mut Man
 
 #[test]
 fn the_new_model_is_announced_before_the_first_state_that_names_it() {
-    let Some(folder) = photographs("the_new_model_is_announced_before_the_first_state_that_names_it") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
-    let device = Device::new("pi", broker.port, &folder, &trainer);
+    let device = Device::new("pi", broker.port, &trainer);
     let _daemon = device.start();
     let version = Bundle::built_in().unwrap().manifest().version;
     let listener = Listener::connect(broker.port);
@@ -257,10 +256,9 @@ fn refusal(report: &PushReport) -> String {
 
 #[test]
 fn push_stops_after_the_canary_refuses_the_model() {
-    let Some(folder) = photographs("push_stops_after_the_canary_refuses_the_model") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
     let names = ["pi1", "pi2", "pi3", "pi4"];
-    let devices = names.map(|name| Device::new(name, broker.port, &folder, &trainer));
+    let devices = names.map(|name| Device::new(name, broker.port, &trainer));
     let mut daemons: Vec<Process> = devices.iter().map(Device::start).collect();
     daemons.pop().unwrap().kill();
     let listener = Listener::connect(broker.port);
@@ -315,11 +313,8 @@ fn push_stops_after_the_canary_refuses_the_model() {
 
 #[test]
 fn refuses_invalid_bundles_and_keeps_the_current_model() {
-    let Some(folder) = photographs("refuses_invalid_bundles_and_keeps_the_current_model") else {
-        return;
-    };
     let (broker, trainer, untrusted) = (Mosquitto::started(None), Trainer::new(), Trainer::new());
-    let device = Device::new("pi", broker.port, &folder, &trainer).with(&["decide.classes.roses.enter=0.8"]);
+    let device = Device::new("pi", broker.port, &trainer).with(&["decide.classes.roses.enter=0.8"]);
     let mut daemon = device.start();
     let port = broker.port;
     let reason = |bytes: &[u8]| refusal(&push_bytes(port, "pi", bytes, |_, _| {}));
@@ -370,9 +365,8 @@ fn refuses_invalid_bundles_and_keeps_the_current_model() {
 
 #[test]
 fn rollback_and_downgrade_require_a_signed_command() {
-    let Some(folder) = photographs("rollback_and_downgrade_require_a_signed_command") else { return };
     let (broker, trainer, untrusted) = (Mosquitto::started(None), Trainer::new(), Trainer::new());
-    let device = Device::new("pi", broker.port, &folder, &trainer);
+    let device = Device::new("pi", broker.port, &trainer);
     let _daemon = device.start();
     let version = Bundle::built_in().unwrap().manifest().version;
     let rollback = |trainer: &Trainer| {
@@ -441,9 +435,8 @@ fn rollback_and_downgrade_require_a_signed_command() {
 
 #[test]
 fn refuses_a_second_push_as_busy() {
-    let Some(folder) = photographs("refuses_a_second_push_as_busy") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
-    let device = Device::new("pi", broker.port, &folder, &trainer);
+    let device = Device::new("pi", broker.port, &trainer);
     let daemon = device.start();
     let bundle = Bundle::from_bytes("m", &trainer.bytes(1, unchanged)).unwrap();
     let offer = Offer {
@@ -468,9 +461,8 @@ fn refuses_a_second_push_as_busy() {
 
 #[test]
 fn push_resumes_after_the_broker_is_killed() {
-    let Some(folder) = photographs("push_resumes_after_the_broker_is_killed") else { return };
     let (mut broker, trainer) = (Mosquitto::started(None), Trainer::new());
-    let device = Device::new("pi", broker.port, &folder, &trainer);
+    let device = Device::new("pi", broker.port, &trainer);
     let daemon = device.start();
     let bundle = trainer.file(1, unchanged);
     let packets = ["--device", "pi", "--set", "mqtt.packet_bytes_max=4096"];
@@ -500,12 +492,11 @@ fn push_resumes_after_the_broker_is_killed() {
 
 #[test]
 fn push_adapts_its_chunks_to_the_brokers_message_limit() {
-    let Some(folder) = photographs("push_adapts_its_chunks_to_the_brokers_message_limit") else { return };
     let trainer = Trainer::new();
     // With the first limit the broker closes the connection, with the second it acknowledges a message and drops it.
     for limit in ["max_packet_size 20000", "message_size_limit 20000"] {
         let broker = Mosquitto::with_limit(limit);
-        let device = Device::new("pi", broker.port, &folder, &trainer);
+        let device = Device::new("pi", broker.port, &trainer);
         let daemon = device.start();
         let bundle = trainer.file(1, unchanged);
         let (statuses, succeeded) =
@@ -516,11 +507,8 @@ fn push_adapts_its_chunks_to_the_brokers_message_limit() {
 
 #[test]
 fn push_to_a_configured_group_prints_a_table_of_results() {
-    let Some(folder) = photographs("push_to_a_configured_group_prints_a_table_of_results") else {
-        return;
-    };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
-    let device = Device::new("pi", broker.port, &folder, &trainer);
+    let device = Device::new("pi", broker.port, &trainer);
     let _daemon = device.start();
     let config = trainer.dir.path().join("trainer.toml");
     let text = format!("[mqtt]\nport = {}\n\n[fleet.groups]\ngarden = [\"pi\", \"greenhouse\"]\n", broker.port);
@@ -544,11 +532,8 @@ fn push_to_a_configured_group_prints_a_table_of_results() {
 
 #[test]
 fn a_trial_continues_after_sigterm_and_is_rolled_back_after_a_kill() {
-    let Some(folder) = photographs("a_trial_continues_after_sigterm_and_is_rolled_back_after_a_kill") else {
-        return;
-    };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
-    let device = Device::new("pi", broker.port, &folder, &trainer).with(&["model.trial_frames=1000"]);
+    let device = Device::new("pi", broker.port, &trainer).with(&["model.trial_frames=1000"]);
     let version = Bundle::built_in().unwrap().manifest().version;
     let mut daemon = device.start();
     let (port, bundle) = (broker.port, trainer.file(1, unchanged));
@@ -584,11 +569,10 @@ fn a_trial_continues_after_sigterm_and_is_rolled_back_after_a_kill() {
 
 #[test]
 fn installs_a_bundle_locally_and_falls_back_from_damaged_slots() {
-    let Some(folder) = photographs("installs_a_bundle_locally_and_falls_back_from_damaged_slots") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
     let no_keys = tempfile::tempdir().unwrap();
-    let device = Device::new("pi", broker.port, &folder, &trainer)
-        .with(&[&format!("model.trusted_keys={}", no_keys.path().display())]);
+    let device =
+        Device::new("pi", broker.port, &trainer).with(&[&format!("model.trusted_keys={}", no_keys.path().display())]);
     let version = Bundle::built_in().unwrap().manifest().version;
     let unsigned = trainer.dir.path().join("unsigned.bloom");
     fs::write(&unsigned, unsigned_bundle(1, unchanged)).unwrap();
@@ -649,9 +633,8 @@ fn installs_a_bundle_locally_and_falls_back_from_damaged_slots() {
 
 #[test]
 fn a_device_with_a_full_disk_refuses_the_model_and_leaves_no_files() {
-    let Some(folder) = photographs("a_device_with_a_full_disk_refuses_the_model_and_leaves_no_files") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
-    let device = Device::new("pi", broker.port, &folder, &trainer);
+    let device = Device::new("pi", broker.port, &trainer);
     // The shell limits files to 1 MiB; SIGXFSZ is ignored, so that the write fails.
     let daemon = device.command("run");
     let mut limited = Command::new("bash");
@@ -673,7 +656,6 @@ fn a_device_with_a_full_disk_refuses_the_model_and_leaves_no_files() {
 
 #[test]
 fn a_device_without_a_store_refuses_models_with_the_reason() {
-    let Some(folder) = photographs("a_device_without_a_store_refuses_models_with_the_reason") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
     let pinned = trainer.file(0, unchanged);
     let cases = [
@@ -681,7 +663,7 @@ fn a_device_without_a_store_refuses_models_with_the_reason() {
         (format!("model.bundle={}", pinned.display()), "model.bundle names the model"),
     ];
     for (setting, expected) in cases {
-        let device = Device::new("pi", broker.port, &folder, &trainer).with(&[&setting]);
+        let device = Device::new("pi", broker.port, &trainer).with(&[&setting]);
         let mut daemon = device.start();
         let refused = push_bytes(broker.port, "pi", &trainer.bytes(1, unchanged), |_, _| {});
         assert!(refusal(&refused).contains(expected), "{refused}");
@@ -735,14 +717,13 @@ fn keygen_sign_and_verify_on_the_command_line() {
 
 #[test]
 fn the_acl_allows_only_the_trainer_to_publish_models() {
-    let Some(folder) = photographs("the_acl_allows_only_the_trainer_to_publish_models") else { return };
     let (broker, trainer) = (Mosquitto::with_acl(&["pi", "trainer", "home"]), Trainer::new());
     let credentials = |user: &str| {
         let path = trainer.dir.path().join(format!("{user}.credentials"));
         fs::write(&path, format!("{user}\n{user}\n")).unwrap();
         format!("mqtt.credentials_file={}", path.display())
     };
-    let device = Device::new("pi", broker.port, &folder, &trainer).with(&[&credentials("pi")]);
+    let device = Device::new("pi", broker.port, &trainer).with(&[&credentials("pi")]);
     let daemon = device.connected();
     let bundle = trainer.file(1, unchanged);
     let push = |user: &str| {
@@ -787,9 +768,8 @@ const KILLS: usize = 200;
 
 #[test]
 fn a_valid_model_is_active_after_a_kill_at_any_step() {
-    let Some(folder) = photographs("a_valid_model_is_active_after_a_kill_at_any_step") else { return };
     let (broker, trainer) = (Mosquitto::started(None), Trainer::new());
-    let device = Device::new("pi", broker.port, &folder, &trainer).with(&["model.trial_frames=3"]);
+    let device = Device::new("pi", broker.port, &trainer).with(&["model.trial_frames=3"]);
     let store = Store::new(&device.store());
     let filters = ["status", "model", "state"].map(|topic| format!("bloomcast/pi/{topic}"));
     let mut listener = Client::connect(&BrokerAccess::local(broker.port), &filters).unwrap();

@@ -1,13 +1,16 @@
-//! Helpers of the tests: child processes that end with their test, waits with a timeout, photographs.
+//! Helpers of the tests: child processes that end with their test, waits with a timeout, drawings and photographs.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
 
 use bloomcast::bundle::Bundle;
+use bloomcast::demo::drawing::{self, KINDS};
+use bloomcast::train::features::compute_device::ComputeDeviceChoice;
+use bloomcast::train::{Recipe, RunOptions};
 use bloomcast::vision::decode;
 use serde_json::Value;
 
@@ -186,19 +189,79 @@ pub fn of_class(folder: &Path, class: &str, count: usize) -> Vec<PathBuf> {
     images
 }
 
-/// Returns the first `count` photographs of a class that the built-in model classifies correctly with a confidence above
-/// 0.9, so that the tests of the daemon do not depend on the model's errors.
+/// Drawings of five kinds of flowers, under the class names of the built-in model, and a bundle trained on others of them.
+pub struct DrawnFlowers {
+    /// Folder with a subfolder for each class.
+    pub folder: PathBuf,
+    /// The bundle.
+    pub bundle: PathBuf,
+}
+
+/// Returns the drawings; the first call draws them and trains the model, which takes a few seconds.
+pub fn drawn_flowers() -> &'static DrawnFlowers {
+    static DRAWN: OnceLock<DrawnFlowers> = OnceLock::new();
+    DRAWN.get_or_init(|| {
+        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("drawn-flowers");
+        let _ = std::fs::remove_dir_all(&root);
+        let (train, folder, out) = (root.join("train"), root.join("flowers"), root.join("run"));
+        draw(&train, 1, 24);
+        draw(&folder, 2, 40);
+        let mut settings = Recipe::Frozen.settings(train);
+        settings.hyperparams.epochs = 30;
+        let options = RunOptions {
+            out: out.clone(),
+            overwrite: false,
+            cache: None,
+            threads: 2,
+            device: ComputeDeviceChoice::Cpu,
+            created_at: SystemTime::now(),
+        };
+        bloomcast::train::train(&settings, &options, &|_| {}).unwrap();
+        DrawnFlowers { folder, bundle: out.join("model.bloom") }
+    })
+}
+
+/// Draws `count` flowers of each class.
+fn draw(folder: &Path, seed: u64, count: usize) {
+    let kinds = [
+        ("daisy", "white-wheel"),
+        ("dandelion", "yellow-star"),
+        ("roses", "red-cluster"),
+        ("sunflowers", "yellow-wheel"),
+        ("tulips", "red-cup"),
+    ];
+    let mut rng = fastrand::Rng::with_seed(seed);
+    for (class, kind) in kinds {
+        let kind = KINDS.iter().find(|one| one.name == kind).unwrap();
+        std::fs::create_dir_all(folder.join(class)).unwrap();
+        for i in 0..count {
+            drawing::flower(kind, &mut rng).save(folder.join(class).join(format!("{i:02}.jpg"))).unwrap();
+        }
+    }
+}
+
+/// Returns `count` drawings of a class that the drawn flowers' model classifies correctly with a confidence above 0.9, so that
+/// the tests of the daemon do not depend on the model's errors.
+pub fn confident_drawings(class: &str, count: usize) -> Vec<PathBuf> {
+    let DrawnFlowers { folder, bundle } = drawn_flowers();
+    confident(&Bundle::read(bundle).unwrap(), of_class(folder, class, 40), class, count)
+}
+
+/// Returns `count` photographs of a class that the built-in model classifies correctly with a confidence above 0.9.
 pub fn confident_photographs(folder: &Path, class: &str, count: usize) -> Vec<PathBuf> {
-    let mut classifier = Bundle::built_in().unwrap().classifier(None).unwrap();
+    confident(&Bundle::built_in().unwrap(), of_class(folder, class, 50), class, count)
+}
+
+fn confident(bundle: &Bundle, images: Vec<PathBuf>, class: &str, count: usize) -> Vec<PathBuf> {
+    let mut classifier = bundle.classifier(None).unwrap();
     let expected = classifier.labels().position(class);
     let mut is_confident = |image: &PathBuf| {
         let prediction = classifier.classify(&decode::file(image).unwrap()).unwrap().0;
         prediction.class() == expected && prediction.confidence() > 0.9
     };
-    let photographs: Vec<PathBuf> =
-        of_class(folder, class, 50).into_iter().filter(|image| is_confident(image)).take(count).collect();
-    assert_eq!(photographs.len(), count, "photographs of {class} with a confident prediction");
-    photographs
+    let found: Vec<PathBuf> = images.into_iter().filter(|image| is_confident(image)).take(count).collect();
+    assert_eq!(found.len(), count, "images of {class} with a confident prediction");
+    found
 }
 
 /// Writes a list of images for the replay into a temporary folder; returns the folder and the list's path.

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use super::tools::{Process, bloomcast, failure, json, of_class, output, photographs, wait_until};
+use super::tools::{Process, bloomcast, drawn_flowers, failure, json, of_class, output, wait_until};
 use super::workstation::dataset;
 
 /// Copies training and validation photographs into `dir`.
@@ -33,9 +33,7 @@ const LAST_CONV: [&str; 6] = ["--recipe", "last-conv", "--augment", "2", "--epoc
 
 #[test]
 fn fine_tuning_writes_all_outputs_and_its_config_reproduces_the_bundle() {
-    let Some(folder) = photographs("fine_tuning_writes_all_outputs_and_its_config_reproduces_the_bundle") else {
-        return;
-    };
+    let folder = drawn_flowers().folder.clone();
     let dir = tempfile::tempdir().unwrap();
     small_datasets(&folder, dir.path());
     dataset(&folder, &dir.path().join("test"), 20, 4);
@@ -92,7 +90,7 @@ fn fine_tuning_writes_all_outputs_and_its_config_reproduces_the_bundle() {
 
 #[test]
 fn a_finished_run_is_replaced_only_with_overwrite() {
-    let Some(folder) = photographs("a_finished_run_is_replaced_only_with_overwrite") else { return };
+    let folder = drawn_flowers().folder.clone();
     let dir = tempfile::tempdir().unwrap();
     small_datasets(&folder, dir.path());
     succeed(&mut train(dir.path(), "run", &["--recipe", "frozen"]));
@@ -106,7 +104,7 @@ fn a_finished_run_is_replaced_only_with_overwrite() {
 
 #[test]
 fn extracts_only_new_photographs_and_replaces_a_truncated_cache_file() {
-    let Some(folder) = photographs("extracts_only_new_photographs_and_replaces_a_truncated_cache_file") else { return };
+    let folder = drawn_flowers().folder.clone();
     let dir = tempfile::tempdir().unwrap();
     small_datasets(&folder, dir.path());
     succeed(&mut train(dir.path(), "one", &["--recipe", "frozen"]));
@@ -138,7 +136,7 @@ fn extracts_only_new_photographs_and_replaces_a_truncated_cache_file() {
 
 #[test]
 fn a_killed_run_leaves_no_bundle_and_its_folder_can_be_used_again() {
-    let Some(folder) = photographs("a_killed_run_leaves_no_bundle_and_its_folder_can_be_used_again") else { return };
+    let folder = drawn_flowers().folder.clone();
     let dir = tempfile::tempdir().unwrap();
     small_datasets(&folder, dir.path());
     let run = dir.path().join("run");
@@ -167,7 +165,7 @@ fn a_killed_run_leaves_no_bundle_and_its_folder_can_be_used_again() {
 /// The shell's limit on the size of files simulates a full disk.
 #[test]
 fn a_full_disk_fails_the_run_and_leaves_no_bundle() {
-    let Some(folder) = photographs("a_full_disk_fails_the_run_and_leaves_no_bundle") else { return };
+    let folder = drawn_flowers().folder.clone();
     let dir = tempfile::tempdir().unwrap();
     small_datasets(&folder, dir.path());
     let limited = |out: &str, kilobytes: u32, flags: &[&str]| {

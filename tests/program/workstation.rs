@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use super::tools::{bloomcast, failure, json, of_class, output, photographs};
+use super::tools::{bloomcast, drawn_flowers, failure, json, of_class, output};
 
 const CLASSES: [&str; 3] = ["daisy", "roses", "sunflowers"];
 
@@ -19,9 +19,7 @@ pub fn dataset(from: &Path, to: &Path, skip: usize, count: usize) {
 
 #[test]
 fn training_is_reproducible_and_its_bundle_classifies() {
-    let Some(folder) = photographs("training_is_reproducible_and_its_bundle_classifies") else {
-        return;
-    };
+    let folder = drawn_flowers().folder.clone();
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     dataset(&folder, &path("train"), 0, 24);
@@ -100,7 +98,7 @@ fn train_rejects_an_unusable_dataset() {
 
 #[test]
 fn train_splits_off_validation_photographs_and_skips_duplicates() {
-    let Some(folder) = photographs("train_splits_off_validation_photographs_and_skips_duplicates") else { return };
+    let folder = drawn_flowers().folder.clone();
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     dataset(&folder, &path("photos"), 0, 20);
