@@ -14,7 +14,7 @@ install = for attempt in 1 2; do missing=; for package in $(1); do \
 	[ -z "$$missing" ] || { echo "installing$$missing"; $(SUDO) apt-get update -qq && \
 	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; } || exit; done
 
-.PHONY: all setup build demo test sanitize lint licences doc fuzz deb deb-arm64 deb-armhf deb-check arm64 armhf arm64-smoke vm-test bench peers instructions model \
+.PHONY: all setup build demo test sanitize lint licences doc fuzz deb deb-arm64 deb-armhf deb-check arm64 armhf arm64-smoke vm-test photographs bench peers instructions model \
   backbones backbones-keras clean
 
 all: build
@@ -118,9 +118,13 @@ arm64-smoke: build arm64
 	BLOOMCAST_FOREIGN="$(EMULATOR) target/cross/$(TRIPLE_arm64)/release/bloomcast" \
 	  $(CARGO) test --release --locked --test program foreign:: -- --nocapture
 
+# Before anything is built.
+photographs:
+	@[ -d ../shared/flowers/val ] || { echo "error: ../shared/flowers/val: no such folder; the virtual camera shows its photographs" >&2; exit 1; }
+
 # System test on a virtual device: Debian for arm64 with systemd, mosquitto and a virtual camera. The package is installed with the
 # commands of the README. The disk is created once, in target/device.
-vm-test: build deb-arm64
+vm-test: photographs build deb-arm64
 	@$(call install,qemu-system-arm qemu-utils qemu-user-static binfmt-support arch-test mmdebstrap e2fsprogs jq)
 	$(SUDO) tests/device/root target/device
 	$(CARGO) build --release --locked --example yuyv
