@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use bloomcast::bench::Bench;
-use bloomcast::config::{Config, LogLevel};
+use bloomcast::config::{Config, ConfigError, LogLevel};
 use bloomcast::daemon::{self, Daemon, DaemonError, StopReason};
 use bloomcast::system::systemd;
 use bloomcast::vision::{Classifier, Prediction, decode};
@@ -104,16 +104,20 @@ impl ConfigArgs {
         self.load()?.with_credentials().map_err(Failure::config)
     }
 
+    fn read(&self) -> Result<Config, ConfigError> {
+        Config::load(self.config.as_deref(), &self.set)
+    }
+
     /// Loads the configuration without the broker's credentials; prints its warnings.
     pub fn load(&self) -> Result<Config, Failure> {
-        let config = Config::load(self.config.as_deref(), &self.set).map_err(Failure::config)?;
+        let config = self.read().map_err(Failure::config)?;
         config.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
         Ok(config)
     }
 }
 
 pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
-    let config = Config::load(args.config.as_deref(), &args.set).and_then(Config::with_credentials);
+    let config = args.read().and_then(Config::with_credentials);
     let config = config.map_err(Failure::config)?;
     log_to_stderr(config.log.level);
     log_warnings(&config);
@@ -298,7 +302,7 @@ impl Signals {
             let args = args.clone();
             // In a thread of its own: loading the model must not block the connection to the broker.
             let checked = tokio::task::spawn_blocking(move || {
-                let config = Config::load(args.config.as_deref(), &args.set).and_then(Config::with_credentials)?;
+                let config = args.read().and_then(Config::with_credentials)?;
                 Daemon::check(config.clone()).map(|_| config).map_err(anyhow::Error::from)
             });
             match checked.await.map_err(anyhow::Error::from).and_then(|checked| checked) {

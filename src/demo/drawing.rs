@@ -1,8 +1,11 @@
 //! Drawn pictures for the demo where no photographs are available: twelve kinds of flowers, and scenes without a flower. Each
 //! picture is determined by a random generator, so that a seed reproduces it.
 
+use std::fs;
+use std::path::Path;
+
 use fastrand::Rng;
-use image::{Rgb, RgbImage};
+use image::{ImageResult, Rgb, RgbImage};
 
 /// Width and height of a picture, in pixels.
 pub const SIDE: u32 = 256;
@@ -86,6 +89,25 @@ pub fn flower(kind: &Kind, rng: &mut Rng) -> RgbImage {
         }
     }
     picture
+}
+
+/// Writes `count` drawings of each kind to `folder`, which exists, in a new subfolder with the name of its class.
+///
+/// # Errors
+/// If a subfolder or a file cannot be written.
+pub fn dataset<'a>(
+    folder: &Path,
+    classes: impl IntoIterator<Item = (&'a str, &'a Kind)>,
+    count: usize,
+    rng: &mut Rng,
+) -> ImageResult<()> {
+    for (class, kind) in classes {
+        fs::create_dir(folder.join(class))?;
+        for i in 0..count {
+            flower(kind, rng).save(folder.join(class).join(format!("{i:02}.jpg")))?;
+        }
+    }
+    Ok(())
 }
 
 /// Draws a meadow, a wall or a sky without a flower.

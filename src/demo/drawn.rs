@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -61,11 +61,7 @@ pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
     let (started, truths) = (stream.started.clone(), stream.truths.clone());
     writeln!(out, "3 start   the daemon, with the model {}; broker 127.0.0.1:{port}", daemon.model())?;
     let mut subscriber = Client::connect(&access, &[format!("bloomcast/{DEVICE}/#")])?;
-    let (classified, classified_frames) = mpsc::channel();
-    let daemon = daemon.with_source(Box::new(stream));
-    let running = thread::Builder::new()
-        .name("daemon".into())
-        .spawn(move || daemon.run(std::future::pending(), Box::new(move |frame| drop(classified.send(frame)))))?;
+    let (running, classified_frames) = super::spawn(daemon.with_source(Box::new(stream)))?;
     wait_until_online(&mut subscriber, &running)?;
     let labels = bundle.manifest().classes.clone();
     deliver(&access, &bundle, signed, key, out)?;
@@ -77,13 +73,8 @@ pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
     })?;
     let counters = running.join().map_err(|_| DaemonError::Panicked("daemon"))??.close();
     let published = events.iter().filter(|event| truth_at(&truths, event.captured_at) == event.class).count();
-    let truth_of = |frame: &ClassifiedFrame| frame.origin.as_deref().and_then(Path::to_str).map(str::to_owned);
-    let (mut correct, mut total) = (0, 0);
-    for frame in classified_frames.iter() {
-        let Some(truth) = truth_of(&frame) else { continue };
-        total += 1;
-        correct += usize::from(labels.name(frame.class) == truth);
-    }
+    let classified: Vec<ClassifiedFrame> = classified_frames.iter().collect();
+    let (correct, total) = screen::correct(&classified, &labels, Path::to_str);
     writeln!(
         out,
         "\n{published} of {} events are right; {correct} of {total} frames classified correctly",
@@ -103,12 +94,7 @@ fn trained_bundle(
     write!(out, "1 train   {} kinds of flowers, {DRAWINGS} drawings each … ", KINDS.len())?;
     out.flush()?;
     fs::create_dir(&photos)?;
-    for kind in &KINDS {
-        fs::create_dir(photos.join(kind.name))?;
-        for i in 0..DRAWINGS {
-            drawing::flower(kind, rng).save(photos.join(kind.name).join(format!("{i:02}.jpg")))?;
-        }
-    }
+    drawing::dataset(&photos, KINDS.iter().map(|kind| (kind.name, kind)), DRAWINGS, rng)?;
     let trained = train_on(&photos, &run)?;
     let evaluation = &trained.val.evaluation;
     let (images, seconds) = (evaluation.images, trained.elapsed.as_secs_f64());

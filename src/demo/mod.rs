@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::bundle::signature::KeyError;
 use crate::bundle::{Bundle, BundleError};
 use crate::config::{Config, ConfigError};
-use crate::daemon::{Daemon, DaemonError};
+use crate::daemon::{Daemon, DaemonError, StoppedDaemon};
 use crate::mqtt::BrokerAccess;
 use crate::mqtt::client::{Client, ClientError};
 use crate::mqtt::message::OFFLINE;
@@ -119,13 +119,9 @@ struct Outcome {
 pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
     let photographs = Photographs::find(options.frames.as_deref(), options.per_class, options.fetch, out)?;
     let Some(photographs) = photographs else { return drawn::run(options, out) };
-    let labels = Bundle::built_in()
-        .map_err(|e| DaemonError::Model(Refusal::from(e).into()))?
-        .manifest()
-        .classes
-        .names()
-        .to_vec();
-    let photographs = photographs.match_labels(&labels);
+    let labels =
+        Bundle::built_in().map_err(|e| DaemonError::Model(Refusal::from(e).into()))?.manifest().classes.clone();
+    let photographs = photographs.match_labels(labels.names());
     let port = broker::start(options.port)?;
     let list = photographs.write_list(&options.folder)?;
     let mut settings = settings(port, &list, options.interval_ms);
@@ -134,18 +130,26 @@ pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
     screen::header(out, port, &photographs, &daemon.model())?;
 
     let mut subscriber = Client::connect(&BrokerAccess::local(port), &[format!("bloomcast/{DEVICE}/#")])?;
-    let (classified, classified_frames) = mpsc::sync_channel(photographs.images.len());
     let began = Instant::now();
-    let running = thread::Builder::new()
-        .name("daemon".into())
-        // The channel has room for every photograph: the daemon never waits.
-        .spawn(move || daemon.run(std::future::pending(), Box::new(move |frame| drop(classified.try_send(frame)))))?;
+    let (running, classified_frames) = spawn(daemon)?;
     let events = listen(&mut subscriber, &running, &mut |event| screen::event(out, event))?;
     let counters = running.join().map_err(|_| DaemonError::Panicked("daemon"))??.close();
     let outcome =
         Outcome { events, classified: classified_frames.iter().collect(), counters, elapsed: began.elapsed() };
     screen::summary(out, &photographs, &outcome, &labels)?;
     follows(&photographs, &outcome.events)
+}
+
+/// Runs a daemon in a thread until its source ends. Returns the thread and the frames that the daemon classifies.
+#[expect(clippy::type_complexity, reason = "a thread's result and a channel")]
+fn spawn(
+    daemon: Daemon,
+) -> io::Result<(thread::JoinHandle<Result<StoppedDaemon, DaemonError>>, mpsc::Receiver<ClassifiedFrame>)> {
+    let (classified, classified_frames) = mpsc::channel();
+    let running = thread::Builder::new()
+        .name("daemon".into())
+        .spawn(move || daemon.run(std::future::pending(), Box::new(move |frame| drop(classified.send(frame)))))?;
+    Ok((running, classified_frames))
 }
 
 /// Returns the settings of the daemon, without those of the store.

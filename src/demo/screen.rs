@@ -1,13 +1,15 @@
 //! Output of the demo on the terminal.
 
 use std::io::{self, Write};
+use std::path::Path;
 
 use humantime::format_rfc3339_millis;
 
 use super::photographs::Photographs;
 use super::{Event, Outcome};
 use crate::bench::{StageReport, TimingStats};
-use crate::vision::StageTimes;
+use crate::vision::{Labels, StageTimes};
+use crate::vision_stage::ClassifiedFrame;
 
 /// Width of a full bar, characters.
 const BAR: usize = 20;
@@ -69,7 +71,7 @@ fn bar(fraction: f64) -> String {
 /// # Errors
 ///
 /// The error of the writer.
-pub fn summary(out: &mut dyn Write, photographs: &Photographs, outcome: &Outcome, labels: &[String]) -> io::Result<()> {
+pub fn summary(out: &mut dyn Write, photographs: &Photographs, outcome: &Outcome, labels: &Labels) -> io::Result<()> {
     let counters = &outcome.counters;
     writeln!(
         out,
@@ -85,7 +87,7 @@ pub fn summary(out: &mut dyn Write, photographs: &Photographs, outcome: &Outcome
         let published: Vec<&str> = outcome.events.iter().map(|event| event.class.as_str()).collect();
         writeln!(out, "replayed    {}", photographs.classes.join(" → "))?;
         writeln!(out, "published   {}", published.join(" → "))?;
-        let (correct, total) = correct(photographs, outcome, labels);
+        let (correct, total) = correct(&outcome.classified, labels, |image| photographs.true_class(image));
         writeln!(
             out,
             "accuracy    {correct} of {total} photographs classified correctly ({:.1} %)",
@@ -111,14 +113,18 @@ fn percentiles(figures: &TimingStats) -> String {
     format!("median {:.1} ms, p99 {:.1} ms", figures.median_ms, figures.p99_ms)
 }
 
-/// Returns the number of frames whose predicted class is that of their folder, and the number of frames with such a class.
-/// A frame rejected as unknown is not correct.
-fn correct(photographs: &Photographs, outcome: &Outcome, labels: &[String]) -> (usize, usize) {
+/// Returns the number of frames whose predicted class is the truth, and the number of frames with a truth. `truth` returns that of a
+/// frame's origin. A frame rejected as unknown has the class `unknown`.
+pub fn correct<'a>(
+    classified: &'a [ClassifiedFrame],
+    labels: &Labels,
+    truth: impl Fn(&'a Path) -> Option<&'a str>,
+) -> (usize, usize) {
     let (mut correct, mut total) = (0, 0);
-    for frame in &outcome.classified {
-        let Some(expected) = frame.origin.as_deref().and_then(|image| photographs.true_class(image)) else { continue };
+    for frame in classified {
+        let Some(expected) = frame.origin.as_deref().and_then(&truth) else { continue };
         total += 1;
-        correct += usize::from(frame.class.is_some_and(|class| labels[class] == expected));
+        correct += usize::from(labels.name(frame.class) == expected);
     }
     (correct, total)
 }

@@ -230,14 +230,9 @@ fn draw(folder: &Path, seed: u64, count: usize) {
         ("sunflowers", "yellow-wheel"),
         ("tulips", "red-cup"),
     ];
-    let mut rng = fastrand::Rng::with_seed(seed);
-    for (class, kind) in kinds {
-        let kind = KINDS.iter().find(|one| one.name == kind).unwrap();
-        std::fs::create_dir_all(folder.join(class)).unwrap();
-        for i in 0..count {
-            drawing::flower(kind, &mut rng).save(folder.join(class).join(format!("{i:02}.jpg"))).unwrap();
-        }
-    }
+    let classes = kinds.map(|(class, kind)| (class, KINDS.iter().find(|one| one.name == kind).unwrap()));
+    std::fs::create_dir_all(folder).unwrap();
+    drawing::dataset(folder, classes, count, &mut fastrand::Rng::with_seed(seed)).unwrap();
 }
 
 /// Returns `count` drawings of a class that the drawn flowers' model classifies correctly with a confidence above 0.9, so that

@@ -198,8 +198,9 @@ impl UpdateAgent {
                 Ok(request) => {
                     if let Err(error) = self.roll_back(&request) {
                         let (model, transfer) = (self.model.identity(), Some(request.transfer));
-                        warn!("rollback of {model} refused: {error}");
-                        self.send_new_answer(UpdateStatus::Refused, Some(error.to_string()), model, transfer);
+                        let reason = shortened(error.to_string());
+                        warn!("rollback of {model} refused: {reason}");
+                        self.send_new_answer(UpdateStatus::Refused, Some(reason), model, transfer);
                     }
                 }
                 Err(error) => warn!("{}: malformed rollback request: {error}", self.topics.rollback()),
@@ -431,7 +432,8 @@ impl UpdateAgent {
 
     /// Logs and sends an answer about a model.
     fn answer(&mut self, status: UpdateStatus, reason: Option<String>, model: Identity, transfer: Option<Uuid>) {
-        let because = reason.clone().map_or(String::new(), |reason| format!(": {}", shortened(reason)));
+        let reason = reason.map(shortened);
+        let because = reason.as_deref().map_or(String::new(), |reason| format!(": {reason}"));
         match status {
             UpdateStatus::Accepted | UpdateStatus::Confirmed => info!("{model} is {status}{because}"),
             UpdateStatus::Refused | UpdateStatus::RolledBack => warn!("{model} is {status}{because}"),
@@ -446,7 +448,6 @@ impl UpdateAgent {
         model: Identity,
         transfer: Option<Uuid>,
     ) {
-        let reason = reason.map(shortened);
         let answer = Answer {
             schema: SCHEMA,
             device: self.topics.device().to_string(),
