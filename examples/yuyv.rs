@@ -21,7 +21,7 @@ fn yuyv(rgb: &[u8]) -> [u8; 4] {
     let [r0, g0, b0, r1, g1, b1] = std::array::from_fn(|index| f32::from(rgb[index]) / 255.0);
     let luma = |r: f32, g: f32, b: f32| 0.299 * r + 0.587 * g + 0.114 * b;
     let (y0, y1) = (luma(r0, g0, b0), luma(r1, g1, b1));
-    let (y, r, b) = ((y0 + y1) / 2.0, (r0 + r1) / 2.0, (b0 + b1) / 2.0);
+    let (y, r, b) = (y0.midpoint(y1), r0.midpoint(r1), b0.midpoint(b1));
     [16.0 + 219.0 * y0, 128.0 + 224.0 * (b - y) / 1.772, 16.0 + 219.0 * y1, 128.0 + 224.0 * (r - y) / 1.402]
         .map(|value| value.round().clamp(0.0, 255.0) as u8)
 }

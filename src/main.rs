@@ -1,5 +1,7 @@
 //! Parses the command line, runs the command, prints its error and returns its exit code.
 
+#![forbid(unsafe_code)]
+
 mod cli;
 
 use std::process::ExitCode;

@@ -109,7 +109,7 @@ pub fn images(path: &Path) -> Result<Vec<PathBuf>, CameraError> {
 /// Appends the images below `folder` to `images`, sorted by name within each folder.
 fn collect(folder: &Path, images: &mut Vec<PathBuf>) -> io::Result<()> {
     let mut entries: Vec<_> = fs::read_dir(folder)?.collect::<Result<_, _>>()?;
-    entries.sort_by_key(|entry| entry.file_name());
+    entries.sort_by_key(fs::DirEntry::file_name);
     for entry in entries {
         let path = entry.path();
         // A symbolic link to a folder is not followed: it may be a cycle.

@@ -115,7 +115,7 @@ pub struct Config {
     pub log: LogConfig,
     /// The file of the broker's credentials, if one is configured.
     pub credentials_file: Option<PathBuf>,
-    /// Tables under an old name, to be logged once.
+    /// Warnings to be logged once: settings under an old name, and removed environment variables.
     pub warnings: Vec<String>,
 }
 

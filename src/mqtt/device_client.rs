@@ -270,13 +270,14 @@ impl DeviceClient {
 
     /// Publishes answers and events as far as there is room.
     fn publish_waiting(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
-        self.publish_from(self.agent_outbox.clone(), InFlight::Answer, connection)?;
-        self.publish_from(self.outbox.clone(), InFlight::Event, connection)
+        let (answers, events) = (self.agent_outbox.clone(), self.outbox.clone());
+        self.publish_from(&answers, InFlight::Answer, connection)?;
+        self.publish_from(&events, InFlight::Event, connection)
     }
 
     fn publish_from(
         &mut self,
-        outbox: Outbox,
+        outbox: &Outbox,
         message: fn(Sequence) -> InFlight,
         connection: &mut Connection,
     ) -> Result<(), Disconnected> {

@@ -172,7 +172,7 @@ fn expect_schema(schema: u32) -> Result<(), ProtocolError> {
     if schema == SCHEMA { Ok(()) } else { Err(ProtocolError::Schema(schema)) }
 }
 
-/// TransferProgress of a transfer; also sent when a chunk is missing.
+/// Progress of a transfer; also sent when a chunk is missing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransferProgress {
     /// [`SCHEMA`].

@@ -41,7 +41,7 @@ pub enum DecodeError {
     Empty,
     /// A JPEG has no end-of-image marker.
     #[error("the JPEG is truncated: no end marker")]
-    CutShort,
+    Truncated,
     /// A JPEG is invalid; the decoder's message.
     #[error("{0}")]
     Jpeg(String),
@@ -120,7 +120,7 @@ fn check_size(width: u32, height: u32) -> Result<(), DecodeError> {
 fn decode_jpeg(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     // The decoder fills missing data with grey and reports no error.
     let jpeg_extent::Extent::Whole(length) = jpeg_extent::extent(bytes) else {
-        return Err(DecodeError::CutShort);
+        return Err(DecodeError::Truncated);
     };
     let bytes = with_huffman_tables(&bytes[..length]);
     let options = DecoderOptions::default()
@@ -324,7 +324,7 @@ pub(crate) mod tests {
             }
         }
         let jpeg = encode(&gradient(40, 30), ImageFormat::Jpeg);
-        assert!(matches!(encoded(&jpeg[..jpeg.len() - 2]), Err(DecodeError::CutShort)));
+        assert!(matches!(encoded(&jpeg[..jpeg.len() - 2]), Err(DecodeError::Truncated)));
     }
 
     #[test]
@@ -370,7 +370,7 @@ pub(crate) mod tests {
     fn raw_layouts_give_the_same_colours() {
         let (white, red) = ([235, 128, 235, 128], [81, 90, 81, 240]);
         let yuyv: Vec<u8> = [white, red].concat();
-        let image = raw(&RawPicture::packed(4, 1, Layout::Yuyv, yuyv.to_vec())).unwrap();
+        let image = raw(&RawPicture::packed(4, 1, Layout::Yuyv, yuyv.clone())).unwrap();
         assert_eq!(image.get_pixel(1, 0), &Rgb([255, 255, 255]));
         let Rgb([r, g, b]) = *image.get_pixel(3, 0);
         assert!(r >= 253 && g <= 2 && b <= 2, "{r} {g} {b}");

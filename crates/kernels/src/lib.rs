@@ -26,8 +26,7 @@
 //! ```
 
 #![deny(missing_docs)]
-#![deny(unsafe_op_in_unsafe_fn)]
-#![deny(clippy::undocumented_unsafe_blocks)]
+#![allow(unsafe_code, reason = "all unsafe code of the program is here")]
 
 mod compile;
 mod compiled_net;
