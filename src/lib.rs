@@ -13,7 +13,7 @@
 //! - [`system`]: hashing, paths, memory, counters, systemd; [`frame`]: pictures; [`chart`]: SVG charts.
 //! - [`camera`] keeps the newest frame and counts the frames that it replaces.
 //! - [`vision`] turns pixels into features and predictions; the trainer calls the same functions.
-//! - [`decide`] turns predictions into events and observations; it has no clock and no I/O.
+//! - [`decide`] turns predictions into events and observations; it has no clock and no I/O besides log lines.
 //! - [`vision_stage`] is the thread from frames to decisions.
 //! - [`bundle`] is the file format of a model.
 //! - [`mqtt`] encodes and delivers; no stage waits for it, and events wait in its outbox for the broker.
@@ -21,7 +21,7 @@
 //! - [`config`] holds the parsed configuration.
 //! - [`zoo`] lists published backbones, `fetch` downloads files, [`mod@bench`] times a frame, [`train`] trains and evaluates
 //!   models; these four may import each other.
-//! - [`daemon`] starts the threads of the stages and joins them; `demo` runs it on replayed photographs.
+//! - [`daemon`] starts the threads of the stages and joins them; `demo` runs it on photographs or drawings.
 
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]

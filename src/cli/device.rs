@@ -51,7 +51,7 @@ pub struct DemoArgs {
     /// Photographs per class
     #[arg(long, default_value_t = 20)]
     per_class: usize,
-    /// Interval between two photographs
+    /// Interval between two photographs or drawings, in milliseconds
     #[arg(long, default_value_t = 100)]
     interval_ms: u64,
     /// Download TensorFlow's flower_photos (218 MiB) if there are no photographs
@@ -160,7 +160,7 @@ fn remove_used(folder: &Path) {
     }
 }
 
-/// Exit code after SIGINT, as a shell reports it.
+/// Exit code after a signal: the one that a shell reports for SIGINT.
 #[cfg(feature = "demo")]
 const INTERRUPTED: u8 = 130;
 
@@ -188,12 +188,11 @@ pub fn demo(args: DemoArgs) -> Result<(), Failure> {
     });
     // The demo's thread is left running after a signal; the program ends.
     runtime.shutdown_background();
+    // The daemon's thread may still run after a failure as well.
+    remove_used(folder.path());
     match finished {
         Some(finished) => Ok(finished.context("the demo panicked")??),
-        None => {
-            remove_used(folder.path());
-            Err(Failure { code: INTERRUPTED, error: anyhow!("interrupted") })
-        }
+        None => Err(Failure { code: INTERRUPTED, error: anyhow!("interrupted") }),
     }
 }
 

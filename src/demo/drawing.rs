@@ -62,6 +62,18 @@ pub const KINDS: [Kind; 12] = [
     kind("yellow-wheel", Form::Wheel, YELLOW, BROWN),
 ];
 
+/// Returns five kinds to draw in place of photographs of the built-in model's classes, with the names of these classes.
+pub fn five_flowers() -> [(&'static str, &'static Kind); 5] {
+    let kinds = [
+        ("daisy", "white-wheel"),
+        ("dandelion", "yellow-star"),
+        ("roses", "red-cluster"),
+        ("sunflowers", "yellow-wheel"),
+        ("tulips", "red-cup"),
+    ];
+    kinds.map(|(class, name)| (class, KINDS.iter().find(|kind| kind.name == name).expect("a name in KINDS")))
+}
+
 /// A flower's place in a picture.
 struct Pose {
     /// Center, in pixels.

@@ -21,7 +21,7 @@ use crate::daemon::{Daemon, DaemonError};
 use crate::frame::{Frame, Layout, Picture, RawPicture};
 use crate::mqtt::client::Client;
 use crate::mqtt::message::ONLINE;
-use crate::mqtt::{BrokerAccess, DeviceName, Topics};
+use crate::mqtt::{BrokerAccess, Topics};
 use crate::train::features::compute_device::ComputeDeviceChoice;
 use crate::train::{Recipe, RunOptions, Trained, train};
 use crate::update::protocol::identity;
@@ -47,26 +47,30 @@ pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
     let seed = options.seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
     let mut rng = Rng::with_seed(seed);
     let folder = options.folder.as_path();
-    writeln!(
-        out,
-        "There are no photographs here, so the demo draws flowers (seed {seed}; --seed repeats it). They show how the"
-    )?;
-    writeln!(out, "program works, not how well it recognizes real flowers: see --frames and --fetch.\n")?;
+    writeln!(out, "There are no photographs here, so the demo draws flowers (--seed {seed} draws the")?;
+    writeln!(out, "same ones). They show how the program works, not how well it recognizes real")?;
+    writeln!(out, "flowers: for that, see --frames and --fetch.\n")?;
 
     let (bundle, signed, key) = trained_bundle(folder, &mut rng, out)?;
     let port = broker::start(options.port)?;
     let access = BrokerAccess::local(port);
-    let daemon = Daemon::prepare(config(port, folder, options.interval_ms)?)?;
+    let config = config(port, folder, options.interval_ms)?;
+    let topics = config.topics.clone();
+    let daemon = Daemon::prepare(config)?;
     let stream = Stream::new(&mut rng, options.interval_ms);
     let (started, truths) = (stream.started.clone(), stream.truths.clone());
-    writeln!(out, "3 start   the daemon, with the model {}; broker 127.0.0.1:{port}", daemon.model())?;
+    writeln!(out, "3 start   the daemon, model {}; broker 127.0.0.1:{port}", daemon.model())?;
     let mut subscriber = Client::connect(&access, &[format!("bloomcast/{DEVICE}/#")])?;
     let (running, classified_frames) = super::spawn(daemon.with_source(Box::new(stream)))?;
-    wait_until_online(&mut subscriber, &running)?;
+    if !is_online(&mut subscriber, &running)? {
+        running.join().map_err(|_| DaemonError::Panicked("daemon"))??;
+        return Err(DemoError::Push("the daemon ended".into()));
+    }
     let labels = bundle.manifest().classes.clone();
-    deliver(&access, &bundle, signed, key, out)?;
+    deliver(&access, topics, &bundle, signed, key, out)?;
 
     writeln!(out, "5 watch   mosquitto_sub -p {port} -v -t '#'   shows the same\n")?;
+    screen::columns(out, "truth")?;
     started.store(true, Ordering::Relaxed);
     let events = super::listen(&mut subscriber, &running, &mut |event| {
         screen::event_with_truth(out, event, truth_at(&truths, event.captured_at))
@@ -80,7 +84,15 @@ pub fn run(options: &Options, out: &mut dyn Write) -> Result<(), DemoError> {
         "\n{published} of {} events are right; {correct} of {total} frames classified correctly",
         events.len()
     )?;
-    writeln!(out, "{counters}")?;
+    writeln!(
+        out,
+        "{} frames, {} overwritten by newer ones, {} broken; {} of {} events acknowledged",
+        counters.captured.get(),
+        counters.dropped.get(),
+        counters.broken.get(),
+        counters.acknowledged.get(),
+        counters.events.get()
+    )?;
     Ok(())
 }
 
@@ -91,7 +103,7 @@ fn trained_bundle(
     out: &mut dyn Write,
 ) -> Result<(Bundle, Vec<u8>, PrivateKey), DemoError> {
     let (photos, run) = (folder.join("drawings"), folder.join("run"));
-    write!(out, "1 train   {} kinds of flowers, {DRAWINGS} drawings each … ", KINDS.len())?;
+    write!(out, "1 train   {} kinds, {DRAWINGS} drawings each … ", KINDS.len())?;
     out.flush()?;
     fs::create_dir(&photos)?;
     drawing::dataset(&photos, KINDS.iter().map(|kind| (kind.name, kind)), DRAWINGS, rng)?;
@@ -138,19 +150,21 @@ fn config(port: u16, folder: &Path, interval_ms: u64) -> Result<Config, DemoErro
     Ok(Config::from_settings(&settings)?)
 }
 
-fn wait_until_online<T>(subscriber: &mut Client, daemon: &thread::JoinHandle<T>) -> Result<(), DemoError> {
+/// Waits until the daemon is online; returns `false` if it has ended.
+fn is_online<T>(subscriber: &mut Client, daemon: &thread::JoinHandle<T>) -> Result<bool, DemoError> {
     while !daemon.is_finished() {
         let Some(message) = subscriber.next(GRACE)? else { continue };
         if message.topic.ends_with("/status") && message.payload == ONLINE.as_bytes() {
-            return Ok(());
+            return Ok(true);
         }
     }
-    Err(DaemonError::Panicked("daemon").into())
+    Ok(false)
 }
 
 /// Pushes the model to the daemon and waits until it has passed its trial.
 fn deliver(
     access: &BrokerAccess,
+    topics: Topics,
     bundle: &Bundle,
     bytes: Vec<u8>,
     key: PrivateKey,
@@ -158,8 +172,6 @@ fn deliver(
 ) -> Result<(), DemoError> {
     write!(out, "4 push    over MQTT, on trial for five frames … ")?;
     out.flush()?;
-    let topics =
-        Topics::new("bloomcast", "homeassistant", DeviceName::new(DEVICE).expect("the demo's device name is valid"));
     let payload = PushPayload {
         model: identity(bundle.manifest(), bundle.sha256()),
         manifest: bundle.manifest().clone(),
@@ -192,6 +204,8 @@ fn truth_at(truths: &Truths, at: SystemTime) -> &'static str {
 /// A drawn camera: a scene without a flower until it is started, then each kind of flower once, in random order.
 struct Stream {
     rng: Rng,
+    /// For the scenes before the start, whose number depends on the time that the push takes.
+    rng_before: Rng,
     interval: Duration,
     /// Flowers and scenes that remain, the next one last; `None` is a scene.
     remaining: Vec<Option<&'static Kind>>,
@@ -212,6 +226,7 @@ impl Stream {
         };
         Stream {
             rng: rng.fork(),
+            rng_before: rng.fork(),
             interval: Duration::from_millis(interval_ms),
             remaining: kinds.into_iter().enumerate().flat_map(scene_after).collect(),
             sent: 0,
@@ -221,11 +236,8 @@ impl Stream {
         }
     }
 
-    /// Returns the kind of the next frame, or `Some(None)` for a scene; `None` at the end.
+    /// Returns the kind of the next frame after the start, or `Some(None)` for a scene; `None` at the end.
     fn next_kind(&mut self) -> Option<Option<&'static Kind>> {
-        if !self.started.load(Ordering::Relaxed) {
-            return Some(None);
-        }
         if self.sent == FRAMES {
             self.remaining.pop();
             self.sent = 0;
@@ -243,10 +255,16 @@ impl FrameSource for Stream {
     fn next(&mut self, _timeout: Duration) -> Result<NextFrame, CameraError> {
         thread::sleep(self.interval.saturating_sub(self.last.elapsed()));
         self.last = Instant::now();
-        let Some(kind) = self.next_kind() else { return Ok(NextFrame::Ended) };
+        let started = self.started.load(Ordering::Relaxed);
+        let (kind, rng) = if started {
+            let Some(kind) = self.next_kind() else { return Ok(NextFrame::Ended) };
+            (kind, &mut self.rng)
+        } else {
+            (None, &mut self.rng_before)
+        };
         let picture = match kind {
-            Some(kind) => drawing::flower(kind, &mut self.rng),
-            None => drawing::scene(&mut self.rng),
+            Some(kind) => drawing::flower(kind, rng),
+            None => drawing::scene(rng),
         };
         let captured_at = SystemTime::now();
         let truth = kind.map_or(UNKNOWN, |kind| kind.name);
@@ -258,7 +276,7 @@ impl FrameSource for Stream {
             captured_at,
             picture: raw(picture),
             // The truth of a frame that was captured after the start.
-            origin: self.started.load(Ordering::Relaxed).then(|| PathBuf::from(truth)),
+            origin: started.then(|| PathBuf::from(truth)),
         }))
     }
 

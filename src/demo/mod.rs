@@ -66,8 +66,8 @@ pub enum DemoError {
     /// The daemon cannot be prepared, or fails.
     #[error(transparent)]
     Daemon(#[from] DaemonError),
-    /// The output cannot be written, or the daemon's thread cannot be started.
-    #[error("cannot write: {0}")]
+    /// A file of the demo or the output cannot be written, or the daemon's thread cannot be started.
+    #[error("a temporary file of the demo, its output or its thread: {0}")]
     Output(#[from] io::Error),
     /// The classes of the events differ from the replayed folders; both sequences.
     #[error("the events do not match the replayed classes: {0}")]

@@ -12,9 +12,9 @@ use crate::vision::{Labels, StageTimes};
 use crate::vision_stage::ClassifiedFrame;
 
 /// Width of a full bar, characters.
-const BAR: usize = 20;
+const BAR: usize = 12;
 
-/// Prints the broker, the model and the photographs.
+/// Prints the broker, the model, the photographs, and the names of the events' columns.
 ///
 /// # Errors
 ///
@@ -23,8 +23,17 @@ pub fn header(out: &mut dyn Write, port: u16, photographs: &Photographs, model: 
     writeln!(out, "broker      127.0.0.1:{port}, inside this process")?;
     writeln!(out, "model       {model}")?;
     writeln!(out, "replaying   {} photographs from {}", photographs.images.len(), photographs.folder.display())?;
-    writeln!(out, "subscribe   mosquitto_sub -p {port} -v -t '#'")?;
-    writeln!(out)
+    writeln!(out, "subscribe   mosquitto_sub -p {port} -v -t '#'\n")?;
+    columns(out, "previous")
+}
+
+/// Prints the names of the columns of [`event`], or of [`event_with_truth`] if `last` is `truth`.
+///
+/// # Errors
+///
+/// The error of the writer.
+pub fn columns(out: &mut dyn Write, last: &str) -> io::Result<()> {
+    writeln!(out, "{:12}  {:14}  {:18}  {:>7}  {last}", "time", "class", "confidence", "latency")
 }
 
 /// Prints an event in one line: time, class, confidence, latency from the capture of the frame, previous class.
@@ -33,7 +42,7 @@ pub fn header(out: &mut dyn Write, port: u16, photographs: &Photographs, model: 
 ///
 /// The error of the writer.
 pub fn event(out: &mut dyn Write, event: &Event) -> io::Result<()> {
-    writeln!(out, "{}   (was {})", line(event), event.previous)
+    writeln!(out, "{}  {}", line(event), event.previous)
 }
 
 /// Prints an event in one line: time, class, confidence, latency from the capture of the frame, the truth.
@@ -43,21 +52,17 @@ pub fn event(out: &mut dyn Write, event: &Event) -> io::Result<()> {
 /// The error of the writer.
 pub fn event_with_truth(out: &mut dyn Write, event: &Event, truth: &str) -> io::Result<()> {
     match event.class == truth {
-        true => writeln!(out, "{}   right", line(event)),
-        false => writeln!(out, "{}   wrong: {truth}", line(event)),
+        true => writeln!(out, "{}  right", line(event)),
+        false => writeln!(out, "{}  wrong: {truth}", line(event)),
     }
 }
 
+/// Returns the columns that all events have; with the last one, 80 characters at most in the demo without photographs.
 fn line(event: &Event) -> String {
     let time = format_rfc3339_millis(event.received_at).to_string();
-    format!(
-        "{}  {:14} {} {:3.0} %   {:4.0} ms after the frame",
-        &time[11..23],
-        event.class,
-        bar(event.confidence),
-        event.confidence * 100.0,
-        event.latency().as_secs_f64() * 1e3,
-    )
+    let latency = format!("{:.0} ms", event.latency().as_secs_f64() * 1e3);
+    let percent = event.confidence * 100.0;
+    format!("{}  {:14}  {} {percent:3.0} %  {latency:>7}", &time[11..23], event.class, bar(event.confidence))
 }
 
 /// Draws `fraction`, clamped to 0–1, as a bar.
@@ -135,8 +140,8 @@ mod tests {
 
     #[test]
     fn bar_length_is_proportional_and_clamped() {
-        assert_eq!(bar(0.0), "░".repeat(20));
-        assert_eq!(bar(0.5), format!("{}{}", "█".repeat(10), "░".repeat(10)));
-        assert_eq!(bar(7.0), "█".repeat(20));
+        assert_eq!(bar(0.0), "░".repeat(12));
+        assert_eq!(bar(0.5), format!("{}{}", "█".repeat(6), "░".repeat(6)));
+        assert_eq!(bar(7.0), "█".repeat(12));
     }
 }
