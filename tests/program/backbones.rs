@@ -1,55 +1,62 @@
-//! Other backbones than the built-in one: the files that `make backbones` puts into `target/backbones`.
+//! Other backbones than the built-in one: the files that `make backbones` and `make backbones-keras` put into `target/backbones`.
+//! `make test-backbones` and `make test-backbones-keras` run these tests.
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::tools::{bloomcast, drawn_flowers, failure, json, of_class, output};
+use bloomcast::vision::preprocess::TensorLayout;
+use bloomcast::vision::{OnnxBackbone, Preprocess};
+use bloomcast_kernels::Isa;
+
+use super::tools::{KERNEL_TOLERANCE, bloomcast, drawn_flowers, failure, json, of_class, output};
 use super::workstation::dataset;
 
-/// Returns the path of a network from `make backbones`; if it is missing, prints that the test is skipped.
-pub fn network(test: &str, file: &str) -> Option<PathBuf> {
+/// Returns the path of a network from `make backbones` or `make backbones-keras`.
+fn network(file: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/backbones").join(file);
-    if path.is_file() {
-        return Some(path);
-    }
     let make = if file.starts_with("keras") { "make backbones-keras" } else { "make backbones" };
-    // `writeln!` to standard error bypasses the capture of the test's output.
-    let _ = writeln!(std::io::stderr(), "\nskipped: {test}: no target/backbones/{file}; `{make}` makes it");
-    None
+    assert!(path.is_file(), "no target/backbones/{file}; `{make}` makes it");
+    path
+}
+
+/// Checks what `backbone inspect` prints of a network: feature tensor, number of features, layout of the feature map, and whether
+/// its last convolution can be fine-tuned.
+fn check_inspection(file: &str, feature: &str, width: usize, layout: &str, fine_tunes: bool) {
+    let inspect = ["backbone", "inspect", "--json", "--preprocess", "keras", "--backbone"];
+    let found = json(bloomcast().args(inspect).arg(network(file)));
+    assert_eq!(found["width"], width, "{file}");
+    assert!(found["feature"].as_str().unwrap().contains(feature), "{found}");
+    assert!(found["layout"].as_str().unwrap().contains(layout), "{found}");
+    assert_eq!(found["last_conv"].is_array(), fine_tunes, "{found}");
 }
 
 #[test]
+#[ignore = "make test-backbones"]
 fn backbone_inspect_finds_the_feature_tensor_and_layout() {
-    let cases = [
-        ("efficientnet_lite0.onnx", "flatten", 1280, "channels × height", true),
-        ("efficientnet_lite0_channels_last.onnx", "flatten", 1280, "width × channels", true),
-        ("light_resnet50.onnx", "r173", 2048, "channels × height", false),
-        ("keras_resnet50.onnx", "Mean_Squeeze", 2048, "width × channels", false),
-        ("keras_inception_v3.onnx", "Mean_Squeeze", 2048, "width × channels", false),
-        ("keras_xception.onnx", "Mean_Squeeze", 2048, "width × channels", false),
-    ];
-    for (file, feature, width, layout, fine_tunes) in cases {
-        let Some(path) = network(&format!("backbone_inspect_finds_the_feature_tensor_and_layout ({file})"), file)
-        else {
-            continue;
-        };
-        let found =
-            json(bloomcast().args(["backbone", "inspect", "--json", "--preprocess", "keras", "--backbone"]).arg(&path));
-        assert_eq!(found["width"], width, "{file}");
-        assert!(found["feature"].as_str().unwrap().contains(feature), "{found}");
-        assert!(found["layout"].as_str().unwrap().contains(layout), "{found}");
-        assert_eq!(found["last_conv"].is_array(), fine_tunes, "{found}");
+    check_inspection("efficientnet_lite0.onnx", "flatten", 1280, "channels × height", true);
+    check_inspection("efficientnet_lite0_channels_last.onnx", "flatten", 1280, "width × channels", true);
+    check_inspection("light_resnet50.onnx", "r173", 2048, "channels × height", false);
+}
+
+#[test]
+#[ignore = "make test-backbones-keras"]
+fn keras_backbone_inspect_finds_the_feature_tensor_and_layout() {
+    for file in ["keras_resnet50.onnx", "keras_inception_v3.onnx", "keras_xception.onnx"] {
+        check_inspection(file, "Mean_Squeeze", 2048, "width × channels", false);
     }
+}
+
+#[test]
+fn backbone_inspect_describes_the_built_in_backbone() {
     let found = json(bloomcast().args(["backbone", "inspect", "--json"]));
     assert_eq!((&found["parameters"], &found["last_conv"][1]), (&2_257_984.into(), &320.into()));
 }
 
 #[test]
+#[ignore = "make test-backbones"]
 fn a_model_for_another_backbone_needs_that_backbone_unless_embedded() {
-    let test = "a_model_for_another_backbone_needs_that_backbone_unless_embedded";
     let folder = drawn_flowers().folder.clone();
-    let Some(efficientnet) = network(test, "efficientnet_lite0.onnx") else { return };
+    let efficientnet = network("efficientnet_lite0.onnx");
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     dataset(&folder, &path("train"), 0, 20);
@@ -99,11 +106,11 @@ fn a_model_for_another_backbone_needs_that_backbone_unless_embedded() {
 }
 
 #[test]
+#[ignore = "make test-backbones"]
 fn channels_first_and_channels_last_graphs_train_the_same_model() {
-    let test = "channels_first_and_channels_last_graphs_train_the_same_model";
     let folder = drawn_flowers().folder.clone();
-    let Some(nchw) = network(test, "efficientnet_lite0.onnx") else { return };
-    let Some(nhwc) = network(test, "efficientnet_lite0_channels_last.onnx") else { return };
+    let nchw = network("efficientnet_lite0.onnx");
+    let nhwc = network("efficientnet_lite0_channels_last.onnx");
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     dataset(&folder, &path("train"), 0, 8);
@@ -138,10 +145,10 @@ fn channels_first_and_channels_last_graphs_train_the_same_model() {
 }
 
 #[test]
+#[ignore = "make test-backbones"]
 fn rejects_fine_tuning_without_a_last_convolution_and_writes_nothing() {
-    let test = "rejects_fine_tuning_without_a_last_convolution_and_writes_nothing";
     let folder = drawn_flowers().folder.clone();
-    let Some(resnet) = network(test, "light_resnet50.onnx") else { return };
+    let resnet = network("light_resnet50.onnx");
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     dataset(&folder, &path("train"), 0, 3);
@@ -153,10 +160,10 @@ fn rejects_fine_tuning_without_a_last_convolution_and_writes_nothing() {
 }
 
 #[test]
-fn trains_a_head_on_a_backbone_without_a_last_convolution() {
-    let test = "trains_a_head_on_a_backbone_without_a_last_convolution";
+#[ignore = "make test-backbones-keras"]
+fn keras_trains_a_head_on_a_backbone_without_a_last_convolution() {
     let folder = drawn_flowers().folder.clone();
-    let Some(resnet) = network(test, "keras_resnet50.onnx") else { return };
+    let resnet = network("keras_resnet50.onnx");
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     dataset(&folder, &path("train"), 0, 3);
@@ -172,4 +179,32 @@ fn trains_a_head_on_a_backbone_without_a_last_convolution() {
     command.args(["classify", "--json", "--model"]).arg(path("run/model.bloom")).arg("--backbone").arg(&resnet);
     let found = json(command.args(of_class(&path("val"), "daisy", 1)));
     assert_eq!(found[0]["top"].as_array().unwrap().len(), 3);
+}
+
+#[test]
+#[ignore = "make test-backbones"]
+fn kernels_compute_other_networks_with_inverted_residuals_as_tract_does() {
+    let cases = [
+        ("efficientnet_lite0.onnx", TensorLayout::Nchw, true),
+        ("efficientnet_lite0_channels_last.onnx", TensorLayout::Nhwc, true),
+        ("light_resnet50.onnx", TensorLayout::Nchw, false),
+    ];
+    for (file, layout, supported) in cases {
+        let preprocess = Preprocess { layout, ..Preprocess::mobilenet_v2() };
+        let backbone = OnnxBackbone::from_file(&network(file), &preprocess, None).unwrap();
+        let input: Vec<f32> = (0..preprocess.input_len()).map(|index| (index as f32 * 0.37).sin()).collect();
+        let features = |kernels: Option<Isa>| {
+            let compiled = backbone.with_kernels(kernels).compile_features(None).unwrap();
+            let uses_kernels = compiled.kernels().is_some();
+            (compiled.session().unwrap().run(&input).unwrap().to_vec(), uses_kernels)
+        };
+        let (expected, _) = features(None);
+        let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, value| largest.max(value.abs()));
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
+            let (found, uses_kernels) = features(Some(isa));
+            assert_eq!(uses_kernels, supported, "{file}: {isa:?}");
+            let difference = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
+            assert!(difference <= KERNEL_TOLERANCE, "{file}: {isa:?}: {difference}");
+        }
+    }
 }

@@ -463,25 +463,29 @@ fn demo_without_photographs_trains_on_drawings_and_pushes_the_model() {
     let text = String::from_utf8(demo.stdout).unwrap();
     assert!(demo.status.success(), "{text}{}", String::from_utf8_lossy(&demo.stderr));
     assert!(text.contains("seed 7") && text.contains("… confirmed in "), "{text}");
-    let events: Vec<&str> = text.lines().filter(|line| line.contains(" after the frame ")).collect();
+    let events: Vec<&str> = text.lines().filter(|line| line.contains(" ms  ")).collect();
     let right = events.iter().filter(|line| line.ends_with("right")).count();
+    assert_eq!(text.lines().find(|line| line.chars().count() > 80), None, "too wide for a terminal");
     // Twelve flowers and three scenes without one.
     assert!(right >= 12 && right * 5 >= events.len() * 4, "{text}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "no files are left");
 }
 
 #[test]
-fn an_interrupted_demo_leaves_no_files() {
-    let dir = tempfile::tempdir().unwrap();
-    let files = || std::fs::read_dir(dir.path()).unwrap().count();
-    let mut command = bloomcast();
-    command.current_dir(dir.path()).env("HOME", dir.path()).env("TMPDIR", dir.path()).env_remove("XDG_CACHE_HOME");
-    command.args(["demo", "--seed", "7"]).stdout(std::process::Stdio::null());
-    let mut demo = Process::start(&mut command);
-    wait_until("the demo's folder", || files() == 1);
-    demo.signal("INT");
-    assert_eq!(demo.wait_for_exit(Duration::from_secs(5)).code(), Some(130), "{}", demo.log());
-    assert_eq!(files(), 0, "{}", demo.log());
+fn an_interrupted_demo_leaves_no_files_in_any_phase() {
+    for phase in ["1 train", "2 sign", "3 start", "4 push", "confirmed", "5 watch", " ms  "] {
+        let (dir, printed) = (tempfile::tempdir().unwrap(), tempfile::NamedTempFile::new().unwrap());
+        let files = || std::fs::read_dir(dir.path()).unwrap().count();
+        let mut command = bloomcast();
+        command.current_dir(dir.path()).env("HOME", dir.path()).env("TMPDIR", dir.path()).env_remove("XDG_CACHE_HOME");
+        command.args(["demo", "--seed", "7"]);
+        let mut demo = Process::start_with_output(&mut command, printed.reopen().unwrap());
+        wait_until(phase, || std::fs::read_to_string(printed.path()).unwrap().contains(phase));
+        assert_eq!(files(), 1, "{phase}");
+        demo.signal("INT");
+        assert_eq!(demo.wait_for_exit(Duration::from_secs(5)).code(), Some(130), "{phase}: {}", demo.log());
+        assert_eq!(files(), 0, "{phase}: {}", demo.log());
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use bloomcast::system::hash::sha256_hex;
 use super::http::Server;
 use super::tools::{bloomcast, failure, output};
 
-/// Returns a small flower_photos.tgz with two classes and the licence.
+/// Returns a small `flower_photos.tgz` with two classes and the licence.
 fn archive() -> Vec<u8> {
     let mut tar = tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
     let mut put = |name: &str, content: &[u8]| {

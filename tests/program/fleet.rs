@@ -775,7 +775,7 @@ fn a_valid_model_is_active_after_a_kill_at_any_step() {
     let mut listener = Client::connect(&BrokerAccess::local(broker.port), &filters).unwrap();
     let mut active = Bundle::built_in().unwrap().manifest().version;
     let (mut newest, mut kills_after) = (active, [0; STEPS.len()]);
-    let seed = fastrand::u64(..);
+    let seed = std::env::var("PROGRAM_TEST_SEED").map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
     println!("seed of the delays: {seed}");
     let mut delays = fastrand::Rng::with_seed(seed);
     for kill in 0..=KILLS {

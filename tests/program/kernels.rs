@@ -1,43 +1,8 @@
-//! Compares the kernels with tract on whole networks; tests their selection by flag and setting.
+//! Tests the selection of kernels by flag and setting.
 
-use bloomcast::vision::preprocess::TensorLayout;
-use bloomcast::vision::{OnnxBackbone, Preprocess};
 use bloomcast_kernels::Isa;
 
-use super::backbones::network;
 use super::tools::{bloomcast, failure, json, output};
-
-/// The largest allowed difference of a probability, or of a feature relative to the largest one, from tract's.
-pub const TOLERANCE: f32 = 1e-4;
-
-#[test]
-fn kernels_compute_other_networks_with_inverted_residuals_as_tract_does() {
-    let test = "kernels_compute_other_networks_with_inverted_residuals_as_tract_does";
-    let cases = [
-        ("efficientnet_lite0.onnx", TensorLayout::Nchw, true),
-        ("efficientnet_lite0_channels_last.onnx", TensorLayout::Nhwc, true),
-        ("light_resnet50.onnx", TensorLayout::Nchw, false),
-    ];
-    for (file, layout, supported) in cases {
-        let Some(path) = network(&format!("{test} ({file})"), file) else { continue };
-        let preprocess = Preprocess { layout, ..Preprocess::mobilenet_v2() };
-        let network = OnnxBackbone::from_file(&path, &preprocess, None).unwrap();
-        let input: Vec<f32> = (0..preprocess.input_len()).map(|index| (index as f32 * 0.37).sin()).collect();
-        let features = |kernels: Option<Isa>| {
-            let backbone = network.with_kernels(kernels).compile_features(None).unwrap();
-            let uses_kernels = backbone.kernels().is_some();
-            (backbone.session().unwrap().run(&input).unwrap().to_vec(), uses_kernels)
-        };
-        let (expected, _) = features(None);
-        let largest = expected.iter().fold(f32::MIN_POSITIVE, |largest, value| largest.max(value.abs()));
-        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
-            let (found, uses_kernels) = features(Some(isa));
-            assert_eq!(uses_kernels, supported, "{file}: {isa:?}");
-            let difference = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
-            assert!(difference <= TOLERANCE, "{file}: {isa:?}: {difference}");
-        }
-    }
-}
 
 #[test]
 fn kernels_flag_selects_the_kernels() {

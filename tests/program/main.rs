@@ -1,12 +1,13 @@
 //! Whole-program tests: the real binary as a process, real brokers, real signals.
 //!
-//! Most tests use drawn flowers and a model that is trained on them within the run. Those in `photographs.rs` and `foreign.rs` need
-//! `../shared/flowers/val`, some in `backbones.rs` other networks in `target/backbones`. A test whose files are missing prints a
-//! line that begins with `skipped:`.
+//! Most tests use drawn flowers and a model that is trained on them within the run. Those in `photographs.rs` need
+//! `../shared/flowers/val`; without it, each prints a line that begins with `skipped:`. Tests that need other tools are ignored;
+//! the reason of each names the make target that runs it.
 
 mod backbones;
 mod broker;
 mod daemon;
+mod examples;
 mod fetching;
 mod files;
 mod fleet;
@@ -15,6 +16,7 @@ mod http;
 mod kernels;
 mod mqtt;
 mod photographs;
+mod tensorboard;
 mod tools;
 mod training;
 mod workstation;

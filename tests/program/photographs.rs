@@ -1,21 +1,15 @@
 //! The tests on the real photographs in `../shared/flowers/val`. Where these are missing, each prints a line that begins with
 //! `skipped:`; else a line that begins with `photographs:` and the number that it has seen, which `make test` adds up.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use bloomcast::bundle::Bundle;
 use bloomcast::vision::{Classifier, decode};
 use bloomcast_kernels::{Isa, ThreadPool};
 
-use super::kernels::TOLERANCE;
-use super::tools::{bloomcast, confident_photographs, free_port, json, of_class, output, photographs};
-
-/// Prints the number of photographs that a test has seen.
-fn report(test: &str, count: usize) {
-    // `writeln!` to standard error bypasses the capture of the test's output.
-    let _ = writeln!(std::io::stderr(), "\nphotographs: {test}: {count}");
-}
+use super::tools::{
+    KERNEL_TOLERANCE, bloomcast, confident_photographs, free_port, json, of_class, output, photographs, report,
+};
 
 #[test]
 fn classify_prints_predictions_in_argument_order() {
@@ -33,7 +27,7 @@ fn classify_prints_predictions_in_argument_order() {
         correct += usize::from(image.parent().unwrap().file_name().unwrap().to_str() == prediction["class"].as_str());
     }
     assert!(correct >= 12, "{correct} of 15 correct: {predictions:?}");
-    report("classify_prints_predictions_in_argument_order", images.len());
+    report(&format!("photographs: classify_prints_predictions_in_argument_order: {}", images.len()));
 }
 
 #[test]
@@ -72,12 +66,12 @@ fn kernels_classify_every_photograph_as_tract_does() {
             let absolute = |(a, b): (&f32, &f32)| (a - b).abs();
             let difference = found.probabilities.iter().zip(&expected.probabilities).map(absolute).fold(0.0, f32::max);
             worst = worst.max(difference).max((found.similarity - expected.similarity).abs());
-            assert!(difference <= TOLERANCE, "{}: {name}: {difference}", image.display());
+            assert!(difference <= KERNEL_TOLERANCE, "{}: {name}: {difference}", image.display());
         }
     }
     println!("{} photographs: the same class, differences of at most {worst:.1e}", images.len());
-    assert!(worst <= TOLERANCE, "{worst}");
-    report("kernels_classify_every_photograph_as_tract_does", images.len());
+    assert!(worst <= KERNEL_TOLERANCE, "{worst}");
+    report(&format!("photographs: kernels_classify_every_photograph_as_tract_does: {}", images.len()));
 }
 
 #[test]
@@ -91,11 +85,11 @@ fn demo_prints_no_accuracy_for_folders_that_are_not_classes() {
     let demo = output(bloomcast().arg("demo").arg("--frames").arg(dir.path()));
     let text = String::from_utf8(demo.stdout).unwrap();
     assert!(demo.status.success(), "{text}{}", String::from_utf8_lossy(&demo.stderr));
-    let events: Vec<&str> = text.lines().filter(|line| line.contains(" after the frame ")).collect();
+    let events: Vec<&str> = text.lines().filter(|line| line.contains(" ms  ")).collect();
     assert!(events.iter().any(|line| line.contains("  sunflowers ")), "{text}");
     assert!(events.iter().any(|line| line.contains("  daisy ")), "{text}");
     assert!(!text.contains("accuracy"), "an accuracy without known classes: {text}");
-    report("demo_prints_no_accuracy_for_folders_that_are_not_classes", 2);
+    report(&format!("photographs: demo_prints_no_accuracy_for_folders_that_are_not_classes: {}", 2));
 }
 
 #[test]
@@ -107,5 +101,5 @@ fn demo_prints_the_replayed_classes() {
     assert!(demo.status.success(), "{text}{}", String::from_utf8_lossy(&demo.stderr));
     assert!(text.contains("replayed    daisy → dandelion → roses → sunflowers → tulips"), "{text}");
     assert!(text.contains("100 frames in"), "{text}");
-    report("demo_prints_the_replayed_classes", 100);
+    report(&format!("photographs: demo_prints_the_replayed_classes: {}", 100));
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use bloomcast::bundle::Bundle;
-use bloomcast::demo::drawing::{self, KINDS};
+use bloomcast::demo::drawing;
 use bloomcast::train::features::compute_device::ComputeDeviceChoice;
 use bloomcast::train::{Recipe, RunOptions};
 use bloomcast::vision::decode;
@@ -16,6 +16,9 @@ use serde_json::Value;
 
 /// The timeout of a wait, long enough for a busy machine.
 pub const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The largest allowed difference of a probability, or of a feature relative to the largest one, between the kernels and tract.
+pub const KERNEL_TOLERANCE: f32 = 1e-4;
 
 pub fn bloomcast() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bloomcast"));
@@ -37,9 +40,13 @@ pub struct Process {
 
 impl Process {
     pub fn start(command: &mut Command) -> Self {
+        Process::start_with_output(command, Stdio::null())
+    }
+
+    pub fn start_with_output(command: &mut Command, output: impl Into<Stdio>) -> Self {
         let mut child = command
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(output)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|e| panic!("{command:?}: {e}; `make setup` installs what the tests need"));
@@ -167,16 +174,24 @@ pub fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
     }
 }
 
-/// Returns the folder of real photographs, with a subfolder for each class; if it is missing, prints that the test is
-/// skipped.
+/// Returns the folder of real photographs, with a subfolder for each class, if it exists.
+pub fn photographs_folder() -> Option<PathBuf> {
+    Some(Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/flowers/val")).filter(|folder| folder.is_dir())
+}
+
+/// The same; if it is missing, prints that the test is skipped.
 pub fn photographs(test: &str) -> Option<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/flowers/val");
-    if folder.is_dir() {
+    if let Some(folder) = photographs_folder() {
         return Some(folder);
     }
-    // `writeln!` to standard error bypasses the capture of the test's output.
-    let _ = writeln!(std::io::stderr(), "\nskipped: {test}: no photographs in ../shared/flowers/val");
+    report(&format!("skipped: {test}: no photographs in ../shared/flowers/val"));
     None
+}
+
+/// Prints a line for `make test`. It bypasses the capture of the test's output, and is written at once, so that no line of another
+/// test falls into it.
+pub fn report(line: &str) {
+    let _ = std::io::stderr().write_all(format!("\n{line}\n").as_bytes());
 }
 
 /// Returns the first `count` photographs of a class.
@@ -223,16 +238,8 @@ pub fn drawn_flowers() -> &'static DrawnFlowers {
 
 /// Draws `count` flowers of each class.
 fn draw(folder: &Path, seed: u64, count: usize) {
-    let kinds = [
-        ("daisy", "white-wheel"),
-        ("dandelion", "yellow-star"),
-        ("roses", "red-cluster"),
-        ("sunflowers", "yellow-wheel"),
-        ("tulips", "red-cup"),
-    ];
-    let classes = kinds.map(|(class, kind)| (class, KINDS.iter().find(|one| one.name == kind).unwrap()));
     std::fs::create_dir_all(folder).unwrap();
-    drawing::dataset(folder, classes, count, &mut fastrand::Rng::with_seed(seed)).unwrap();
+    drawing::dataset(folder, drawing::five_flowers(), count, &mut fastrand::Rng::with_seed(seed)).unwrap();
 }
 
 /// Returns `count` drawings of a class that the drawn flowers' model classifies correctly with a confidence above 0.9, so that

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 
+use bloomcast::demo::drawing;
+
 use super::tools::{bloomcast, drawn_flowers, failure, json, of_class, output};
 
 const CLASSES: [&str; 3] = ["daisy", "roses", "sunflowers"];
@@ -178,4 +180,104 @@ fn writes_manual_pages_and_completions() {
     let file = dir.path().join("file");
     fs::write(&file, "").unwrap();
     assert!(failure(bloomcast().arg("papers").arg(&file)).1.contains(&file.display().to_string()));
+}
+
+#[test]
+fn dataset_check_names_each_problem_and_exits_with_1() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    dataset(&drawn_flowers().folder, dir.path(), 0, 4);
+    assert!(output(bloomcast().args(["dataset", "check"]).arg(dir.path())).status.success());
+    fs::copy(path("roses/00.jpg"), path("roses/again.jpg")).unwrap();
+    let image = fs::read(path("daisy/00.jpg")).unwrap();
+    fs::write(path("daisy/cut.jpg"), &image[..image.len() / 2]).unwrap();
+    let result = output(bloomcast().args(["dataset", "check"]).arg(dir.path()));
+    let text = String::from_utf8(result.stdout).unwrap();
+    assert_eq!(result.status.code(), Some(1), "{text}");
+    let expected =
+        format!("{}: the same file as {}", path("roses/again.jpg").display(), path("roses/00.jpg").display());
+    assert!(text.contains(&expected), "{text}");
+    assert!(text.contains(&format!("{}: the JPEG is truncated", path("daisy/cut.jpg").display())), "{text}");
+    let error = String::from_utf8_lossy(&result.stderr).into_owned();
+    assert_eq!(error, "error: 2 of 14 images have problems\n");
+}
+
+#[test]
+fn evaluate_prints_the_metrics_of_a_folder() {
+    let drawn = drawn_flowers();
+    let dir = tempfile::tempdir().unwrap();
+    let names = drawing::five_flowers().map(|(class, _)| class);
+    for class in names {
+        fs::create_dir(dir.path().join(class)).unwrap();
+        for image in of_class(&drawn.folder, class, 6) {
+            fs::copy(&image, dir.path().join(class).join(image.file_name().unwrap())).unwrap();
+        }
+    }
+    let evaluate = || {
+        let mut command = bloomcast();
+        command.arg("evaluate").arg(dir.path()).arg("--model").arg(&drawn.bundle);
+        command
+    };
+    let found = json(evaluate().arg("--json"));
+    assert_eq!((&found["images"], found["classes"].as_array().unwrap().len()), (&30.into(), 5));
+    assert!(found["accuracy"].as_f64().unwrap() > 0.9, "{found}");
+    // Under each other's names, the images of two classes are wrong.
+    for (from, to) in [("daisy", "other"), ("tulips", "daisy"), ("other", "tulips")] {
+        fs::rename(dir.path().join(from), dir.path().join(to)).unwrap();
+    }
+    let found = json(evaluate().arg("--json"));
+    assert!(found["accuracy"].as_f64().unwrap() < 0.7, "{found}");
+    fs::rename(dir.path().join("roses"), dir.path().join("orchids")).unwrap();
+    let (code, text) = failure(&mut evaluate());
+    assert!(code == 1 && text.contains("orchids"), "{code} {text}");
+}
+
+#[test]
+fn compare_lists_the_run_with_the_lower_loss_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    dataset(&drawn_flowers().folder, &path("photos"), 0, 12);
+    for (run, epochs) in [("short", "1"), ("long", "20")] {
+        let mut command = bloomcast();
+        command.arg("train").arg(path("photos")).args(["--recipe", "frozen", "--no-cache", "--epochs", epochs]);
+        let result = output(command.arg("--out").arg(path(run)));
+        assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+    }
+    let runs = output(bloomcast().arg("compare").args([path("short"), path("long")]));
+    let text = String::from_utf8(runs.stdout).unwrap();
+    let names: Vec<&str> = text.lines().skip(1).take(2).map(|line| line.split_whitespace().next().unwrap()).collect();
+    assert!(names[0].ends_with("long") && names[1].ends_with("short"), "{text}");
+    let (code, text) = failure(bloomcast().arg("compare").arg(path("photos")));
+    assert!(code == 1 && text.contains("metrics.json"), "{code} {text}");
+}
+
+#[test]
+fn backbone_list_names_the_published_networks() {
+    let result = output(bloomcast().args(["backbone", "list"]));
+    let text = String::from_utf8(result.stdout).unwrap();
+    for name in ["mobilenet_v2_torchvision", "resnet50_torchvision", "efficientnet_lite0"] {
+        assert!(text.lines().any(|line| line.starts_with(name)), "{name}: {text}");
+    }
+    let (code, text) = failure(bloomcast().args(["backbone", "fetch", "efficientnet_lite0"]));
+    assert!(code != 0 && text.contains("efficientnet_lite0"), "{code} {text}");
+}
+
+#[test]
+fn the_mirrored_image_is_averaged_in() {
+    let drawn = drawn_flowers();
+    let image = of_class(&drawn.folder, "tulips", 1).remove(0);
+    let dir = tempfile::tempdir().unwrap();
+    let mirrored = dir.path().join("mirrored.png");
+    image::imageops::flip_horizontal(&bloomcast::vision::decode::file(&image).unwrap()).save(&mirrored).unwrap();
+    let original = dir.path().join("original.png");
+    bloomcast::vision::decode::file(&image).unwrap().save(&original).unwrap();
+    let confidence = |flags: &[&str], image: &Path| {
+        let mut command = bloomcast();
+        command.args(["classify", "--json", "--model"]).arg(&drawn.bundle).args(flags);
+        let found = json(command.arg(image));
+        found[0]["top"][0]["confidence"].as_f64().unwrap()
+    };
+    let (one, other) = (confidence(&[], &original), confidence(&[], &mirrored));
+    let averaged = confidence(&["--mirror"], &original);
+    assert!((averaged - f64::midpoint(one, other)).abs() < 1e-4, "{averaged}, the mean of {one} and {other}");
 }
