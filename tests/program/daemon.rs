@@ -295,6 +295,33 @@ fn an_unresponsive_broker_does_not_delay_the_exit() {
 }
 
 #[test]
+fn events_in_flight_when_the_broker_is_killed_are_published_again() {
+    let mut broker = Mosquitto::started(None);
+    let (_dir, images) = alternating_drawings();
+    let subscriber = PersistentSubscriber::subscribe(broker.port, "bloomcast/+/event");
+    wait_for_subscription(broker.port, &subscriber);
+    let mut daemon = Process::start(&mut replay_command(broker.port, &images, &["mqtt.reconnect_ms_max=500"]));
+    daemon.line("connected to");
+    broker.signal("STOP");
+    // The broker takes these and acknowledges none.
+    let events = logged_ids(&daemon).len() + 2;
+    daemon.lines_with(" event ", events);
+    broker.kill();
+    broker.start();
+    daemon.lines_with("connected to", 2);
+    daemon.signal("TERM");
+    assert!(daemon.wait_for_exit(TIMEOUT).success(), "{}", daemon.log());
+    let logged = logged_ids(&daemon);
+    let missing = || {
+        let received = subscriber.ids();
+        logged.iter().filter(|id| !received.contains(id)).count()
+    };
+    wait_until("every event", || missing() == 0);
+    let counts = daemon.line(" captured=");
+    assert!(counts.contains(" events_lost=0 "), "{counts}");
+}
+
+#[test]
 fn counts_and_skips_broken_and_oversized_images() {
     let broker = Mosquitto::started(None);
     let good = confident_drawings("daisy", 3);

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bloomcast::mqtt::access::BrokerAccess;
 use bloomcast::mqtt::client::{Client, Message};
@@ -39,14 +39,19 @@ impl Listener {
 
     /// Waits for a message whose topic ends with `topic` and whose value satisfies `accept`; returns its JSON or text.
     pub fn wait(&self, topic: &str, accept: impl Fn(&Value) -> bool) -> Value {
-        for _ in 0..10_000 {
+        let deadline = Instant::now() + TIMEOUT;
+        let mut last = Value::Null;
+        while Instant::now() < deadline {
             let message = self.next().unwrap();
             let value = json_or_text(&message.payload);
             if message.topic.ends_with(topic) && accept(&value) {
                 return value;
             }
+            if message.topic.ends_with(topic) {
+                last = value;
+            }
         }
-        panic!("none of 10,000 messages matches on {topic}");
+        panic!("no message matches on {topic} within {TIMEOUT:?}; the last one: {last}");
     }
 
     /// Returns whether no message arrives within `wait`.
