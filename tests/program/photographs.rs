@@ -89,7 +89,7 @@ fn demo_prints_no_accuracy_for_folders_that_are_not_classes() {
     assert!(events.iter().any(|line| line.contains("  sunflowers ")), "{text}");
     assert!(events.iter().any(|line| line.contains("  daisy ")), "{text}");
     assert!(!text.contains("accuracy"), "an accuracy without known classes: {text}");
-    report(&format!("photographs: demo_prints_no_accuracy_for_folders_that_are_not_classes: {}", 2));
+    report("photographs: demo_prints_no_accuracy_for_folders_that_are_not_classes: 2");
 }
 
 #[test]
@@ -101,5 +101,5 @@ fn demo_prints_the_replayed_classes() {
     assert!(demo.status.success(), "{text}{}", String::from_utf8_lossy(&demo.stderr));
     assert!(text.contains("replayed    daisy → dandelion → roses → sunflowers → tulips"), "{text}");
     assert!(text.contains("100 frames in"), "{text}");
-    report(&format!("photographs: demo_prints_the_replayed_classes: {}", 100));
+    report("photographs: demo_prints_the_replayed_classes: 100");
 }

@@ -1,4 +1,4 @@
-//! Reads a run's event file with `TensorBoard`'s own reader: `make test-tensorboard`.
+//! Reads a run's event file with TensorBoard's own reader: `make test-tensorboard`.
 
 use std::path::Path;
 use std::process::Command;

@@ -11,7 +11,11 @@ const CLASSES: [&str; 3] = ["daisy", "roses", "sunflowers"];
 
 /// Copies `count` photographs of each class to `to`, after skipping the first `skip`.
 pub fn dataset(from: &Path, to: &Path, skip: usize, count: usize) {
-    for class in CLASSES {
+    copy_classes(from, to, CLASSES, skip, count);
+}
+
+fn copy_classes(from: &Path, to: &Path, classes: impl IntoIterator<Item = &'static str>, skip: usize, count: usize) {
+    for class in classes {
         fs::create_dir_all(to.join(class)).unwrap();
         for image in of_class(from, class, skip + count).split_off(skip) {
             fs::copy(&image, to.join(class).join(image.file_name().unwrap())).unwrap();
@@ -207,12 +211,7 @@ fn evaluate_prints_the_metrics_of_a_folder() {
     let drawn = drawn_flowers();
     let dir = tempfile::tempdir().unwrap();
     let names = drawing::five_flowers().map(|(class, _)| class);
-    for class in names {
-        fs::create_dir(dir.path().join(class)).unwrap();
-        for image in of_class(&drawn.folder, class, 6) {
-            fs::copy(&image, dir.path().join(class).join(image.file_name().unwrap())).unwrap();
-        }
-    }
+    copy_classes(&drawn.folder, dir.path(), names, 0, 6);
     let evaluate = || {
         let mut command = bloomcast();
         command.arg("evaluate").arg(dir.path()).arg("--model").arg(&drawn.bundle);
