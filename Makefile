@@ -48,7 +48,7 @@ photographs:
 	  { echo "error: ../shared/flowers/train and ../shared/flowers/val are missing: photographs, a folder for each class" >&2; exit 1; }
 
 build: setup
-	@[ -x $(BIN) ] || echo "building; the first time this takes six to eight minutes on two cores"
+	@[ -x $(BIN) ] || echo "building; the first time this takes six to ten minutes on two cores"
 	$(CARGO) build --release --locked
 
 # Replays photographs if there are some, else trains on drawings and replays those.

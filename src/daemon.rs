@@ -21,17 +21,18 @@ use crate::bundle::signature::KeyError;
 use crate::camera::{self, CameraError, FrameSource, NextFrame, Pace, latest};
 use crate::config::{Config, ConfigError};
 use crate::decide::{Decider, UnknownClass};
-use crate::mqtt::device_client::{Announcements, DeviceClient};
+use crate::mqtt::device_client::{self, Announcements, DeviceClient, KeptConnection, StoppedClient};
 use crate::mqtt::events::forward_events;
 use crate::mqtt::message::Encoder;
 use crate::mqtt::outbox::{Outbox, OutboxLimits};
-use crate::system::{Counters, Heartbeat, systemd};
-use crate::update::device::agent::AgentHandles;
+use crate::mqtt::{DiscoveryRecord, ModelAnnouncement};
+use crate::system::{Counters, Heartbeat, LogLimiter, systemd};
+use crate::update::device::agent::{AgentHandles, AgentOutputs, announce};
 use crate::update::device::model_loader::ModelError;
 use crate::update::device::store::State;
 use crate::update::device::{ActiveModel, ModelLoader, Store, UpdateAgent};
 use crate::vision::{BackboneError, FrameDiff, Labels, decode};
-use crate::vision_stage::{Commands, OnClassified, Publisher, VisionOptions, VisionStage};
+use crate::vision_stage::{ActiveSettings, Commands, OnClassified, Publisher, VisionOptions, VisionStage};
 
 /// Settings that wait for the vision thread.
 const SETTINGS_MAX: usize = 16;
@@ -117,6 +118,10 @@ pub struct StoppedDaemon {
     agent_outbox: Outbox,
     /// The decision state; `None` if the vision thread did not end in time.
     decider: Option<Decider>,
+    /// The connection, if the next daemon has the same options of the connection.
+    connection: Option<KeptConnection>,
+    /// The topics on which discovery was published.
+    discovery_record: DiscoveryRecord,
 }
 
 impl StoppedDaemon {
@@ -172,6 +177,10 @@ pub struct Daemon {
     counters: Arc<Counters>,
     outbox: Outbox,
     agent_outbox: Outbox,
+    /// The messages about the active model.
+    announcement: watch::Sender<ModelAnnouncement>,
+    connection: Option<KeptConnection>,
+    discovery_record: DiscoveryRecord,
 }
 
 impl Daemon {
@@ -211,19 +220,38 @@ impl Daemon {
         };
         let decider = Decider::new(rules, labels, active.loaded.model.manifest.version, SystemTime::now());
         let (outbox, agent_outbox) = (Outbox::new(config.outbox), Outbox::new(AGENT_OUTBOX_LIMITS));
-        Ok(Daemon { config, loader, active, decider, source, pace, counters: Arc::default(), outbox, agent_outbox })
+        let announcement = watch::Sender::new(announce(&loader, &active.loaded.model, &active.state));
+        let discovery_record = DiscoveryRecord::read(config.models.store.as_deref());
+        Ok(Daemon {
+            config,
+            loader,
+            active,
+            decider,
+            source,
+            pace,
+            counters: Arc::default(),
+            outbox,
+            agent_outbox,
+            announcement,
+            connection: None,
+            discovery_record,
+        })
     }
 
-    /// Continues a daemon that has stopped: its counters, its unacknowledged messages, a pause and, if the classes are the
-    /// same, its observation.
+    /// Continues a daemon that has stopped: its connection, its counters, its unacknowledged messages, a pause and, if the
+    /// classes are the same, its observation.
     pub fn resume(mut self, stopped: StoppedDaemon) -> Self {
-        let StoppedDaemon { counters, outbox, agent_outbox, decider, .. } = stopped;
-        self.agent_outbox.append(&agent_outbox);
-        let lost = self.outbox.append(&outbox);
+        let StoppedDaemon { counters, outbox, agent_outbox, decider, connection, discovery_record, .. } = stopped;
+        // Messages may be in flight on the connection: the outboxes stay as they are.
+        self.outbox = outbox;
+        self.agent_outbox = agent_outbox;
+        let lost = self.outbox.set_limits(self.config.outbox);
         if lost > 0 {
             error!("{lost} events lost: mqtt.outbox_entries_max or outbox_bytes_max is smaller now");
             counters.events_lost.add(lost as u64);
         }
+        (self.connection, self.discovery_record) =
+            (connection, discovery_record.at(self.config.models.store.as_deref()));
         self.counters = counters;
         match decider {
             Some(mut decider) if decider.labels() == self.labels() => {
@@ -299,7 +327,7 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::run`].
     pub fn run_on(
-        self,
+        mut self,
         runtime: &Runtime,
         stop: impl Future<Output = StopReason>,
         on_classified: OnClassified,
@@ -308,13 +336,18 @@ impl Daemon {
         let log_interval = self.config.log.counters_interval;
         let model = self.model();
         let heartbeats = [Heartbeat::new("camera"), Heartbeat::new("vision")];
+        let kept = self.connection.take();
+        let config = self.config.clone();
         let (stages, client, forwarder, decider) = self.start(on_classified, &heartbeats)?;
         systemd::notify_ready(&format!("{model} is active"));
         let monitors = async {
             tokio::join!(log_counters(&counters, log_interval), systemd::feed_watchdog(&heartbeats));
         };
-        let reason = runtime.block_on(run_stages(stages, client, forwarder, stop, monitors))?;
-        Ok(StoppedDaemon { reason, counters, outbox, agent_outbox, decider: decider.try_recv().ok() })
+        let client = |stopped| client.run(kept, stopped);
+        let (reason, StoppedClient { connection, discovery_record }) =
+            runtime.block_on(run_stages(stages, client, &config, forwarder, stop, monitors))?;
+        let decider = decider.try_recv().ok();
+        Ok(StoppedDaemon { reason, counters, outbox, agent_outbox, decider, connection, discovery_record })
     }
 
     /// Makes the channels and starts the threads. Returns them with the MQTT client and the event forwarder, which the caller runs,
@@ -324,28 +357,29 @@ impl Daemon {
         on_classified: OnClassified,
         heartbeats: &[Heartbeat; 2],
     ) -> Result<(StageThreads, DeviceClient, EventForwarder, mpsc::Receiver<Decider>), DaemonError> {
-        let Daemon { config, loader, active, mut decider, mut source, pace, counters, outbox, agent_outbox } = self;
+        let Daemon { config, loader, active, mut decider, mut source, pace, counters, .. } = self;
+        let Daemon { outbox, agent_outbox, announcement, discovery_record, .. } = self;
         let [camera_heartbeat, vision_heartbeat] = heartbeats.clone();
-        let Config { camera, connection, topics, update, .. } = config;
+        let Config { camera, connection, topics, update, discovery, .. } = config;
         let (settings_sender, settings) = mpsc::sync_channel(SETTINGS_MAX);
         let (swap_sender, swaps) = mpsc::sync_channel(1);
         let (frames, mailbox) = latest::mailbox();
         let (stop, stopped) = watch::channel(false);
-        let discovery = update.discovery;
-        let (agent, classifier, AgentHandles { commands, announcement, trial_observer }) = UpdateAgent::new(
-            update,
-            topics.clone(),
-            loader,
-            active,
-            agent_outbox.clone(),
-            swap_sender,
-            stopped.clone(),
-        );
+        let (agent, classifier, AgentHandles { commands, announcement: newest_announcement, trial_observer }) =
+            UpdateAgent::new(
+                update,
+                topics.clone(),
+                loader,
+                active,
+                AgentOutputs { announcement, agent_outbox: agent_outbox.clone(), swaps: swap_sender },
+                stopped.clone(),
+            );
         let (publisher, events, state) = Publisher::new(&mut decider, EVENTS_MAX, counters.clone());
         let supervisor = camera.supervisor(&pace);
         let frame_diff = FrameDiff::new(camera.still_threshold);
-        let options = VisionOptions { pace, lost_after: camera.stall, frame_diff };
-        let vision_commands = Commands { settings, swaps, trial_observer };
+        let options = VisionOptions { pace: pace.clone(), lost_after: camera.stall, frame_diff };
+        let (in_force, active_settings) = watch::channel(ActiveSettings::new(&decider, &pace));
+        let vision_commands = Commands { settings, swaps, trial_observer, active_settings: in_force };
         let vision = VisionStage::new(mailbox, classifier, decider, publisher, vision_commands, options, on_classified);
         let encoder = Encoder { device: topics.device().to_string(), camera: camera.name };
         let forwarder = forward_events(events, encoder.clone(), topics.event(), outbox.clone(), counters.clone());
@@ -354,13 +388,16 @@ impl Daemon {
             topics,
             encoder,
             discovery,
-            announcements: Announcements::new(announcement),
+            discovery_record,
+            announcements: Announcements::new(newest_announcement),
             state,
+            active_settings,
             outbox,
             agent_outbox,
             settings: settings_sender,
             commands: Box::new(move |command| commands.try_send(command).is_ok()),
             counters: counters.clone(),
+            refused: LogLimiter::new("messages refused"),
         };
         let camera = StageThread::spawn("camera", move || {
             camera::supervise(source.as_mut(), &supervisor, &frames, &counters, &camera_heartbeat);
@@ -396,7 +433,19 @@ pub fn run_with_reloads(
     }
     loop {
         info!("ready: the model {} has the classes {}", daemon.model(), daemon.labels().names().join(", "));
-        let stopped = daemon.run_on(runtime, next(), Box::new(|_| {}))?;
+        let running = daemon.announcement.subscribe();
+        let stop = async {
+            loop {
+                match next().await {
+                    StopReason::Reload(changed) if is_running(&changed, &config, &running).await => {
+                        info!("the configuration and the model are unchanged: nothing to reload");
+                        systemd::notify_ready("nothing to reload");
+                    }
+                    reason => break reason,
+                }
+            }
+        };
+        let stopped = daemon.run_on(runtime, stop, Box::new(|_| {}))?;
         let StopReason::Reload(changed) = &stopped.reason else { return Ok(stopped.close()) };
         let prepared = match Daemon::prepare((**changed).clone()) {
             Ok(prepared) => {
@@ -418,6 +467,18 @@ pub fn run_with_reloads(
     }
 }
 
+/// Returns whether a daemon of the changed configuration would be like the running one: the same settings, model and store.
+async fn is_running(changed: &Config, running: &Config, model: &watch::Receiver<ModelAnnouncement>) -> bool {
+    if changed != running {
+        return false;
+    }
+    let config = changed.clone();
+    // In a thread of its own: loading the model must not block the connection to the broker.
+    let checked =
+        tokio::task::spawn_blocking(move || Daemon::check(config).map(|daemon| daemon.announcement.borrow().clone()));
+    checked.await.is_ok_and(|checked| checked.is_ok_and(|checked| checked == *model.borrow()))
+}
+
 /// The threads before the MQTT client.
 struct StageThreads {
     camera: StageThread,
@@ -427,17 +488,18 @@ struct StageThreads {
 }
 
 /// Runs the MQTT client until there is a reason to stop, then ends one stage after the other. No stage can delay the client's
-/// shutdown for long.
-async fn run_stages(
+/// shutdown for long. The client keeps its connection for a configuration that has the same options of it.
+async fn run_stages<C: Future<Output = StoppedClient> + Send + 'static>(
     mut stages: StageThreads,
-    client: DeviceClient,
+    client: impl FnOnce(watch::Receiver<device_client::Stop>) -> C,
+    config: &Config,
     forwarder: EventForwarder,
     stop: impl Future<Output = StopReason>,
     monitors: impl Future<Output = ()>,
-) -> Result<StopReason, DaemonError> {
-    let (stop_client, client_stopped) = watch::channel(false);
+) -> Result<(StopReason, StoppedClient), DaemonError> {
+    let (stop_client, client_stopped) = watch::channel(device_client::Stop::No);
     let mut forwarder = tokio::spawn(forwarder);
-    let mut client = tokio::spawn(client.run(client_stopped));
+    let mut client = tokio::spawn(client(client_stopped));
     let reason = tokio::select! {
         reason = stop => reason,
         () = stages.vision.ended() => StopReason::Stop,
@@ -460,13 +522,16 @@ async fn run_stages(
     let update = stages.update.join(UPDATE_TIMEOUT).await;
     // A vision thread that is left running may still send events: they reach the outbox until the client has stopped.
     let drained = timeout(FORWARDER_TIMEOUT, &mut forwarder).await;
-    stop_client.send_replace(true);
+    stop_client.send_replace(match &reason {
+        StopReason::Reload(changed) if changed.has_connection_of(config) => device_client::Stop::HandOver,
+        _ => device_client::Stop::Disconnect,
+    });
     let client = client.await.map_err(|_| DaemonError::Panicked("mqtt"));
     match drained {
         Ok(ended) => ended.map_err(|_| DaemonError::Panicked("mqtt"))?,
         Err(_) => forwarder.abort(),
     }
-    client.and(vision).and(camera).and(update).map(|()| reason)
+    vision.and(camera).and(update).and(client).map(|client| (reason, client))
 }
 
 /// A thread whose end can be awaited.

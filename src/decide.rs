@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use smallvec::SmallVec;
 use tracing::warn;
 
+use crate::system::clock::Step;
 use crate::vision::head::argmax;
 use crate::vision::labels::ClassName;
 use crate::vision::{Labels, Prediction};
@@ -62,6 +63,8 @@ pub struct Rules {
     pub leave_dwell: Duration,
     /// Minimum time between two publications of observations that differ only in their scores.
     pub state_interval: Duration,
+    /// Thresholds of the classes that have none of their own.
+    pub common: Thresholds,
     /// Thresholds of each class.
     pub thresholds: Vec<Thresholds>,
 }
@@ -99,19 +102,35 @@ impl Policy {
         if let Some(class) = self.unknown_class(labels) {
             warn!("decide.classes = {class}: the model has no such class");
         }
-        let thresholds = |class: &String| *self.class_thresholds.get(class).unwrap_or(&self.thresholds);
+        let mut thresholds = vec![self.thresholds; labels.names().len()];
+        for (name, own) in &self.class_thresholds {
+            if let Some(class) = configured_class(name, labels) {
+                thresholds[class] = *own;
+            }
+        }
         Rules {
             smoothing: self.smoothing,
             enter_dwell: self.enter_dwell,
             leave_dwell: self.leave_dwell,
             state_interval: self.state_interval,
-            thresholds: labels.names().iter().map(thresholds).collect(),
+            common: self.thresholds,
+            thresholds,
         }
     }
 
     fn unknown_class(&self, labels: &Labels) -> Option<&str> {
-        self.class_thresholds.keys().map(String::as_str).find(|class| labels.position(class).is_none())
+        self.class_thresholds.keys().map(String::as_str).find(|name| configured_class(name, labels).is_none())
     }
+}
+
+/// Returns the class that a configured name means: the class of this name, else the only one whose name differs in case alone,
+/// as in environment variables.
+fn configured_class(name: &str, labels: &Labels) -> Option<usize> {
+    labels.position(name).or_else(|| {
+        let lower = name.to_lowercase();
+        let mut like = (0..labels.names().len()).filter(|class| labels.names()[*class].to_lowercase() == lower);
+        like.next().filter(|_| like.next().is_none())
+    })
 }
 
 impl Rules {
@@ -120,10 +139,10 @@ impl Rules {
     /// # Errors
     /// It is below the leave threshold of a class; nothing is changed then.
     pub fn set_enter(&mut self, enter: f32) -> Result<(), InvalidHysteresis> {
-        if self.thresholds.iter().any(|class| class.leave > enter) {
+        if self.thresholds.iter().chain([&self.common]).any(|class| class.leave > enter) {
             return Err(InvalidHysteresis);
         }
-        self.thresholds.iter_mut().for_each(|class| class.enter = enter);
+        self.all_thresholds().for_each(|class| class.enter = enter);
         Ok(())
     }
 
@@ -132,11 +151,15 @@ impl Rules {
     /// # Errors
     /// It is above the enter threshold of a class; nothing is changed then.
     pub fn set_leave(&mut self, leave: f32) -> Result<(), InvalidHysteresis> {
-        if self.thresholds.iter().any(|class| leave > class.enter) {
+        if self.thresholds.iter().chain([&self.common]).any(|class| leave > class.enter) {
             return Err(InvalidHysteresis);
         }
-        self.thresholds.iter_mut().for_each(|class| class.leave = leave);
+        self.all_thresholds().for_each(|class| class.leave = leave);
         Ok(())
+    }
+
+    fn all_thresholds(&mut self) -> impl Iterator<Item = &mut Thresholds> {
+        self.thresholds.iter_mut().chain([&mut self.common])
     }
 }
 
@@ -260,9 +283,21 @@ impl Decider {
         self.published.as_ref()
     }
 
+    /// The rules.
+    pub fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
     /// The rules, to be changed while it runs.
     pub fn rules_mut(&mut self) -> &mut Rules {
         &mut self.rules
+    }
+
+    /// Continues after a step of the clock: the times of earlier frames become those that the clock would have shown.
+    pub fn clock_set(&mut self, step: Step) {
+        self.since = step.apply(self.since);
+        self.last_frame = self.last_frame.map(|time| step.apply(time));
+        self.pending = self.pending.map(|(class, since)| (class, step.apply(since)));
     }
 
     /// Continues with another model of the same classes; the observation stays.
@@ -411,7 +446,11 @@ impl Decider {
 
     fn is_worth_publishing(&self, observation: &Observation) -> bool {
         let Some(published) = &self.published else { return true };
-        if published.class != observation.class || published.camera_ok != observation.camera_ok {
+        let is_same = published.class == observation.class
+            && published.camera_ok == observation.camera_ok
+            // It changes when the clock is set.
+            && published.since == observation.since;
+        if !is_same {
             return true;
         }
         let due = match observation.captured_at.duration_since(published.captured_at) {
@@ -456,6 +495,7 @@ mod tests {
             enter_dwell: Duration::from_millis(dwell_ms),
             leave_dwell: Duration::from_millis(dwell_ms),
             state_interval: Duration::from_secs(1),
+            common: Thresholds { enter: 0.7, leave: 0.5 },
             thresholds: vec![Thresholds { enter: 0.7, leave: 0.5 }; 2],
         }
     }
@@ -552,6 +592,26 @@ mod tests {
         for (name, smoothing_ms, dwell_ms, trace, expected) in cases {
             assert_eq!(changes(rules(*smoothing_ms, *dwell_ms), trace), *expected, "{name}");
         }
+    }
+
+    #[test]
+    fn after_a_clock_step_the_observation_began_when_the_clock_would_have_shown() {
+        let mut decider = decider(rules(0, 200));
+        decider.classified(&prediction(0.9, true), at(0));
+        assert_eq!(index(&decider.classified(&prediction(0.9, true), at(200)).observation.class), A);
+        decider.classified(&prediction(0.1, true), at(300));
+        // From 1970 to a real time, within the dwell time of the other class.
+        let years = Duration::from_secs(56 * 365 * 86_400);
+        decider.clock_set(Step::Forward(years));
+        let same = decider.classified(&prediction(0.9, true), at(400) + years);
+        assert_eq!((same.observation.since, same.event.is_none(), same.publish), (at(200) + years, true, true));
+        for ms in [500, 600, 700, 900] {
+            decider.classified(&prediction(0.05, true), at(ms) + years);
+        }
+        assert_eq!(index(&decider.published().unwrap().class), B);
+        decider.clock_set(Step::Back(years));
+        let observation = decider.classified(&prediction(0.05, true), at(1000)).observation;
+        assert!(observation.since <= observation.captured_at && observation.since > at(500), "{observation:?}");
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod cli;
 
 use std::process::ExitCode;
 
+use bloomcast::system::paths::without_controls;
 use clap::Parser;
 
 fn main() -> ExitCode {
@@ -15,8 +16,9 @@ fn main() -> ExitCode {
         // The reader of standard output has closed it.
         Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
         Err(failure) => {
-            // Each error names its cause itself.
-            eprintln!("error: {}", failure.error);
+            // Each error names its cause itself. An error may name a file with any name.
+            let lines: Vec<String> = failure.error.to_string().split('\n').map(without_controls).collect();
+            eprintln!("error: {}", lines.join("\n"));
             ExitCode::from(failure.code)
         }
     }

@@ -20,8 +20,11 @@ use crate::camera::Pace;
 use crate::camera::latest::{self, MailboxItem, RecvResult};
 use crate::decide::{Decider, Decision, Event, InvalidHysteresis, Observation, Thresholds};
 use crate::frame::Frame;
-use crate::system::{Counters, Heartbeat};
+use crate::system::clock::ClockWatch;
+use crate::system::paths::printable;
+use crate::system::{Counters, Heartbeat, LogLimiter};
 use crate::vision::decode::DecodeError;
+use crate::vision::labels::ClassName;
 use crate::vision::{BackboneError, Classifier, FrameDiff, Prediction, StageTimes, decode};
 
 /// Interval at which commands are checked while no frame arrives.
@@ -57,6 +60,42 @@ impl fmt::Display for Setting {
             Setting::LeaveDwellMs(ms) => write!(f, "leave_dwell_ms = {ms}"),
             Setting::Enter(enter) => write!(f, "enter = {enter}"),
             Setting::Leave(leave) => write!(f, "leave = {leave}"),
+        }
+    }
+}
+
+/// The settings that can be changed while the daemon runs, with their values in force.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ActiveSettings {
+    /// Whether classification is paused.
+    pub paused: bool,
+    /// Interval between two frames that are classified.
+    pub interval: Duration,
+    /// [`crate::decide::Rules::smoothing`].
+    pub smoothing: Duration,
+    /// [`crate::decide::Rules::enter_dwell`].
+    pub enter_dwell: Duration,
+    /// [`crate::decide::Rules::leave_dwell`].
+    pub leave_dwell: Duration,
+    /// Thresholds of the classes that have none of their own.
+    pub thresholds: Thresholds,
+    /// Thresholds of the classes whose thresholds differ from these.
+    pub class_thresholds: Vec<(ClassName, Thresholds)>,
+}
+
+impl ActiveSettings {
+    /// Returns the settings of a decider and a pace.
+    pub fn new(decider: &Decider, pace: &Pace) -> Self {
+        let (rules, labels) = (decider.rules(), decider.labels());
+        let own = rules.thresholds.iter().enumerate().filter(|(_, own)| **own != rules.common);
+        ActiveSettings {
+            paused: decider.paused(),
+            interval: pace.interval(),
+            smoothing: rules.smoothing,
+            enter_dwell: rules.enter_dwell,
+            leave_dwell: rules.leave_dwell,
+            thresholds: rules.common,
+            class_thresholds: own.map(|(class, own)| (labels.class_name(class), *own)).collect(),
         }
     }
 }
@@ -103,7 +142,7 @@ pub struct Swap {
     pub replaced: mpsc::SyncSender<Classifier>,
 }
 
-/// The inputs of the vision thread beside frames.
+/// The inputs of the vision thread beside frames, and the settings that they result in.
 pub struct Commands {
     /// Changed settings.
     pub settings: mpsc::Receiver<Setting>,
@@ -111,6 +150,8 @@ pub struct Commands {
     pub swaps: mpsc::Receiver<Swap>,
     /// Observes the frames of the first model, if it is on trial.
     pub trial_observer: Option<FrameObserver>,
+    /// Receives the settings in force after each change.
+    pub active_settings: watch::Sender<ActiveSettings>,
 }
 
 /// The outputs of the vision thread. Neither waits for its receiver.
@@ -140,6 +181,8 @@ pub struct VisionStage {
     options: VisionOptions,
     on_classified: OnClassified,
     last_classified: Instant,
+    clock: ClockWatch,
+    skipped: LogLimiter,
 }
 
 /// A frame that could not be classified.
@@ -196,7 +239,20 @@ impl VisionStage {
         on_classified: OnClassified,
     ) -> Self {
         let last_classified = Instant::now();
-        VisionStage { mailbox, classifier, decider, publisher, commands, options, on_classified, last_classified }
+        let clock = ClockWatch::new(SystemTime::now(), last_classified);
+        let skipped = LogLimiter::new("frames skipped");
+        VisionStage {
+            mailbox,
+            classifier,
+            decider,
+            publisher,
+            commands,
+            options,
+            on_classified,
+            last_classified,
+            clock,
+            skipped,
+        }
     }
 
     /// Runs until the camera has ended or `stop` is set; returns the decision state, for a daemon that continues it.
@@ -204,6 +260,11 @@ impl VisionStage {
         while !*stop.borrow() {
             heartbeat.beat();
             self.apply_commands();
+            self.skipped.flush();
+            if let Some(step) = self.clock.step(SystemTime::now(), Instant::now()) {
+                warn!("the clock was set: {step:?}");
+                self.decider.clock_set(step);
+            }
             match self.mailbox.recv(IDLE) {
                 RecvResult::Item(MailboxItem::Frame(frame)) => self.process(frame),
                 RecvResult::Item(MailboxItem::Lost { at }) => self.observe_unknown(at, false),
@@ -252,10 +313,12 @@ impl VisionStage {
 
     fn skip(&mut self, frame: &Frame, error: &FrameError) {
         self.publisher.counters.broken.add(1);
-        let origin = frame.origin.as_ref().map_or(String::new(), |path| format!("{}: ", path.display()));
+        let origin = frame.origin.as_ref().map_or(String::new(), |path| format!("{}: ", printable(path)));
         match error {
-            FrameError::Decode(_) => warn!("{origin}broken frame skipped: {error}"),
-            FrameError::Backbone(_) | FrameError::Panicked => warn!("{origin}frame skipped: {error}"),
+            FrameError::Decode(_) => self.skipped.warn(format!("{origin}broken frame skipped: {error}")),
+            FrameError::Backbone(_) | FrameError::Panicked => {
+                self.skipped.warn(format!("{origin}frame skipped: {error}"));
+            }
         }
         if self.last_classified.elapsed() >= self.options.lost_after {
             self.observe_unknown(frame.captured_at, false);
@@ -273,10 +336,21 @@ impl VisionStage {
                 Ok(()) => info!("setting changed over MQTT: {setting}"),
                 Err(error) => warn!("setting {setting} rejected: {error}"),
             }
+            self.publish_settings();
         }
         if let Ok(swap) = self.commands.swaps.try_recv() {
             self.swap(swap);
+            self.publish_settings();
         }
+    }
+
+    fn publish_settings(&self) {
+        let present = ActiveSettings::new(&self.decider, &self.options.pace);
+        self.commands.active_settings.send_if_modified(|published| {
+            let is_new = *published != present;
+            *published = present;
+            is_new
+        });
     }
 
     fn apply(&mut self, setting: Setting) -> Result<(), InvalidHysteresis> {
@@ -370,6 +444,7 @@ mod tests {
             enter_dwell: Duration::ZERO,
             leave_dwell: Duration::ZERO,
             state_interval: Duration::ZERO,
+            common: Thresholds { enter: 0.7, leave: 0.45 },
             thresholds: vec![Thresholds { enter: 0.7, leave: 0.45 }; 2],
         };
         let mut decider = Decider::new(rules, labels, 1, SystemTime::UNIX_EPOCH);

@@ -35,6 +35,7 @@ impl Pipeline {
             enter_dwell: Duration::from_millis(600),
             leave_dwell: Duration::from_millis(1200),
             state_interval: Duration::from_secs(1),
+            common: Thresholds { enter: 0.7, leave: 0.45 },
             thresholds: vec![Thresholds { enter: 0.7, leave: 0.45 }; bundle.manifest().classes.names().len()],
         };
         let now = SystemTime::now();

@@ -7,6 +7,7 @@ use std::{fs, io};
 use super::{CameraError, FrameSource, NextFrame, Pace};
 use crate::frame::picture_files::{EXTENSIONS, is_picture};
 use crate::frame::{Frame, Picture};
+use crate::system::paths::printable;
 
 /// A [`FrameSource`] that reads image files in order.
 pub struct Replay {
@@ -53,7 +54,7 @@ impl FrameSource for Replay {
         let captured_at = SystemTime::now();
         Ok(match read(&path, self.file_bytes_max) {
             Ok(bytes) => NextFrame::Frame(Frame { captured_at, picture: Picture::Encoded(bytes), origin: Some(path) }),
-            Err(error) => NextFrame::Broken(format!("{}: {error}", path.display())),
+            Err(error) => NextFrame::Broken(format!("{}: {error}", printable(&path))),
         })
     }
 

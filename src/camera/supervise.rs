@@ -8,7 +8,7 @@ use tracing::{info, warn};
 
 use super::latest::{MailboxItem, Sender};
 use super::{CameraError, FrameSource, NextFrame};
-use crate::system::{Counters, Heartbeat};
+use crate::system::{Counters, Heartbeat, LogLimiter};
 
 /// The longest wait for a frame before the stall timeout and the mailbox are checked.
 const POLL_TIMEOUT: Duration = Duration::from_millis(100);
@@ -60,9 +60,10 @@ pub fn supervise(
     heartbeat: &Heartbeat,
 ) {
     let mut delay = options.reopen_min;
+    let mut broken = LogLimiter::new("broken frames");
     loop {
         let captured_before = counters.captured.get();
-        let result = read_until_failure(source, options, mailbox, counters, heartbeat);
+        let result = read_until_failure(source, options, mailbox, counters, heartbeat, &mut broken);
         source.close();
         let Err(error) = result else { return };
         if counters.captured.get() > captured_before {
@@ -101,6 +102,7 @@ fn read_until_failure(
     mailbox: &Sender,
     counters: &Counters,
     heartbeat: &Heartbeat,
+    broken: &mut LogLimiter,
 ) -> Result<(), CameraError> {
     heartbeat.beat();
     source.open()?;
@@ -109,6 +111,7 @@ fn read_until_failure(
     let mut first = true;
     loop {
         heartbeat.beat();
+        broken.flush();
         match source.next(POLL_TIMEOUT)? {
             NextFrame::Frame(frame) => {
                 if std::mem::take(&mut first) {
@@ -125,7 +128,7 @@ fn read_until_failure(
             NextFrame::Broken(reason) => {
                 last_frame = Instant::now();
                 counters.broken.add(1);
-                warn!("{reason}; skipped");
+                broken.warn(format!("{reason}; skipped"));
             }
             NextFrame::Pending => {
                 let elapsed = last_frame.elapsed();

@@ -1,150 +1,233 @@
 //! Layers of settings, one over the other, and the places of errors in them.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::fs;
-use std::ops::Range;
 use std::path::Path;
 
-use config::builder::DefaultState;
-use config::{ConfigBuilder, Environment, FileFormat};
+use config::{FileFormat, Map, Source, Value, ValueKind};
 use serde::de::DeserializeOwned;
-use toml_edit::{Document, TableLike};
+use toml_edit::{Document, Item, TableLike};
 
 use super::ConfigError;
+use super::key::{Key, Kind, Known, RENAMED, WrongValue};
 
 /// First part of a variable's name: `BLOOMCAST__CAMERA__DEVICE=/dev/video2`.
-const ENV_PREFIX: &str = "BLOOMCAST";
-/// Separator of the parts of a variable's name.
-const ENV_SEPARATOR: &str = "__";
-
-/// Keys that were renamed: the old name is still read.
-const RENAMED: [(&str, &str); 1] = [("mqtt.farewell_ms", "mqtt.shutdown_timeout_ms")];
+const ENV_PREFIX: &str = "BLOOMCAST__";
 
 /// Environment variables that were removed, and the keys that replace them.
 const REMOVED_VARIABLES: [(&str, &str); 1] = [("BLOOMCAST_KERNELS", "model.kernels")];
+
+/// Characters of a wrong value that an error repeats.
+const SHOWN_CHARS_MAX: usize = 64;
 
 /// Merges `defaults` under `file` under the environment's `BLOOMCAST__…` under `overrides` (`key=value`). Returns the settings
 /// and their places.
 ///
 /// # Errors
-/// The file cannot be read or is not TOML, a key is not among the defaults, or a value has the wrong type; the error names the
-/// place.
-pub fn merge<'a, T: DeserializeOwned>(
+/// The file cannot be read or is not TOML, a key is not among the defaults, or a value has the wrong type or is out of range;
+/// the error names the place.
+pub fn merge<T: DeserializeOwned>(
     defaults: &str,
-    file: Option<&'a Path>,
+    file: Option<&Path>,
     environment: impl Iterator<Item = (String, String)>,
     overrides: &[String],
-) -> Result<(T, Places<'a>), ConfigError> {
+) -> Result<(T, Places), ConfigError> {
     let (known, mut places) = (Known::from_defaults(defaults), Places::default());
     let mut builder = config::Config::builder().add_source(config::File::from_str(defaults, FileFormat::Toml));
     if let Some(path) = file {
-        let text =
-            fs::read_to_string(path).map_err(|e| ConfigError::Read { path: path.into(), reason: e.to_string() })?;
-        known.expect_file(path, &text)?;
-        builder = builder.add_source(config::File::from_str(&text, FileFormat::Toml));
-        for renamed in renamed_in_file(path, &text, &mut places.warnings) {
-            builder = builder.add_source(config::File::from_str(&renamed, FileFormat::Toml));
-        }
-        places.file = Some((path, text));
+        builder = builder.add_source(places.add(from_file(path, &known)?));
     }
-    builder = builder.add_source(variables(environment, &known, &mut places)?);
-    builder = flags(builder, overrides, &known, &mut places)?;
+    let variables = from_environment(environment, &known, &mut places.warnings)?;
+    builder = builder.add_source(places.add(variables));
+    builder = builder.add_source(places.add(from_flags(overrides, &known)?));
     let merged = builder.build().map_err(|e| ConfigError::Value(e.to_string()))?;
-    let settings = merged.try_deserialize().map_err(|e| places.wrong_value(&e))?;
+    let settings = merged.try_deserialize().map_err(|e| ConfigError::Value(e.to_string()))?;
     Ok((settings, places))
 }
 
-fn variables(
-    environment: impl Iterator<Item = (String, String)>,
-    known: &Known,
-    places: &mut Places<'_>,
-) -> Result<Environment, ConfigError> {
-    let prefix = format!("{ENV_PREFIX}{ENV_SEPARATOR}");
-    let mut ours: HashMap<String, String> = HashMap::new();
-    for (name, value) in environment {
-        if let Some((_, key)) = REMOVED_VARIABLES.iter().find(|(removed, _)| name == *removed) {
-            let present = format!("{prefix}{}", key.to_uppercase().replace('.', ENV_SEPARATOR));
-            places.warnings.push(format!("the environment variable {name} is ignored; use {key} or {present}"));
-        }
-        if !name.starts_with(&prefix) {
-            continue;
-        }
-        let key = name[prefix.len()..].to_lowercase().replace(ENV_SEPARATOR, ".");
-        let place = format!("the environment's {name}");
-        known.expect(&key, || place.clone())?;
-        let present = places.present_name(key.clone(), &place);
-        if present == key {
-            ours.insert(name, value);
-        } else {
-            let present = format!("{prefix}{}", present.to_uppercase().replace('.', ENV_SEPARATOR));
-            ours.entry(present).or_insert(value);
-        }
-        places.outer.push((present, place));
-    }
-    let source = Environment::with_prefix(ENV_PREFIX).prefix_separator(ENV_SEPARATOR).separator(ENV_SEPARATOR);
-    Ok(source.source(Some(ours)))
+/// A setting of a layer, or a table of it.
+#[derive(Debug, Clone)]
+struct Entry {
+    key: Key,
+    value: ValueKind,
+    place: String,
 }
 
-fn flags(
-    mut builder: ConfigBuilder<DefaultState>,
-    overrides: &[String],
+/// The settings of one layer, in their order; a later one replaces an earlier one of the same key.
+#[derive(Debug, Clone, Default)]
+struct Layer(Vec<Entry>);
+
+impl Source for Layer {
+    fn clone_into_box(&self) -> Box<dyn Source + Send + Sync> {
+        Box::new(self.clone())
+    }
+
+    fn collect(&self) -> Result<Map<String, Value>, config::ConfigError> {
+        let mut tables = Map::new();
+        for Entry { key, value, .. } in &self.0 {
+            insert(&mut tables, key.names(), value);
+        }
+        Ok(tables)
+    }
+}
+
+fn insert(table: &mut Map<String, Value>, names: &[String], value: &ValueKind) {
+    let [name, inner @ ..] = names else { return };
+    let is_table = !inner.is_empty() || matches!(value, ValueKind::Table(_));
+    if !is_table {
+        table.insert(name.clone(), Value::new(None, value.clone()));
+        return;
+    }
+    let entry = table.entry(name.clone()).or_insert_with(|| Value::new(None, ValueKind::Table(Map::new())));
+    if let ValueKind::Table(table) = &mut entry.kind {
+        insert(table, inner, value);
+    }
+}
+
+fn from_file(path: &Path, known: &Known) -> Result<Layer, ConfigError> {
+    let text = fs::read_to_string(path).map_err(|e| ConfigError::Read { path: path.into(), reason: e.to_string() })?;
+    // A byte-order mark, as editors on Windows write.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let document = Document::parse(text).map_err(|e| {
+        let line = e.span().map_or(1, |span| line_of(text, span.start));
+        let reason = e.message().trim().to_owned();
+        ConfigError::Syntax { place: format!("{}:{line}", path.display()), reason }
+    })?;
+    let mut file = FileReader { path, text, known, layer: Layer::default() };
+    file.read(&Key::default(), document.as_table())?;
+    Ok(file.layer)
+}
+
+/// Walks a file's tables by key.
+struct FileReader<'a> {
+    path: &'a Path,
+    text: &'a str,
+    known: &'a Known,
+    layer: Layer,
+}
+
+impl FileReader<'_> {
+    fn read(&mut self, table: &Key, entries: &dyn TableLike) -> Result<(), ConfigError> {
+        for (name, item) in entries.iter() {
+            let key = table.child(name);
+            let span = entries.get_key_value(name).and_then(|(key, _)| key.span()).or(item.span());
+            let line = span.map_or(1, |span| line_of(self.text, span.start));
+            let place = format!("{}:{line}", self.path.display());
+            let kind = self.known.kind(&key).ok_or_else(|| unknown(&place, &key, self.known))?;
+            let value = match (&kind, item.as_table_like(), item) {
+                (Kind::Table, Some(_), _) => Ok(ValueKind::Table(Map::new())),
+                (_, None, Item::Value(value)) => kind.value(value),
+                _ => Err((&kind).into()),
+            };
+            let value = value.map_err(|reason| {
+                let shown = item.span().map_or("", |span| &self.text[span]);
+                invalid(&place, &key, shown.lines().next().unwrap_or_default(), &reason)
+            })?;
+            self.layer.0.push(Entry { key: key.clone(), value, place });
+            if let Some(inner) = item.as_table_like() {
+                self.read(&key, inner)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn from_environment(
+    environment: impl Iterator<Item = (String, String)>,
     known: &Known,
-    places: &mut Places<'_>,
-) -> Result<ConfigBuilder<DefaultState>, ConfigError> {
+    warnings: &mut Vec<String>,
+) -> Result<Layer, ConfigError> {
+    let mut layer = Layer::default();
+    for (name, text) in environment {
+        if let Some(variable) = name.strip_prefix(ENV_PREFIX) {
+            layer.0.push(from_text(Key::from_variable(variable), &text, format!("the environment's {name}"), known)?);
+        } else if name.starts_with(ENV_PREFIX.trim_end_matches('_')) {
+            warnings.push(ignored_variable(&name, known));
+        }
+    }
+    Ok(layer)
+}
+
+fn ignored_variable(name: &str, known: &Known) -> String {
+    let variable = |key: &str| format!("{ENV_PREFIX}{}", key.to_uppercase().replace('.', "__"));
+    if let Some((_, key)) = REMOVED_VARIABLES.iter().find(|(removed, _)| name == *removed) {
+        return format!("the environment variable {name} is ignored; use {key} or {}", variable(key));
+    }
+    let expected = match known.spelled_like(name.trim_start_matches(ENV_PREFIX.trim_end_matches('_'))) {
+        Some(key) => variable(key),
+        None => format!("{ENV_PREFIX}TABLE__KEY"),
+    };
+    format!("the environment variable {name} is ignored; two underscores separate the parts of a name: {expected}")
+}
+
+fn from_flags(overrides: &[String], known: &Known) -> Result<Layer, ConfigError> {
+    let mut layer = Layer::default();
     for text in overrides {
         let place = format!("--set {text}");
         let (key, value) = text.split_once('=').ok_or_else(|| {
             ConfigError::Value(format!("{place}: expected KEY=VALUE, like camera.device=/dev/video2"))
         })?;
-        known.expect(key, || place.clone())?;
-        let (given, key) = (key, places.present_name(key.to_owned(), &place));
-        let is_given =
-            |name: &str| overrides.iter().any(|other| other.split_once('=').is_some_and(|(key, _)| key == name));
-        if given != key && is_given(&key) {
-            continue;
-        }
-        builder = builder.set_override(&key, value).map_err(|e| ConfigError::Value(e.to_string()))?;
-        places.outer.push((key, place));
+        layer.0.push(from_text(Key::parse(key.trim()), value, place, known)?);
     }
-    Ok(builder)
+    Ok(layer)
 }
 
-/// Returns, for each renamed key in the file, a TOML line under the new name, unless the file has that too. Adds a warning for
-/// each renamed key.
-fn renamed_in_file(path: &Path, text: &str, warnings: &mut Vec<String>) -> Vec<String> {
-    let Ok(document) = Document::parse(text) else { return Vec::new() };
-    let find = |key: &str| key.split('.').try_fold(document.as_item(), |item, name| item.get(name));
-    let mut renamed = Vec::new();
-    for (old, new) in RENAMED {
-        let Some(span) = find(old).and_then(toml_edit::Item::span) else { continue };
-        warnings.push(rename_warning(&format!("{}:{}", path.display(), line_of(text, span.start)), old, new));
-        if find(new).is_none() {
-            renamed.push(format!("{new} = {}\n", &text[span]));
-        }
-    }
-    renamed
+fn from_text(key: Key, text: &str, place: String, known: &Known) -> Result<Entry, ConfigError> {
+    let kind = known.kind(&key).ok_or_else(|| unknown(&place, &key, known))?;
+    let value = kind.parse(text).map_err(|reason| invalid(&place, &key, &format!("{text:?}"), &reason))?;
+    Ok(Entry { key, value, place })
 }
 
-fn rename_warning(place: &str, old: &str, new: &str) -> String {
-    format!("{place}: {old} is now called {new}; the old name still works")
+fn unknown(place: &str, key: &Key, known: &Known) -> ConfigError {
+    let key = key.to_string();
+    let hint = known.nearest(&key).map_or(String::new(), |nearest| format!(", did you mean `{nearest}`?"));
+    ConfigError::Unknown { place: place.into(), key, hint }
 }
 
-/// The places of settings: in the file, and in the layers over it, the outermost last.
-#[derive(Default)]
-pub struct Places<'a> {
-    file: Option<(&'a Path, String)>,
-    outer: Vec<(String, String)>,
-    /// Keys under an old name.
+fn invalid(place: &str, key: &Key, value: &str, reason: &WrongValue) -> ConfigError {
+    let value = value.chars().take(SHOWN_CHARS_MAX).collect();
+    ConfigError::Invalid { place: format!("{place}: "), key: key.to_string(), value, reason: reason.to_string() }
+}
+
+/// The places of the settings that are not defaults, the outermost layer's last.
+#[derive(Debug, Default)]
+pub struct Places {
+    places: Vec<(Key, String)>,
+    /// Keys under an old name, and variables that are ignored.
     warnings: Vec<String>,
 }
 
-impl Places<'_> {
+impl Places {
+    /// Adds the places of a layer's settings. A setting under its old name gets the present one, with a warning, or is left out
+    /// where the layer has that too.
+    fn add(&mut self, mut layer: Layer) -> Layer {
+        for (old, new) in RENAMED {
+            let (old_key, new_key) = (Key::parse(old), Key::parse(new));
+            let has_new = layer.0.iter().any(|entry| entry.key == new_key);
+            for entry in layer.0.iter().filter(|entry| entry.key == old_key) {
+                self.warnings.push(format!("{}: {old} is now called {new}; the old name still works", entry.place));
+            }
+            layer.0.retain(|entry| !(has_new && entry.key == old_key));
+            for entry in layer.0.iter_mut().filter(|entry| entry.key == old_key) {
+                entry.key = new_key.clone();
+            }
+        }
+        self.places.extend(layer.0.iter().map(|entry| (entry.key.clone(), entry.place.clone())));
+        layer
+    }
+
+    /// Adds a warning.
+    pub fn warn(&mut self, warning: String) {
+        self.warnings.push(warning);
+    }
+
     /// Adds the place of the value to an error of an invalid value.
     pub fn locate(&self, error: ConfigError) -> ConfigError {
         match error {
             ConfigError::Invalid { key, value, reason, .. } => {
                 // The value of a table is the name of the invalid entry.
-                let place = self.find(&format!("{key}.{value}")).or_else(|| self.find(key));
+                let table = Key::parse(&key);
+                let place = self.find(&table.child(&value)).or_else(|| self.find(&table));
                 let place = place.map_or(String::new(), |place| format!("{place}: "));
                 ConfigError::Invalid { place, key, value, reason }
             }
@@ -152,125 +235,18 @@ impl Places<'_> {
         }
     }
 
-    /// Returns a warning for each key under an old name, and for each removed environment variable.
+    /// Returns the place of the value that is in effect; `None` for a default.
+    pub fn find(&self, key: &Key) -> Option<&str> {
+        self.places.iter().rfind(|(there, _)| there == key).map(|(_, place)| place.as_str())
+    }
+
+    /// Returns the warnings, each once.
     pub fn into_warnings(self) -> Vec<String> {
-        self.warnings
-    }
-
-    /// Returns the present name of a key, with a warning if it is an old one.
-    fn present_name(&mut self, key: String, place: &str) -> String {
-        let Some((old, new)) = RENAMED.iter().find(|(old, _)| *old == key) else { return key };
-        self.warnings.push(rename_warning(place, old, new));
-        (*new).to_owned()
-    }
-
-    /// Returns the place of the value that is in effect.
-    fn find(&self, key: &str) -> Option<String> {
-        let outer = self.outer.iter().rfind(|(there, _)| there == key);
-        let old = RENAMED.iter().find(|(_, new)| *new == key).map(|(old, _)| *old);
-        outer.map(|(_, place)| place.clone()).or_else(|| self.line(key)).or_else(|| self.line(old?))
-    }
-
-    fn line(&self, key: &str) -> Option<String> {
-        let (path, text) = self.file.as_ref()?;
-        let document = Document::parse(text.as_str()).ok()?;
-        let mut item = document.as_item();
-        for name in key.split('.') {
-            item = item.get(name)?;
-        }
-        Some(format!("{}:{}", path.display(), line_of(text, item.span()?.start)))
-    }
-
-    /// Returns the error for a value of the wrong type, with key and place.
-    fn wrong_value(&self, error: &config::ConfigError) -> ConfigError {
-        let (key, reason) = match error {
-            config::ConfigError::At { key: Some(key), error, .. } => (key, error.to_string()),
-            config::ConfigError::Type { key: Some(key), unexpected, expected, .. } => {
-                (key, format!("invalid type: {unexpected}, expected {expected}"))
-            }
-            other => return ConfigError::Value(other.to_string()),
-        };
-        let place = self.find(key).map_or(String::new(), |place| format!("{place}: "));
-        ConfigError::Value(format!("{place}{key}: {reason}"))
-    }
-}
-
-/// The keys of the defaults.
-struct Known(Vec<String>);
-
-impl Known {
-    fn from_defaults(defaults: &str) -> Self {
-        let defaults = Document::parse(defaults).expect("the defaults inside the program are TOML");
-        let mut keys = Vec::new();
-        walk("", defaults.as_table(), &mut |key, _| keys.push(key.to_owned()));
-        Known(keys)
-    }
-
-    /// Refuses the first unknown key of a file, with its line.
-    fn expect_file(&self, path: &Path, text: &str) -> Result<(), ConfigError> {
-        let at = |span: Option<Range<usize>>| match span {
-            Some(span) => format!("{}:{}", path.display(), line_of(text, span.start)),
-            None => path.display().to_string(),
-        };
-        let document = Document::parse(text)
-            .map_err(|e| ConfigError::Syntax { place: at(e.span()), reason: e.message().trim().to_owned() })?;
-        let mut found = Ok(());
-        walk("", document.as_table(), &mut |key, span| {
-            if found.is_ok() {
-                found = self.expect(key, || at(span));
-            }
-        });
-        found
-    }
-
-    /// Refuses an unknown key; the names of classes and groups are free.
-    fn expect(&self, key: &str, place: impl FnOnce() -> String) -> Result<(), ConfigError> {
-        let threshold = |class: &str| matches!(class.rsplit_once('.'), None | Some((_, "enter" | "leave")));
-        let group = |name: &str| !name.contains('.');
-        let free = key == "decide.classes"
-            || key.strip_prefix("decide.classes.").is_some_and(threshold)
-            || key.strip_prefix("fleet.groups.").is_some_and(group);
-        let renamed = RENAMED.iter().any(|(old, _)| *old == key);
-        if free || renamed || self.0.iter().any(|known| known == key) {
-            return Ok(());
-        }
-        let nearest = self
-            .0
-            .iter()
-            .map(|known| (distance(known, key), known))
-            .min_by_key(|(far, _)| *far)
-            .filter(|(far, _)| *far <= 3);
-        let hint = nearest.map_or(String::new(), |(_, nearest)| format!(", did you mean `{nearest}`?"));
-        Err(ConfigError::Unknown { place: place(), key: key.into(), hint })
-    }
-}
-
-/// Visits every key below `table`, a table before its keys, each with its span in the text.
-fn walk(prefix: &str, table: &dyn TableLike, visit: &mut dyn FnMut(&str, Option<Range<usize>>)) {
-    for (name, item) in table.iter() {
-        let key = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}.{name}") };
-        visit(&key, table.get_key_value(name).and_then(|(key, _)| key.span()).or(item.span()));
-        if let Some(inner) = item.as_table_like() {
-            walk(&key, inner, visit);
-        }
+        let mut seen = HashSet::new();
+        self.warnings.into_iter().filter(|warning| seen.insert(warning.clone())).collect()
     }
 }
 
 fn line_of(text: &str, offset: usize) -> usize {
     text.as_bytes()[..offset.min(text.len())].iter().filter(|byte| **byte == b'\n').count() + 1
-}
-
-/// Returns the Levenshtein distance.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let changed = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 use crate::camera::PixelFormat;
 use crate::vision::backbone::KernelChoice;
@@ -120,6 +119,7 @@ pub(super) struct MqttTable {
     pub port: u16,
     pub base: String,
     pub credentials_file: PathBuf,
+    pub connect_timeout_s: u64,
     pub keep_alive_s: u64,
     pub reconnect_ms_min: u64,
     pub reconnect_ms_max: u64,
@@ -128,9 +128,6 @@ pub(super) struct MqttTable {
     pub outbox_entries_max: usize,
     pub outbox_bytes_max: usize,
     pub shutdown_timeout_ms: u64,
-    /// The old name of `shutdown_timeout_ms`; [`super::layers`] has passed its value on.
-    #[serde(default, rename = "farewell_ms")]
-    pub _farewell_ms: Option<IgnoredAny>,
     pub discovery: DiscoveryTable,
 }
 
@@ -139,6 +136,7 @@ pub(super) struct MqttTable {
 pub(super) struct DiscoveryTable {
     pub enabled: bool,
     pub prefix: String,
+    pub status_topic: String,
 }
 
 #[derive(Debug, Clone, Deserialize)]

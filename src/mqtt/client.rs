@@ -5,7 +5,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use rumqttc::{Connection, Event, Packet, QoS, SubscribeFilter, SubscribeReasonCode};
+use rumqttc::{AsyncClient, Event, EventLoop, Packet, QoS, SubscribeFilter, SubscribeReasonCode};
+use tokio::runtime::Builder;
 
 use super::access::{BrokerAccess, reason};
 
@@ -15,8 +16,8 @@ const MESSAGES_MAX: usize = 256;
 const WAITING_MAX: usize = 64;
 /// The most filters in one SUBSCRIBE packet.
 const FILTERS_MAX: usize = 16;
-/// The longest wait for the connection and the SUBACK.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The longest wait for a SUBACK, on top of that for the connection.
+const SUBACK_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest packet from the broker, in bytes.
 const INCOMING_BYTES_MAX: usize = 1 << 20;
 
@@ -34,11 +35,13 @@ pub struct Message {
 /// An error of the connection to the broker.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The SUBACK does not arrive within 10 s.
-    #[error("broker {broker}: no answer to the subscription within {} s", CONNECT_TIMEOUT.as_secs())]
+    /// The SUBACK does not arrive in time.
+    #[error("broker {broker}: no answer to the subscription within {} s", waited.as_secs())]
     Timeout {
         /// Host and port of the broker.
         broker: String,
+        /// The longest wait.
+        waited: Duration,
     },
     /// The connection fails or is closed.
     #[error("broker {broker}: {reason}")]
@@ -70,11 +73,13 @@ enum Incoming {
 
 /// One connection with its subscriptions. It is closed when it is dropped; it does not reconnect.
 pub struct Client {
-    client: rumqttc::Client,
+    client: AsyncClient,
     incoming: Receiver<Incoming>,
     /// Messages that arrived before the SUBACK.
     early: VecDeque<Message>,
     broker: String,
+    /// The longest wait for the connection and a SUBACK.
+    subscribe_timeout: Duration,
 }
 
 impl Client {
@@ -84,14 +89,26 @@ impl Client {
     /// If the connection fails, the SUBACK does not arrive in time, the broker refuses a filter, or the thread cannot be
     /// started.
     pub fn connect(access: &BrokerAccess, filters: &[String]) -> Result<Self, ClientError> {
-        let mut options = access.options(format!("bloomcast-{:x}", fastrand::u64(..)), INCOMING_BYTES_MAX);
+        let mut options = access.options(&format!("bloomcast-{:x}", fastrand::u64(..)), INCOMING_BYTES_MAX);
         options.set_inflight(WAITING_MAX as u16);
-        let (client, connection) = rumqttc::Client::new(options, WAITING_MAX);
+        let (client, event_loop) = AsyncClient::new(options, WAITING_MAX);
         let (sender, incoming) = sync_channel(MESSAGES_MAX);
-        let mut this = Client { client, incoming, early: VecDeque::new(), broker: access.to_string() };
+        let mut this = Client {
+            client,
+            incoming,
+            early: VecDeque::new(),
+            broker: access.to_string(),
+            subscribe_timeout: access.connect_timeout + SUBACK_TIMEOUT,
+        };
+        let runtime = Builder::new_current_thread().enable_all().build().map_err(ClientError::Thread)?;
+        let access = access.clone();
         thread::Builder::new()
             .name("mqtt-client".into())
-            .spawn(move || forward(connection, &sender))
+            .spawn(move || {
+                runtime.block_on(forward(event_loop, access, &sender));
+                // A drop would wait for a pending name lookup.
+                runtime.shutdown_background();
+            })
             .map_err(ClientError::Thread)?;
         for filters in filters.chunks(FILTERS_MAX) {
             this.subscribe(filters)?;
@@ -104,7 +121,7 @@ impl Client {
         let subscriptions = filters.iter().map(|filter| SubscribeFilter::new(filter.clone(), QoS::AtLeastOnce));
         self.client.try_subscribe_many(subscriptions).map_err(|e| self.broken(e.to_string()))?;
         loop {
-            match self.incoming.recv_timeout(CONNECT_TIMEOUT) {
+            match self.incoming.recv_timeout(self.subscribe_timeout) {
                 Ok(Incoming::Subscribed(None)) => return Ok(()),
                 Ok(Incoming::Subscribed(Some(refused))) => {
                     let filter = filters.get(refused).cloned().unwrap_or_default();
@@ -112,7 +129,10 @@ impl Client {
                 }
                 Ok(Incoming::Message(message)) => self.early.push_back(message),
                 Ok(Incoming::Broken(reason)) => return Err(self.broken(reason)),
-                Err(RecvTimeoutError::Timeout) => return Err(ClientError::Timeout { broker: self.broker.clone() }),
+                Err(RecvTimeoutError::Timeout) => {
+                    let (broker, waited) = (self.broker.clone(), self.subscribe_timeout);
+                    return Err(ClientError::Timeout { broker, waited });
+                }
                 Err(RecvTimeoutError::Disconnected) => return Err(self.broken("the connection is closed".into())),
             }
         }
@@ -151,24 +171,27 @@ impl Drop for Client {
     }
 }
 
-/// Forwards received packets until the connection breaks or the receiver is dropped.
-fn forward(mut connection: Connection, incoming: &SyncSender<Incoming>) {
-    for event in connection.iter() {
+/// Connects, then forwards received packets until the connection breaks or the receiver is dropped.
+async fn forward(mut event_loop: EventLoop, access: BrokerAccess, incoming: &SyncSender<Incoming>) {
+    let mut event = access.connect(&mut event_loop).await;
+    loop {
         let message = match event {
             Ok(Event::Incoming(Packet::SubAck(ack))) => {
-                Incoming::Subscribed(ack.return_codes.iter().position(|code| *code == SubscribeReasonCode::Failure))
+                let refused = ack.return_codes.iter().position(|code| *code == SubscribeReasonCode::Failure);
+                Some(Incoming::Subscribed(refused))
             }
-            Ok(Event::Incoming(Packet::Publish(publish))) => Incoming::Message(Message {
+            Ok(Event::Incoming(Packet::Publish(publish))) => Some(Incoming::Message(Message {
                 topic: publish.topic,
                 payload: publish.payload.to_vec(),
                 received_at: SystemTime::now(),
-            }),
-            Ok(_) => continue,
-            Err(error) => Incoming::Broken(reason(&error)),
+            })),
+            Ok(_) => None,
+            Err(error) => Some(Incoming::Broken(reason(&error))),
         };
-        let failed = matches!(message, Incoming::Broken(_));
-        if incoming.send(message).is_err() || failed {
+        let failed = matches!(message, Some(Incoming::Broken(_)));
+        if message.is_some_and(|message| incoming.send(message).is_err()) || failed {
             return;
         }
+        event = event_loop.poll().await;
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-use rumqttc::{AsyncClient, ConnectionError, Event, EventLoop, LastWill, Outgoing, Packet, QoS};
+use rumqttc::{AsyncClient, ConnectionError, Event, EventLoop, LastWill, Outgoing, Packet, QoS, StateError, mqttbytes};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tracing::{debug, error};
@@ -47,6 +47,8 @@ pub(super) enum InFlight {
     State,
     /// A retained message that is published again on the next connection.
     Other,
+    /// An empty message on a former topic of discovery.
+    EmptyDiscovery,
 }
 
 /// The end of a connection.
@@ -54,6 +56,9 @@ pub(super) enum InFlight {
 pub(super) enum Disconnected {
     #[error("{0}")]
     Broken(String),
+    /// The broker sent a packet that this client does not accept, for example one that is too large.
+    #[error("the broker sent a packet that is not accepted: {0}")]
+    InvalidPacket(String),
     #[error("cannot queue a packet: {0}")]
     Queue(#[from] rumqttc::ClientError),
     #[error("the broker closed the connection")]
@@ -62,7 +67,7 @@ pub(super) enum Disconnected {
     TaskEnded,
 }
 
-/// A connection and the messages in flight on it.
+/// A connection and the messages in flight on it. A reload that changes none of its options hands it to the next client.
 pub(super) struct Connection {
     client: AsyncClient,
     events: mpsc::Receiver<Result<Event, ConnectionError>>,
@@ -75,6 +80,10 @@ pub(super) struct Connection {
     subscribing: VecDeque<String>,
     /// Messages that were sent, by packet id.
     sent: HashMap<u16, InFlight>,
+    /// The retained messages that were published last, by topic.
+    retained: HashMap<String, Vec<u8>>,
+    /// Topic and size in bytes of the largest message since nothing was in flight.
+    largest: Option<(String, usize)>,
 }
 
 impl Drop for Connection {
@@ -86,7 +95,7 @@ impl Drop for Connection {
 impl Connection {
     /// Starts to connect, with `offline` as the last will.
     pub fn open(options: &ConnectionOptions, topics: &Topics) -> Self {
-        let mut mqtt = options.access.options(format!("bloomcast-{}", topics.device()), INCOMING_BYTES_MAX);
+        let mut mqtt = options.access.options(&format!("bloomcast-{}", topics.device()), INCOMING_BYTES_MAX);
         mqtt.set_inflight(options.inflight_max + OTHERS_MAX);
         mqtt.set_last_will(LastWill::new(topics.status(), OFFLINE, QoS::AtLeastOnce, true));
         let inflight_max = usize::from(options.inflight_max);
@@ -95,12 +104,14 @@ impl Connection {
         Connection {
             client,
             events,
-            poller: tokio::spawn(poll(event_loop, sender)),
+            poller: tokio::spawn(poll(event_loop, options.access.clone(), sender)),
             packet_bytes_max: options.access.packet_bytes_max,
             inflight_max,
             queued: VecDeque::new(),
             subscribing: VecDeque::new(),
             sent: HashMap::new(),
+            retained: HashMap::new(),
+            largest: None,
         }
     }
 
@@ -113,6 +124,12 @@ impl Connection {
             Some(Ok(event)) => {
                 debug!("{event:?}");
                 Ok(event)
+            }
+            // An I/O error while a packet is read is of this kind as well.
+            Some(Err(ConnectionError::MqttState(StateError::Deserialization(error))))
+                if !matches!(error, mqttbytes::Error::Io(_) | mqttbytes::Error::InsufficientBytes(_)) =>
+            {
+                Err(Disconnected::InvalidPacket(error.to_string()))
             }
             Some(Err(error)) => Err(Disconnected::Broken(reason(&error))),
             None => Err(Disconnected::TaskEnded),
@@ -140,14 +157,18 @@ impl Connection {
         Ok(self.client.try_subscribe(filter, QoS::AtLeastOnce)?)
     }
 
+    /// Asks for an answer that the broker gives after the retained messages of the subscriptions before: it unsubscribes from a
+    /// topic that was never subscribed to.
+    ///
+    /// # Errors
+    /// If the client's queue is full or closed.
+    pub fn request_unsuback(&self, topics: &Topics) -> Result<(), Disconnected> {
+        Ok(self.client.try_unsubscribe(format!("{}/none", topics.root()))?)
+    }
+
     /// Removes and returns the oldest pending filter, which the received SUBACK answers.
     pub fn subscribed(&mut self) -> String {
         self.subscribing.pop_front().unwrap_or_default()
-    }
-
-    /// Whether the broker has answered every subscription.
-    pub fn all_subscribed(&self) -> bool {
-        self.subscribing.is_empty()
     }
 
     /// Whether a message is within the largest packet that is sent.
@@ -164,20 +185,48 @@ impl Connection {
     ///
     /// # Errors
     /// If the client's queue is full or closed.
-    pub fn publish(
-        &mut self,
-        topic: &str,
-        retain: bool,
-        payload: Vec<u8>,
-        message: InFlight,
-    ) -> Result<(), Disconnected> {
-        if !self.fits(topic, &payload) {
-            error!("{topic}: {} bytes, more than mqtt.packet_bytes_max allows; not published", payload.len());
+    pub fn publish(&mut self, topic: &str, payload: Vec<u8>, message: InFlight) -> Result<(), Disconnected> {
+        self.send(topic, false, payload, message)
+    }
+
+    /// Publishes a retained message with QoS 1, unless it equals the last one on its topic.
+    ///
+    /// # Errors
+    /// As [`Self::publish`].
+    pub fn publish_retained(&mut self, topic: &str, payload: Vec<u8>, message: InFlight) -> Result<(), Disconnected> {
+        if self.retained.get(topic) == Some(&payload) {
+            return Ok(());
+        }
+        self.retained.insert(topic.to_owned(), payload.clone());
+        self.send(topic, true, payload, message)
+    }
+
+    /// Forgets the published retained messages, so that each is published again.
+    pub fn forget_retained(&mut self) {
+        self.retained.clear();
+    }
+
+    fn send(&mut self, topic: &str, retain: bool, payload: Vec<u8>, message: InFlight) -> Result<(), Disconnected> {
+        let bytes = topic.len() + payload.len() + PUBLISH_OVERHEAD;
+        if bytes > self.packet_bytes_max {
+            error!(
+                "{topic}: a message of {bytes} bytes, mqtt.packet_bytes_max is {}; not published",
+                self.packet_bytes_max
+            );
             return Ok(());
         }
         self.client.try_publish(topic, QoS::AtLeastOnce, retain, payload)?;
         self.queued.push_back(message);
+        if self.largest.as_ref().is_none_or(|(_, largest)| bytes > *largest) {
+            self.largest = Some((topic.to_owned(), bytes));
+        }
         Ok(())
+    }
+
+    /// Returns topic and size in bytes of the largest message that was published since nothing was in flight: if the broker
+    /// closed the connection because of a message, it is likely this one.
+    pub fn largest_unacknowledged(&self) -> Option<(&str, usize)> {
+        self.largest.as_ref().map(|(topic, bytes)| (topic.as_str(), *bytes))
     }
 
     /// Records that the client gave the oldest queued message this packet id and sent it.
@@ -189,7 +238,11 @@ impl Connection {
 
     /// Takes the message that a PUBACK acknowledges.
     pub fn acknowledged(&mut self, id: u16) -> Option<InFlight> {
-        self.sent.remove(&id)
+        let message = self.sent.remove(&id);
+        if self.is_idle() {
+            self.largest = None;
+        }
+        message
     }
 
     /// Returns whether a message like this is queued or in flight.
@@ -215,13 +268,14 @@ impl Connection {
     }
 }
 
-/// Polls the event loop in a task of its own: a poll that is cancelled may leave a packet partly written.
-async fn poll(mut event_loop: EventLoop, events: mpsc::Sender<Result<Event, ConnectionError>>) {
+/// Connects and polls the event loop, in a task of its own: a poll that is cancelled may leave a packet partly written.
+async fn poll(mut event_loop: EventLoop, access: BrokerAccess, events: mpsc::Sender<Result<Event, ConnectionError>>) {
+    let mut event = access.connect(&mut event_loop).await;
     loop {
-        let event = event_loop.poll().await;
         let failed = event.is_err();
         if events.send(event).await.is_err() || failed {
             return;
         }
+        event = event_loop.poll().await;
     }
 }

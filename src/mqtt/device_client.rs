@@ -10,19 +10,21 @@ use std::time::{Duration, Instant};
 
 use rumqttc::{Event, Outgoing, Packet, Publish, SubscribeReasonCode};
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, sleep_until, timeout};
 use tracing::{debug, error, info, warn};
 
 use super::connection::{Connection, ConnectionOptions, Disconnected, InFlight};
-use super::discovery;
+use super::discovery::{self, DiscoveryOptions};
+use super::discovery_record::DiscoveryRecord;
 use super::message::{Encoder, OFFLINE, ONLINE};
 use super::outbox::{Entry, Outbox, Sequence};
 use super::setting;
+use super::subscriptions::{Subscriptions, Suspicion};
 use super::topics::{Request, Topics};
 use crate::decide::Observation;
-use crate::system::Counters;
+use crate::system::{Counters, LogLimiter};
 use crate::vision::Labels;
-use crate::vision_stage::Setting;
+use crate::vision_stage::{ActiveSettings, Setting};
 
 /// The retained messages about a model, held back until the newest observation has this model's version.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,12 +69,16 @@ pub struct DeviceClient {
     pub topics: Topics,
     /// Encodes the state.
     pub encoder: Encoder,
-    /// Whether Home Assistant's discovery is published.
-    pub discovery: bool,
+    /// Home Assistant's discovery.
+    pub discovery: DiscoveryOptions,
+    /// The topics on which discovery was published.
+    pub discovery_record: DiscoveryRecord,
     /// The messages about the model.
     pub announcements: Announcements,
     /// The newest observation.
     pub state: watch::Receiver<Observation>,
+    /// The settings in force.
+    pub active_settings: watch::Receiver<ActiveSettings>,
     /// Events.
     pub outbox: Outbox,
     /// Answers of the update agent.
@@ -83,6 +89,33 @@ pub struct DeviceClient {
     pub commands: CommandSink,
     /// Counts connections and events.
     pub counters: Arc<Counters>,
+    /// Limits the log lines about messages that are refused.
+    pub refused: LogLimiter,
+}
+
+/// The end that a client is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// None: it runs.
+    No,
+    /// It drains the outboxes, publishes `offline` and disconnects.
+    Disconnect,
+    /// It leaves its connection to the next client.
+    HandOver,
+}
+
+/// A connection and the state of its subscriptions.
+pub struct KeptConnection {
+    connection: Connection,
+    subscriptions: Subscriptions,
+}
+
+/// A client that has stopped.
+pub struct StoppedClient {
+    /// The connection, after [`Stop::HandOver`] and if there was one.
+    pub connection: Option<KeptConnection>,
+    /// The topics on which discovery was published.
+    pub discovery_record: DiscoveryRecord,
 }
 
 /// The newest announcement, held back until an observation of its model is available.
@@ -129,11 +162,19 @@ struct Broken {
 }
 
 impl DeviceClient {
-    /// Connects again and again until `stop` is set or its sender dropped, then drains the outboxes and disconnects.
-    pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
+    /// Continues a connection of an earlier client, if there is one, and connects again and again until `stop` is set or its
+    /// sender dropped.
+    pub async fn run(mut self, kept: Option<KeptConnection>, mut stop: watch::Receiver<Stop>) -> StoppedClient {
+        let (mut kept, mut subscriptions) = match kept {
+            Some(KeptConnection { connection, subscriptions }) => (Some(connection), subscriptions),
+            None => {
+                let one_by_one = self.topics.single_request_filters(setting::NAMES);
+                (None, Subscriptions::new(self.topics.request_filters(), one_by_one))
+            }
+        };
         let mut pause = self.options.reconnect_min;
         let connection = loop {
-            let lasted = match self.connect(&mut stop).await {
+            let lasted = match self.connect(kept.take(), &mut subscriptions, &mut stop).await {
                 Ok(connection) => break connection,
                 Err(Broken { error, lasted }) => {
                     warn!("broker {}: {error}", self.options.access);
@@ -151,25 +192,64 @@ impl DeviceClient {
             }
             pause = (pause * 2).min(self.options.reconnect_max);
         };
+        if *stop.borrow() == Stop::HandOver {
+            let connection = connection.map(|connection| KeptConnection { connection, subscriptions });
+            return StoppedClient { connection, discovery_record: self.discovery_record };
+        }
         let shutdown_timeout = self.options.shutdown_timeout;
         if timeout(shutdown_timeout, self.shut_down(connection)).await.is_err() {
             warn!("the broker did not acknowledge everything within {} ms", shutdown_timeout.as_millis());
         }
+        StoppedClient { connection: None, discovery_record: self.discovery_record }
     }
 
     /// Runs one connection until it breaks or `stop` is set; returns it in the latter case, if it was accepted.
-    async fn connect(&mut self, stop: &mut watch::Receiver<bool>) -> Result<Option<Connection>, Broken> {
-        let mut connection = self.open();
-        tokio::select! {
-            accepted = connection.accepted() => accepted.map_err(|error| Broken { error, lasted: Duration::ZERO })?,
-            () = stopped(stop) => return Ok(None),
-        }
+    async fn connect(
+        &mut self,
+        kept: Option<Connection>,
+        subscriptions: &mut Subscriptions,
+        stop: &mut watch::Receiver<Stop>,
+    ) -> Result<Option<Connection>, Broken> {
         let began = Instant::now();
-        self.counters.connections.add(1);
-        info!("connected to {} as {}", self.options.access, self.topics.device());
-        match self.serve(&mut connection, stop).await {
-            Ok(()) => Ok(Some(connection)),
-            Err(error) => Err(Broken { error, lasted: began.elapsed() }),
+        let is_new = kept.is_none();
+        let mut connection = kept.unwrap_or_else(|| self.open());
+        if is_new {
+            tokio::select! {
+                accepted = connection.accepted() => accepted.map_err(|error| Broken { error, lasted: Duration::ZERO })?,
+                () = stopped(stop) => return Ok(None),
+            }
+            self.counters.connections.add(1);
+            info!("connected to {} as {}", self.options.access, self.topics.device());
+        }
+        let served = match self.begin(&mut connection, is_new, subscriptions) {
+            Ok(()) => self.serve(&mut connection, subscriptions, stop).await,
+            Err(error) => Err(error),
+        };
+        let Err(error) = served else { return Ok(Some(connection)) };
+        if let Some((topic, bytes)) = connection.largest_unacknowledged()
+            && matches!(error, Disconnected::Broken(_) | Disconnected::ByBroker)
+        {
+            warn!(
+                "the largest message that the broker did not acknowledge: {bytes} bytes on {topic}; if the broker has a limit below this, set mqtt.packet_bytes_max to it"
+            );
+        }
+        self.suspect(subscriptions, &error);
+        Err(Broken { error, lasted: began.elapsed() })
+    }
+
+    /// Draws the conclusion from a connection that broke, if it broke right after a subscription.
+    fn suspect(&self, subscriptions: &mut Subscriptions, error: &Disconnected) {
+        let invalid_packet = matches!(error, Disconnected::InvalidPacket(_));
+        match subscriptions.broken(invalid_packet, Instant::now()) {
+            None => {}
+            Some(Suspicion::OneByOne) => warn!(
+                "a retained message below {} probably breaks the connection; subscribing to the topics one by one",
+                self.topics.root()
+            ),
+            Some(Suspicion::LeftOut(filter, wait)) => error!(
+                "a retained message on {filter} breaks the connection; messages there are not received for {} minutes. Remove it with `mosquitto_pub -r -n -t TOPIC`",
+                wait.as_secs() / 60
+            ),
         }
     }
 
@@ -179,6 +259,53 @@ impl DeviceClient {
         self.agent_outbox.rewind();
         self.announcements.pending = true;
         Connection::open(&self.options, &self.topics)
+    }
+
+    /// Publishes the retained messages and, on a new connection, subscribes.
+    fn begin(
+        &mut self,
+        connection: &mut Connection,
+        is_new: bool,
+        subscriptions: &mut Subscriptions,
+    ) -> Result<(), Disconnected> {
+        let present = self.discovery_topic();
+        for topic in self.discovery_record.outdated(present.as_deref()) {
+            info!("emptying the former discovery topic {topic}");
+            connection.publish_retained(&topic, Vec::new(), InFlight::EmptyDiscovery)?;
+        }
+        self.publish_state(connection)?;
+        self.publish_settings(connection)?;
+        // On a connection of an earlier client, too: the topic may have changed.
+        if self.discovery.enabled {
+            connection.subscribe(self.discovery.status_topic.clone())?;
+        }
+        // Before `online`: a client that sees `online` may send a command at once.
+        if is_new {
+            let filters = subscriptions.begin(Instant::now());
+            self.subscribe(connection, filters)?;
+        } else {
+            // The agent is another one than before the reload.
+            (self.commands)(Command::Connected);
+        }
+        connection.publish_retained(&self.topics.status(), ONLINE.into(), InFlight::Other)?;
+        self.publish_waiting(connection)
+    }
+
+    fn subscribe(&self, connection: &mut Connection, filters: Vec<String>) -> Result<(), Disconnected> {
+        if filters.is_empty() {
+            return Ok(());
+        }
+        filters.into_iter().try_for_each(|filter| connection.subscribe(filter))?;
+        connection.request_unsuback(&self.topics)
+    }
+
+    /// Publishes all retained messages again.
+    fn publish_again(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
+        connection.forget_retained();
+        self.announcements.pending = true;
+        self.publish_state(connection)?;
+        self.publish_settings(connection)?;
+        connection.publish_retained(&self.topics.status(), ONLINE.into(), InFlight::Other)
     }
 
     /// Drains the outboxes on the present connection. Without one, or if it breaks, connects again while messages are left;
@@ -206,27 +333,45 @@ impl DeviceClient {
     async fn serve(
         &mut self,
         connection: &mut Connection,
-        stop: &mut watch::Receiver<bool>,
+        subscriptions: &mut Subscriptions,
+        stop: &mut watch::Receiver<Stop>,
     ) -> Result<(), Disconnected> {
-        self.publish_state(connection)?;
-        // Before `online`: a client that sees `online` may send a command at once.
-        self.topics.request_filters().into_iter().try_for_each(|filter| connection.subscribe(filter))?;
-        connection.publish(&self.topics.status(), true, ONLINE.into(), InFlight::Other)?;
-        self.publish_waiting(connection)?;
         loop {
+            self.refused.flush();
             tokio::select! {
-                event = connection.next() => self.handle(connection, event?)?,
+                event = connection.next() => {
+                    let event = event?;
+                    if let Event::Incoming(Packet::UnsubAck(_)) = event {
+                        self.delivered(connection, subscriptions)?;
+                    }
+                    self.handle(connection, event)?;
+                }
                 Ok(()) = self.announcements.changed() => {
                     self.publish_announcement(connection, self.observed_version())?;
                 }
                 Ok(()) = self.state.changed(), if !connection.is_in_flight(InFlight::State) => {
                     self.publish_state(connection)?;
                 }
+                Ok(()) = self.active_settings.changed() => self.publish_settings(connection)?,
                 () = self.outbox.changed() => self.publish_waiting(connection)?,
                 () = self.agent_outbox.changed() => self.publish_waiting(connection)?,
+                () = wait_until(subscriptions.retry_at()), if subscriptions.is_complete() => {
+                    let filters = subscriptions.retry(Instant::now());
+                    self.subscribe(connection, filters)?;
+                }
                 () = stopped(stop) => return Ok(()),
             }
         }
+    }
+
+    /// Subscribes to the next filters after the retained messages of those before were delivered.
+    fn delivered(&self, connection: &mut Connection, subscriptions: &mut Subscriptions) -> Result<(), Disconnected> {
+        let filters = subscriptions.delivered();
+        self.subscribe(connection, filters)?;
+        if subscriptions.is_complete() {
+            (self.commands)(Command::Connected);
+        }
+        Ok(())
     }
 
     /// Publishes the last state, the remaining events and answers, and `offline`; waits for the acknowledgements; disconnects.
@@ -240,7 +385,7 @@ impl DeviceClient {
             let event = connection.next().await?;
             self.handle(connection, event)?;
         }
-        connection.publish(&self.topics.status(), true, OFFLINE.into(), InFlight::Other)?;
+        connection.publish_retained(&self.topics.status(), OFFLINE.into(), InFlight::Other)?;
         while !connection.is_idle() {
             let event = connection.next().await?;
             self.handle(connection, event)?;
@@ -253,14 +398,29 @@ impl DeviceClient {
         // Read first: the announcement of the model that it names precedes it.
         let observation = self.state.borrow_and_update().clone();
         self.publish_announcement(connection, observation.model)?;
-        connection.publish(&self.topics.state(), true, self.encoder.state(&observation), InFlight::State)
+        connection.publish_retained(&self.topics.state(), self.encoder.state(&observation), InFlight::State)
+    }
+
+    fn publish_settings(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
+        let payload = Encoder::settings(&self.active_settings.borrow_and_update());
+        connection.publish_retained(&self.topics.settings(), payload, InFlight::Other)
+    }
+
+    /// Returns the topic on which discovery is published.
+    fn discovery_topic(&self) -> Option<String> {
+        self.discovery.enabled.then(|| self.topics.discovery())
     }
 
     /// Publishes the announcement of the model of this version if it is due. It precedes every message that names the model.
     fn publish_announcement(&mut self, connection: &mut Connection, version: u64) -> Result<(), Disconnected> {
         let Some(announcement) = self.announcements.due(version) else { return Ok(()) };
-        let messages = announcement.messages(&self.topics, self.discovery);
-        messages.into_iter().try_for_each(|(topic, payload)| connection.publish(&topic, true, payload, InFlight::Other))
+        if let Some(topic) = self.discovery_topic() {
+            self.discovery_record.add(&topic);
+        }
+        let messages = announcement.messages(&self.topics, self.discovery.enabled);
+        messages
+            .into_iter()
+            .try_for_each(|(topic, payload)| connection.publish_retained(&topic, payload, InFlight::Other))
     }
 
     /// Returns the version of the model that the newest observation names.
@@ -285,7 +445,7 @@ impl DeviceClient {
             let Some(Entry { sequence, topic, payload }) = outbox.take_next() else { break };
             self.publish_announcement(connection, self.observed_version())?;
             if connection.fits(&topic, &payload) {
-                connection.publish(&topic, false, payload, message(sequence))?;
+                connection.publish(&topic, payload, message(sequence))?;
             } else {
                 let bytes = payload.len();
                 error!("{topic}: {bytes} bytes, more than mqtt.packet_bytes_max allows; the message is lost");
@@ -302,11 +462,22 @@ impl DeviceClient {
         match event {
             Event::Outgoing(Outgoing::Publish(id)) => connection.sent(id),
             Event::Incoming(Packet::PubAck(ack)) => {
-                self.acknowledge(connection.acknowledged(ack.pkid));
+                let message = connection.acknowledged(ack.pkid);
+                self.acknowledge(message);
+                if message == Some(InFlight::EmptyDiscovery) && !connection.is_in_flight(InFlight::EmptyDiscovery) {
+                    self.discovery_record.keep(self.discovery_topic().as_deref());
+                }
                 self.publish_waiting(connection)?;
             }
+            // A retained one is from before this connection, which has published everything.
+            Event::Incoming(Packet::Publish(publish))
+                if publish.topic == self.discovery.status_topic && publish.payload == ONLINE && !publish.retain =>
+            {
+                info!("{}: {ONLINE}; publishing all retained messages again", publish.topic);
+                self.publish_again(connection)?;
+            }
             Event::Incoming(Packet::Publish(publish)) => self.receive(&publish),
-            Event::Incoming(Packet::SubAck(ack)) => self.subscribed(connection, &ack.return_codes),
+            Event::Incoming(Packet::SubAck(ack)) => subscribed(connection, &ack.return_codes),
             Event::Incoming(Packet::Disconnect) => return Err(Disconnected::ByBroker),
             _ => {}
         }
@@ -321,25 +492,15 @@ impl DeviceClient {
         }
     }
 
-    fn subscribed(&self, connection: &mut Connection, codes: &[SubscribeReasonCode]) {
-        let filter = connection.subscribed();
-        if codes.contains(&SubscribeReasonCode::Failure) {
-            warn!("the broker refuses the subscription to {filter}: messages there are not received");
-        }
-        if connection.all_subscribed() {
-            (self.commands)(Command::Connected);
-        }
-    }
-
-    fn receive(&self, publish: &Publish) {
+    fn receive(&mut self, publish: &Publish) {
         let topic = publish.topic.as_str();
         let Some(request) = self.topics.parse_request(topic) else { return };
         let payload = publish.payload.to_vec();
         let command = match request {
-            Request::Set(name) => return self.set(topic, name, &payload),
-            Request::Offer | Request::Rollback if publish.retain => {
-                return warn!("{topic}: retained message ignored: a request must not be retained");
+            Request::Set(_) | Request::Offer | Request::Rollback if publish.retain => {
+                return self.refused.warn(format!("{topic}: retained message refused: a request must not be retained"));
             }
+            Request::Set(name) => return self.set(topic, name, &payload),
             Request::Offer => Command::Offer(payload),
             Request::Rollback => Command::Rollback(payload),
             Request::Chunk(number) => Command::Chunk(number, payload),
@@ -349,22 +510,38 @@ impl DeviceClient {
         }
     }
 
-    fn set(&self, topic: &str, name: &str, payload: &[u8]) {
+    fn set(&mut self, topic: &str, name: &str, payload: &[u8]) {
         match setting::parse(name, payload) {
             Ok(setting) => {
                 if self.settings.try_send(setting).is_err() {
-                    warn!("{topic}: setting dropped, too many at once");
+                    self.refused.warn(format!("{topic}: setting dropped, too many at once"));
                 }
             }
-            Err(error) => warn!("{topic}: {error}"),
+            Err(error) => self.refused.warn(format!("{topic}: {error}")),
         }
     }
 }
 
+/// Warns where the broker refuses a subscription.
+fn subscribed(connection: &mut Connection, codes: &[SubscribeReasonCode]) {
+    let filter = connection.subscribed();
+    if codes.contains(&SubscribeReasonCode::Failure) {
+        warn!("the broker refuses the subscription to {filter}: messages there are not received");
+    }
+}
+
 /// Returns once `stop` is set or its sender dropped.
-async fn stopped(stop: &mut watch::Receiver<bool>) {
+async fn stopped(stop: &mut watch::Receiver<Stop>) {
     // An error means that the sender was dropped, which is a stop as well.
-    let _ = stop.wait_for(|stop| *stop).await;
+    let _ = stop.wait_for(|stop| *stop != Stop::No).await;
+}
+
+/// Returns at this time; never for `None`.
+async fn wait_until(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time.into()).await,
+        None => std::future::pending().await,
+    }
 }
 
 #[cfg(test)]

@@ -7,6 +7,15 @@ use super::message::{OFFLINE, ONLINE};
 use super::topics::Topics;
 use crate::vision::{Labels, UNKNOWN};
 
+/// Options of Home Assistant's discovery.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiscoveryOptions {
+    /// Whether it is published.
+    pub enabled: bool,
+    /// The topic on which Home Assistant publishes `online` when it has started.
+    pub status_topic: String,
+}
+
 /// Returns the payload of [`Topics::discovery`].
 pub fn discovery_payload(topics: &Topics, labels: &Labels) -> Vec<u8> {
     let device = topics.device().as_str();
@@ -47,7 +56,7 @@ pub fn discovery_payload(topics: &Topics, labels: &Labels) -> Vec<u8> {
                 "state_class": "measurement",
                 "suggested_display_precision": 0,
                 "state_topic": topics.state(),
-                "value_template": "{{ value_json.confidence * 100 }}",
+                "value_template": "{{ (value_json.confidence * 100) | round(1) }}",
                 "availability": available,
             },
             "camera": {
@@ -97,6 +106,8 @@ mod tests {
         assert_eq!(components["class"]["state_topic"], "bloomcast/pi/state");
         assert_eq!(components["class"]["availability"][0]["topic"], "bloomcast/pi/status");
         assert!(components["connectivity"].get("availability").is_none());
+        // 0.9491 · 100 = 94.91000000000001
+        assert_eq!(components["confidence"]["value_template"], "{{ (value_json.confidence * 100) | round(1) }}");
         assert_eq!(message["device"]["identifiers"][0], "bloomcast_pi");
     }
 }

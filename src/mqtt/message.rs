@@ -1,6 +1,7 @@
 //! The JSON of the device's messages, schema 1. A field is never removed or renamed within a schema number.
 
-use std::time::SystemTime;
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
 
 use humantime::format_rfc3339_millis;
 use serde::Serialize;
@@ -9,6 +10,7 @@ use uuid::Uuid;
 use crate::decide::{self, Observation};
 use crate::vision::UNKNOWN;
 use crate::vision::labels::ClassName;
+use crate::vision_stage::ActiveSettings;
 
 /// The schema number of every message.
 pub const SCHEMA: u32 = 1;
@@ -65,6 +67,28 @@ struct Event<'a> {
     model: u64,
 }
 
+/// Payload of `…/settings`.
+#[derive(Debug, Serialize)]
+struct Settings<'a> {
+    schema: u32,
+    pause: bool,
+    interval_ms: u64,
+    smoothing_ms: u64,
+    enter: f32,
+    leave: f32,
+    enter_dwell_ms: u64,
+    leave_dwell_ms: u64,
+    /// Thresholds of the classes that have their own.
+    classes: BTreeMap<&'a str, Hysteresis>,
+}
+
+/// The thresholds of a class.
+#[derive(Debug, Serialize)]
+struct Hysteresis {
+    enter: f32,
+    leave: f32,
+}
+
 impl Encoder {
     /// Returns the payload of `…/state`.
     pub fn state(&self, observation: &Observation) -> Vec<u8> {
@@ -80,6 +104,24 @@ impl Encoder {
             camera_ok: observation.camera_ok,
             paused: observation.paused,
             model: observation.model,
+        })
+    }
+
+    /// Returns the payload of `…/settings`.
+    pub fn settings(settings: &ActiveSettings) -> Vec<u8> {
+        let ms = |duration: Duration| duration.as_millis() as u64;
+        let own = settings.class_thresholds.iter();
+        let own = own.map(|(class, own)| (&**class, Hysteresis { enter: own.enter, leave: own.leave }));
+        json(&Settings {
+            schema: SCHEMA,
+            pause: settings.paused,
+            interval_ms: ms(settings.interval),
+            smoothing_ms: ms(settings.smoothing),
+            enter: settings.thresholds.enter,
+            leave: settings.thresholds.leave,
+            enter_dwell_ms: ms(settings.enter_dwell),
+            leave_dwell_ms: ms(settings.leave_dwell),
+            classes: own.collect(),
         })
     }
 
@@ -128,9 +170,8 @@ pub fn json(message: &impl Serialize) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
+    use crate::decide::Thresholds;
     use crate::vision::Labels;
 
     /// The wire format is stable: a change of these texts needs another schema number.
@@ -160,6 +201,23 @@ mod tests {
         assert_eq!(
             String::from_utf8(encoder.event(Uuid::nil(), &event)).unwrap(),
             r#"{"schema":1,"id":"00000000-0000-0000-0000-000000000000","device":"pi","camera":"window","class":"tulips","previous":"unknown","confidence":0.9123,"top":[{"class":"tulips","confidence":0.9123},{"class":"daisy","confidence":0.05}],"captured_at":"1970-01-01T00:00:02.000Z","model":7}"#
+        );
+    }
+    #[test]
+    fn settings_are_in_the_units_of_their_names() {
+        let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
+        let settings = ActiveSettings {
+            paused: false,
+            interval: Duration::from_millis(200),
+            smoothing: Duration::from_millis(400),
+            enter_dwell: Duration::from_millis(600),
+            leave_dwell: Duration::from_millis(1200),
+            thresholds: Thresholds { enter: 0.7, leave: 0.45 },
+            class_thresholds: vec![(labels.class_name(1), Thresholds { enter: 0.9, leave: 0.5 })],
+        };
+        assert_eq!(
+            String::from_utf8(Encoder::settings(&settings)).unwrap(),
+            r#"{"schema":1,"pause":false,"interval_ms":200,"smoothing_ms":400,"enter":0.7,"leave":0.45,"enter_dwell_ms":600,"leave_dwell_ms":1200,"classes":{"tulips":{"enter":0.9,"leave":0.5}}}"#
         );
     }
 }

@@ -6,14 +6,17 @@ pub mod client;
 pub mod connection;
 pub mod device_client;
 pub mod discovery;
+pub mod discovery_record;
 pub mod events;
 pub mod message;
 pub mod outbox;
 pub mod setting;
+mod subscriptions;
 pub mod topics;
 
 pub use access::BrokerAccess;
 pub use connection::ConnectionOptions;
 pub use device_client::{Command, DeviceClient, ModelAnnouncement};
+pub use discovery_record::DiscoveryRecord;
 pub use outbox::Outbox;
 pub use topics::{DeviceName, Topics};

@@ -36,11 +36,10 @@ pub struct Outbox(Arc<Shared>);
 struct Shared {
     queue: Mutex<Queue>,
     changed: Notify,
-    limits: OutboxLimits,
 }
 
-#[derive(Default)]
 struct Queue {
+    limits: OutboxLimits,
     /// In order. Those before `sent` are in flight on the present connection.
     entries: VecDeque<Entry>,
     sent: usize,
@@ -51,7 +50,8 @@ struct Queue {
 impl Outbox {
     /// Creates an empty outbox.
     pub fn new(limits: OutboxLimits) -> Self {
-        Outbox(Arc::new(Shared { queue: Mutex::default(), changed: Notify::new(), limits }))
+        let queue = Queue { limits, entries: VecDeque::new(), sent: 0, bytes: 0, next: 0 };
+        Outbox(Arc::new(Shared { queue: Mutex::new(queue), changed: Notify::new() }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -65,20 +65,17 @@ impl Outbox {
         queue.next += 1;
         queue.bytes += payload.len();
         queue.entries.push_back(Entry { sequence, topic, payload });
-        let mut dropped = Vec::new();
-        while queue.entries.len() > self.0.limits.entries_max || queue.bytes > self.0.limits.bytes_max {
-            let Some(oldest) = queue.remove(0) else { break };
-            dropped.push(oldest);
-        }
+        let dropped = queue.drop_oldest();
         drop(queue);
         self.0.changed.notify_one();
         dropped
     }
 
-    /// Moves all messages of another outbox to the end of this one; returns the number of dropped messages.
-    pub fn append(&self, other: &Outbox) -> usize {
-        let entries = std::mem::take(&mut *other.lock()).entries;
-        entries.into_iter().map(|entry| self.push(entry.topic, entry.payload).len()).sum()
+    /// Changes the limits; returns the number of messages that were dropped to stay within them.
+    pub fn set_limits(&self, limits: OutboxLimits) -> usize {
+        let mut queue = self.lock();
+        queue.limits = limits;
+        queue.drop_oldest().len()
     }
 
     /// Marks the oldest message that is not in flight as in flight and returns it.
@@ -121,6 +118,16 @@ impl Outbox {
 }
 
 impl Queue {
+    /// Removes the oldest messages until the rest is within the limits.
+    fn drop_oldest(&mut self) -> Vec<Entry> {
+        let mut dropped = Vec::new();
+        while self.entries.len() > self.limits.entries_max || self.bytes > self.limits.bytes_max {
+            let Some(oldest) = self.remove(0) else { break };
+            dropped.push(oldest);
+        }
+        dropped
+    }
+
     fn remove(&mut self, place: usize) -> Option<Entry> {
         let entry = self.entries.remove(place)?;
         self.bytes -= entry.payload.len();
@@ -185,15 +192,15 @@ mod tests {
     }
 
     #[test]
-    fn append_moves_the_waiting_messages() {
-        let (old, new) = (outbox(10, 100), outbox(2, 100));
+    fn smaller_limits_drop_the_oldest() {
+        let outbox = outbox(10, 100);
         for n in 0..3 {
-            old.push("t".into(), vec![n]);
+            outbox.push("t".into(), vec![n]);
         }
-        old.take_next();
-        assert_eq!(new.append(&old), 1, "its limit is smaller");
-        assert!(old.is_empty());
-        assert_eq!((new.take_next().unwrap().payload, new.take_next().unwrap().payload), (vec![1], vec![2]));
+        outbox.take_next();
+        assert_eq!(outbox.set_limits(OutboxLimits { entries_max: 2, bytes_max: 100 }), 1);
+        assert_eq!(outbox.take_next().unwrap().payload, [1], "nothing is in flight any more");
+        assert_eq!(outbox.len(), 2);
     }
 
     #[tokio::test]

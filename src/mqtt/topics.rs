@@ -37,6 +37,15 @@ impl DeviceName {
         Ok(DeviceName(name.into()))
     }
 
+    /// Returns the name for a host: the part before the first dot, with `-` for other characters than those of
+    /// [`DeviceName::new`]; `None` if nothing is left.
+    pub fn from_host(host: &str) -> Option<Self> {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        let first = host.split('.').next()?;
+        let name: String = first.chars().map(|c| if allowed(c) { c } else { '-' }).take(NAME_BYTES_MAX).collect();
+        DeviceName::new(&name).ok()
+    }
+
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -155,9 +164,24 @@ impl Topics {
         format!("{}/model/progress", self.root)
     }
 
+    /// The settings in force, retained.
+    pub fn settings(&self) -> String {
+        format!("{}/settings", self.root)
+    }
+
     /// The filters that a device subscribes to.
-    pub fn request_filters(&self) -> [String; 4] {
-        [format!("{}/set/+", self.root), self.offer(), format!("{}/model/chunk/+", self.root), self.rollback()]
+    pub fn request_filters(&self) -> Vec<String> {
+        [vec![format!("{}/set/+", self.root)], self.model_filters()].concat()
+    }
+
+    /// The same, with a filter for each of these settings instead of one for all topics under `…/set/`.
+    pub fn single_request_filters(&self, settings: &[&str]) -> Vec<String> {
+        let settings = settings.iter().map(|setting| format!("{}/set/{setting}", self.root));
+        settings.chain(self.model_filters()).collect()
+    }
+
+    fn model_filters(&self) -> Vec<String> {
+        vec![self.offer(), format!("{}/model/chunk/+", self.root), self.rollback()]
     }
 
     /// Parses a topic of [`Topics::request_filters`]; `None` for any other.
@@ -191,6 +215,10 @@ mod tests {
         for bad in ["", "a/b", "a b", "+", "ä", &"x".repeat(65)] {
             assert_eq!(DeviceName::new(bad), Err(TopicError::Name), "{bad}");
         }
+        for (host, name) in [("pi", "pi"), ("pi.lan", "pi"), ("my pi.home.arpa", "my-pi"), ("gärten", "g-rten")] {
+            assert_eq!(DeviceName::from_host(host).unwrap().as_str(), name);
+        }
+        assert_eq!((DeviceName::from_host(""), DeviceName::from_host(".lan")), (None, None));
         for bad in ["", "/a", "a//b", "a/", "a/+", "#", "$SYS", "a\u{7}"] {
             assert_eq!(check_prefix(bad), Err(TopicError::Prefix), "{bad}");
         }

@@ -5,9 +5,13 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use unicode_normalization::UnicodeNormalization;
 
 /// The published class of an image that matches no class of the model; reserved, so no class of a model has this name.
 pub const UNKNOWN: &str = "unknown";
+
+/// Names that are no class names: [`UNKNOWN`], and the states that Home Assistant gives a meaning of their own.
+const RESERVED: [&str; 3] = [UNKNOWN, "None", "unavailable"];
 
 /// The most classes of a model.
 pub const CLASSES_MAX: usize = 1000;
@@ -25,15 +29,17 @@ pub enum LabelsError {
     /// There are too few or too many classes; their number.
     #[error("{0} classes, expected 2 to {CLASSES_MAX}")]
     Count(usize),
-    /// A name is empty, too long, or has control characters; its first [`NAME_BYTES_MAX`] characters.
-    #[error("class name {0:?}: expected 1 to {NAME_BYTES_MAX} bytes without control characters")]
+    /// A name is empty, too long, or has control characters or blanks at its ends; its first [`NAME_BYTES_MAX`] characters.
+    #[error(
+        "class name {0:?}: expected 1 to {NAME_BYTES_MAX} bytes without control characters and without blanks at the ends"
+    )]
     Name(String),
     /// Two classes have the same name; the name.
     #[error("duplicate class name {0:?}")]
     Duplicate(String),
-    /// A class has the reserved name [`UNKNOWN`].
-    #[error("class name \"{UNKNOWN}\" is reserved for frames that match no class")]
-    Reserved,
+    /// A class has a name that stands for no class; the name.
+    #[error("class name {0:?} is reserved: MQTT messages and Home Assistant use {names} for frames that match no class and for devices that are gone", names = RESERVED.join(", "))]
+    Reserved(String),
 }
 
 /// The name of one class of a model. It dereferences to `str`; a clone shares the model's names and allocates nothing.
@@ -44,21 +50,23 @@ pub struct ClassName {
 }
 
 impl Labels {
-    /// Validates the names and creates the labels.
+    /// Validates the names and creates the labels. Names are converted to Unicode's composed form (NFC).
     ///
     /// # Errors
     /// If there are fewer than two names or more than [`CLASSES_MAX`], or a name is a duplicate, reserved, empty, too long
-    /// or has control characters.
+    /// or has control characters or blanks at its ends.
     pub fn new(names: Vec<String>) -> Result<Self, LabelsError> {
         if !(2..=CLASSES_MAX).contains(&names.len()) {
             return Err(LabelsError::Count(names.len()));
         }
+        let names: Vec<String> = names.into_iter().map(|name| name.nfc().collect()).collect();
         for (i, name) in names.iter().enumerate() {
-            if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
+            let has_blanks = name.trim() != name;
+            if name.is_empty() || name.len() > NAME_BYTES_MAX || has_blanks || name.chars().any(char::is_control) {
                 return Err(LabelsError::Name(name.chars().take(NAME_BYTES_MAX).collect()));
             }
-            if name == UNKNOWN {
-                return Err(LabelsError::Reserved);
+            if RESERVED.contains(&name.as_str()) {
+                return Err(LabelsError::Reserved(name.clone()));
             }
             if names[..i].contains(name) {
                 return Err(LabelsError::Duplicate(name.clone()));
@@ -140,10 +148,19 @@ mod tests {
         let labels = |names: &[&str]| Labels::new(names.iter().map(|n| (*n).to_owned()).collect());
         assert_eq!(labels(&["daisy"]), Err(LabelsError::Count(1)));
         assert_eq!(labels(&["daisy", "daisy"]), Err(LabelsError::Duplicate("daisy".into())));
-        assert_eq!(labels(&["daisy", "unknown"]), Err(LabelsError::Reserved));
+        for reserved in ["unknown", "None", "unavailable"] {
+            assert_eq!(labels(&["daisy", reserved]), Err(LabelsError::Reserved(reserved.into())));
+        }
+        for blank in [" daisy", "daisy ", "daisy\u{a0}"] {
+            assert_eq!(labels(&["tulips", blank]), Err(LabelsError::Name(blank.into())));
+        }
         assert_eq!(labels(&["daisy", ""]), Err(LabelsError::Name(String::new())));
         assert_eq!(labels(&["daisy", "a\nb"]), Err(LabelsError::Name("a\nb".into())));
         let good = labels(&["daisy", "Gänseblümchen"]).unwrap();
         assert_eq!((good.name(Some(1)), good.name(None)), ("Gänseblümchen", "unknown"));
+        // Folder names of macOS are decomposed.
+        let decomposed = labels(&["daisy", "Ga\u{308}nseblu\u{308}mchen"]).unwrap();
+        assert_eq!(decomposed, good);
+        assert_eq!(labels(&["a\u{308}", "ä"]), Err(LabelsError::Duplicate("ä".into())));
     }
 }

@@ -15,7 +15,7 @@ use super::tools::{
 };
 
 /// Writes a replay list of eight drawings each of two classes; its repetition keeps causing events.
-fn alternating_drawings() -> (tempfile::TempDir, std::path::PathBuf) {
+pub fn alternating_drawings() -> (tempfile::TempDir, std::path::PathBuf) {
     replay_list(&[confident_drawings("daisy", 8), confident_drawings("sunflowers", 8)].concat())
 }
 
@@ -28,7 +28,7 @@ fn run_command<'a>(port: u16, settings: impl IntoIterator<Item = &'a str>) -> Co
 }
 
 /// Returns the command that runs a daemon with the drawn flowers' model that replays `images` with a short interval and short dwell times.
-fn replay_command(port: u16, images: &Path, settings: &[&str]) -> Command {
+pub fn replay_command(port: u16, images: &Path, settings: &[&str]) -> Command {
     let images = format!("camera.replay.path={}", images.display());
     let bundle = format!("model.bundle={}", drawn_flowers().bundle.display());
     let common = [
@@ -70,7 +70,7 @@ fn publishes_everything_and_sigterm_publishes_offline() {
             "bloomcast/pi/status" => &mut status,
             "bloomcast/pi/model" => &mut model,
             "homeassistant/device/pi/config" => &mut discovery,
-            "bloomcast/pi/event" => continue,
+            "bloomcast/pi/event" | "bloomcast/pi/settings" => continue,
             other => panic!("a message on {other}"),
         };
         *slot = Some(String::from_utf8(message.payload).unwrap());
@@ -348,6 +348,24 @@ fn counts_and_skips_broken_and_oversized_images() {
 }
 
 #[test]
+fn a_repeated_broken_frame_is_logged_once() {
+    let broker = Mosquitto::started(None);
+    let good = confident_drawings("daisy", 1).remove(0);
+    let dir = tempfile::tempdir().unwrap();
+    let jpeg = std::fs::read(&good).unwrap();
+    std::fs::write(dir.path().join("cut.jpg"), &jpeg[..jpeg.len() / 2]).unwrap();
+    std::fs::copy(&good, dir.path().join("good.jpg")).unwrap();
+    let settings = ["camera.interval_ms=5", "log.counters_interval_s=1"];
+    let mut daemon = Process::start(&mut replay_command(broker.port, dir.path(), &settings));
+    daemon.lines_with(" captured=", 2);
+    daemon.signal("TERM");
+    assert!(daemon.wait_for_exit(TIMEOUT).success(), "{}", daemon.log());
+    let (log, counts) = (daemon.log(), daemon.lines_with(" captured=", 3).remove(2));
+    assert!(!counts.contains("broken=1 ") && !counts.contains("broken=0 "), "several broken frames: {counts}");
+    assert_eq!(log.matches("cut.jpg: broken frame skipped").count(), 1, "{log}");
+}
+
+#[test]
 fn configuration_errors_name_the_cause_and_exit_with_78() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, content: &str| {
@@ -590,10 +608,24 @@ fn reload_applies_a_valid_configuration_without_losing_events_and_rejects_an_inv
     let listener = Listener::connect(port);
     publish(port, "bloomcast/window/set/pause", "true");
     listener.wait("window/state", |state| state["paused"] == true);
+    // Nothing has changed.
     daemon.signal("HUP");
-    listener.wait("window/status", |status| status == "offline");
-    listener.wait("window/state", |state| state["paused"] == true);
-    listener.wait("window/status", |status| status == "online");
+    daemon.line("the configuration and the model are unchanged: nothing to reload");
+    // A change of other settings keeps the connection and the pause.
+    write("window", "[log]\ncounters_interval_s = 299\n");
+    daemon.signal("HUP");
+    daemon.lines_with("ready: the model", 3);
+    publish(port, "bloomcast/window/set/enter", "0.75");
+    let mut seen = Vec::new();
+    while !seen
+        .iter()
+        .any(|(topic, payload): &(String, String)| topic.ends_with("/settings") && payload.contains("0.75"))
+    {
+        let message = listener.next().unwrap();
+        seen.push((message.topic, String::from_utf8(message.payload).unwrap()));
+    }
+    assert!(!seen.iter().any(|(topic, _)| topic.ends_with("/status")), "the connection stays: {seen:?}");
+    assert!(!seen.iter().any(|(_, payload)| payload.contains("\"paused\":false")), "the pause stays: {seen:?}");
     publish(port, "bloomcast/window/set/pause", "false");
 
     let later = logged_ids(&daemon).len() + 2;

@@ -168,7 +168,7 @@ impl Device {
             let Ok(entries) = fs::read_dir(folder) else { continue };
             files.extend(entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()));
         }
-        files.retain(|name| name != "slots" && name != "state.json");
+        files.retain(|name| !["slots", "state.json", "discovery-topics"].contains(&name.as_str()));
         files
     }
 

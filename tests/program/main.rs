@@ -16,6 +16,7 @@ mod http;
 mod kernels;
 mod mqtt;
 mod photographs;
+mod retained;
 mod tensorboard;
 mod tools;
 mod training;

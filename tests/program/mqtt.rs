@@ -18,6 +18,12 @@ impl Listener {
         Listener(RefCell::new(subscribe(port).unwrap()))
     }
 
+    /// Subscribes to these filters only.
+    pub fn to(port: u16, filters: &[&str]) -> Self {
+        let filters: Vec<String> = filters.iter().map(|filter| (*filter).to_owned()).collect();
+        Listener(RefCell::new(Client::connect(&BrokerAccess::local(port), &filters).unwrap()))
+    }
+
     /// Connects, and retries until the broker accepts the connection.
     pub fn connect_with_retry(port: u16) -> Self {
         let mut subscriber = None;
@@ -74,6 +80,19 @@ pub fn publish(port: u16, topic: &str, payload: &str) {
         .status()
         .unwrap();
     assert!(status.success());
+}
+
+/// Publishes a retained message; an empty one removes it.
+pub fn publish_retained(port: u16, topic: &str, payload: &[u8]) {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    std::io::Write::write_all(&mut file, payload).unwrap();
+    let mut command = Command::new("mosquitto_pub");
+    command.args(["-p", &port.to_string(), "-q", "1", "-r", "-t", topic]);
+    match payload {
+        [] => command.arg("-n"),
+        _ => command.arg("-f").arg(file.path()),
+    };
+    assert!(command.status().unwrap().success());
 }
 
 /// A `mosquitto_sub` with a persistent session, which reconnects by itself and writes the payloads to a file.

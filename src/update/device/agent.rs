@@ -19,7 +19,7 @@ use crate::bundle::signature::KeyError;
 use crate::bundle::{Identity, Keyring};
 use crate::mqtt::message::{SCHEMA, json, time};
 use crate::mqtt::{Command, ModelAnnouncement, Outbox, Topics};
-use crate::system::systemd;
+use crate::system::{LogLimiter, systemd};
 use crate::update::protocol::{Action, Answer, CommandError, ModelSource, Offer, RollbackRequest, UpdateStatus};
 use crate::update::transfer::{ChunkResult, OfferError, Transfer};
 use crate::vision::Classifier;
@@ -57,6 +57,18 @@ pub struct UpdateAgent {
     answered: VecDeque<Answer>,
     /// Set when the program is about to stop.
     stop: watch::Receiver<bool>,
+    /// Limits the log lines about malformed messages.
+    malformed: LogLimiter,
+}
+
+/// The channels that the agent writes to.
+pub struct AgentOutputs {
+    /// The retained messages about the active model.
+    pub announcement: watch::Sender<ModelAnnouncement>,
+    /// Answers and progress, until the broker acknowledges them.
+    pub agent_outbox: Outbox,
+    /// Models for the vision thread.
+    pub swaps: SyncSender<Swap>,
 }
 
 /// The ends of the agent's channels that other stages use.
@@ -123,13 +135,13 @@ impl UpdateAgent {
         topics: Topics,
         loader: ModelLoader,
         active: ActiveModel,
-        agent_outbox: Outbox,
-        swaps: SyncSender<Swap>,
+        outputs: AgentOutputs,
         stop: watch::Receiver<bool>,
     ) -> (Self, Classifier, AgentHandles) {
         let ActiveModel { loaded: LoadedModel { model, classifier, .. }, state, on_trial, rolled_back } = active;
         let (command_sender, commands) = mpsc::sync_channel(COMMANDS_MAX);
-        let (announcement, newest) = watch::channel(announce(&loader, &model, &state));
+        let AgentOutputs { announcement, agent_outbox, swaps } = outputs;
+        let newest = announcement.subscribe();
         let (transfer, trial, answered) = (None, None, VecDeque::new());
         let mut agent = UpdateAgent {
             options,
@@ -145,6 +157,7 @@ impl UpdateAgent {
             trial,
             answered,
             stop,
+            malformed: LogLimiter::new("malformed messages"),
         };
         for (model, reason) in rolled_back {
             agent.answer(UpdateStatus::RolledBack, Some(reason), model, None);
@@ -166,6 +179,7 @@ impl UpdateAgent {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             self.check_trial();
+            self.malformed.flush();
             let now = Instant::now();
             self.transfer.take_if(|transfer| transfer.is_abandoned(now));
         }
@@ -192,7 +206,7 @@ impl UpdateAgent {
                         self.answer(UpdateStatus::Refused, Some(error.to_string()), model, Some(transfer));
                     }
                 }
-                Err(error) => warn!("{}: malformed offer: {error}", self.topics.offer()),
+                Err(error) => self.malformed.warn(format!("{}: malformed offer: {error}", self.topics.offer())),
             },
             Command::Rollback(payload) => match RollbackRequest::read(&payload) {
                 Ok(request) => {
@@ -203,7 +217,9 @@ impl UpdateAgent {
                         self.send_new_answer(UpdateStatus::Refused, Some(reason), model, transfer);
                     }
                 }
-                Err(error) => warn!("{}: malformed rollback request: {error}", self.topics.rollback()),
+                Err(error) => {
+                    self.malformed.warn(format!("{}: malformed rollback request: {error}", self.topics.rollback()));
+                }
             },
         }
     }
@@ -472,7 +488,7 @@ impl UpdateAgent {
 }
 
 /// Returns the retained messages about a model.
-fn announce(loader: &ModelLoader, model: &ModelMetadata, state: &State) -> ModelAnnouncement {
+pub fn announce(loader: &ModelLoader, model: &ModelMetadata, state: &State) -> ModelAnnouncement {
     ModelAnnouncement {
         version: model.manifest.version,
         classes: model.manifest.classes.clone(),
@@ -557,8 +573,10 @@ mod tests {
             let (swaps, swapped) = mpsc::sync_channel(1);
             let active = loader.load_at_start().unwrap();
             let (stop, stopped) = watch::channel(false);
+            let announcement = watch::Sender::new(announce(&loader, &active.loaded.model, &active.state));
+            let outputs = AgentOutputs { announcement, agent_outbox: agent_outbox.clone(), swaps };
             let (agent, classifier, AgentHandles { commands, .. }) =
-                UpdateAgent::new(options, topics, loader, active, agent_outbox.clone(), swaps, stopped);
+                UpdateAgent::new(options, topics, loader, active, outputs, stopped);
             Device {
                 commands,
                 swapped,
