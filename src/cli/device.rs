@@ -7,6 +7,7 @@ use anyhow::{Context, anyhow};
 use bloomcast::bench::Bench;
 use bloomcast::config::{Config, ConfigError, LogLevel};
 use bloomcast::daemon::{self, Daemon, DaemonError, StopReason};
+use bloomcast::system::paths::printable;
 use bloomcast::system::systemd;
 use bloomcast::vision::{Classifier, Prediction, decode};
 use bloomcast_kernels::{THREADS_MAX, default_threads};
@@ -216,7 +217,8 @@ pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
             Ok(prediction) => prediction,
             Err(error) => {
                 failed += 1;
-                eprintln!("error: {}: {error}", path.display());
+                eprintln!("error: {}: {error}", printable(path));
+                answers.push(json!({ "file": path.to_string_lossy(), "error": error.to_string() }));
                 continue;
             }
         };
@@ -228,7 +230,7 @@ pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
             answers
                 .push(json!({ "file": path.to_string_lossy(), "class": class, "confidence": confidence, "top": top }));
         } else {
-            writeln!(out, "{}: {class} ({:.1} %)", path.display(), confidence * 100.0)?;
+            writeln!(out, "{}: {class} ({:.1} %)", printable(path), confidence * 100.0)?;
         }
     }
     if args.json {

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use anyhow::anyhow;
+use bloomcast::system::paths::printable;
 use bloomcast::train::compare::Comparison;
-use bloomcast::train::data::dataset::Dataset;
-use bloomcast::train::data::image_set::DatasetProblem;
+use bloomcast::train::data::dataset::{Dataset, DatasetProblem};
 use bloomcast::train::data::inspect;
 use bloomcast::train::features::compute_device::ComputeDeviceChoice;
 use bloomcast::train::optim::training_loop::{Optimizer, Schedule};
@@ -148,7 +148,7 @@ struct CacheArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum DatasetCommand {
-    /// Check for broken and small images, duplicates, and near-duplicates across training and validation; exit 1 if any
+    /// Check for files that are not read, broken and small images, duplicates, near-duplicates and conflicting labels; exit 1 if any
     Check(DatasetCheckArgs),
     /// Download TensorFlow's flower_photos: 3,670 images of five classes, 218 MiB
     #[cfg(feature = "fetch")]
@@ -430,7 +430,7 @@ pub fn dataset_check(args: &DatasetCheckArgs) -> Result<(), Failure> {
     show(&inspection, args.json)?;
     match inspection.problems.len() {
         0 => Ok(()),
-        n => Err(anyhow!("{n} of {} images have problems", inspection.images).into()),
+        n => Err(anyhow!("{n} problems in {} images", inspection.images).into()),
     }
 }
 
@@ -456,9 +456,15 @@ pub fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     show(&evaluated.evaluation, args.json)
 }
 
+/// The most skipped files that are named.
+const SKIPPED_SHOWN_MAX: usize = 20;
+
 fn print_skipped(skipped: &[DatasetProblem]) {
-    for problem in skipped {
-        eprintln!("skipped: {}: {}", problem.file.display(), problem.problem);
+    for problem in skipped.iter().take(SKIPPED_SHOWN_MAX) {
+        eprintln!("skipped: {}: {}", printable(&problem.file), problem.problem);
+    }
+    if let Some(more) = skipped.len().checked_sub(SKIPPED_SHOWN_MAX).filter(|more| *more > 0) {
+        eprintln!("skipped: {more} more files; `bloomcast dataset check` names them all");
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 /// File name extensions of pictures, lower case.
-pub const EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
+pub const EXTENSIONS: [&str; 6] = ["jpg", "jpeg", "jpe", "jfif", "png", "webp"];
 
 /// Returns whether the file name has one of the [`EXTENSIONS`], in upper or lower case.
 pub fn is_picture(path: &Path) -> bool {

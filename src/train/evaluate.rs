@@ -6,14 +6,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle::{Bundle, BundleError};
 use crate::train::data::augment::Views;
-use crate::train::data::dataset::{Dataset, fingerprint};
-use crate::train::data::image_set::{DatasetProblem, HashedImage, ImageSet};
+use crate::train::data::dataset::{Dataset, DatasetProblem, fingerprint};
+use crate::train::data::image_set::{HashedImage, ImageSet};
 use crate::train::features::{Extractor, Precision};
 use crate::vision::head::argmax;
 use crate::vision::{Labels, OnnxBackbone, Prediction};
 
 /// Number of equal-width confidence bins of the calibration error (Guo et al., 2017, use 15).
 const BINS: usize = 15;
+
+/// The most classes whose confusion matrix is printed: a line has five characters for each.
+const MATRIX_CLASSES_MAX: usize = 10;
+/// The most confusions that are printed by name.
+const CONFUSIONS_MAX: usize = 10;
 
 /// The metrics of a model on labeled images. Accuracy, loss and calibration error include the images that the OOD detector
 /// rejects.
@@ -142,6 +147,19 @@ impl Evaluation {
     }
 }
 
+impl Evaluation {
+    /// Returns the confusions of most images: true class, predicted class and count, at most [`CONFUSIONS_MAX`].
+    pub fn largest_confusions(&self) -> Vec<(usize, usize, usize)> {
+        let rows = self.confusion.iter().enumerate();
+        let all = rows
+            .flat_map(|(class, row)| row.iter().enumerate().map(move |(predicted, count)| (class, predicted, *count)));
+        let mut confusions: Vec<_> = all.filter(|(class, predicted, count)| class != predicted && *count > 0).collect();
+        confusions.sort_by_key(|(_, _, count)| std::cmp::Reverse(*count));
+        confusions.truncate(CONFUSIONS_MAX);
+        confusions
+    }
+}
+
 impl fmt::Display for Evaluation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
@@ -149,19 +167,26 @@ impl fmt::Display for Evaluation {
             "{} images: accuracy {:.4}, loss {:.4}, calibration error {:.4}, rejected as unknown {:.4}",
             self.images, self.accuracy, self.loss, self.ece, self.unknown
         )?;
-        writeln!(f, "\n{:16} {:>7} {:>9} {:>7} {:>7}   predicted as", "class", "images", "precision", "recall", "F1")?;
+        let with_matrix = self.classes.len() <= MATRIX_CLASSES_MAX;
+        let heading = if with_matrix { "   predicted as" } else { "" };
+        writeln!(f, "\n{:16} {:>7} {:>9} {:>7} {:>7}{heading}", "class", "images", "precision", "recall", "F1")?;
         for (class, row) in self.classes.iter().zip(&self.confusion) {
-            let counts: Vec<String> = row.iter().map(|count| format!("{count:4}")).collect();
-            writeln!(
-                f,
-                "{:16} {:7} {:9.3} {:7.3} {:7.3}   {}",
-                class.class,
-                class.support,
-                class.precision,
-                class.recall,
-                class.f1,
-                counts.join(" ")
-            )?;
+            let ClassMetrics { class, support, precision, recall, f1 } = class;
+            write!(f, "{class:16} {support:7} {precision:9.3} {recall:7.3} {f1:7.3}")?;
+            if with_matrix {
+                let counts: Vec<String> = row.iter().map(|count| format!("{count:4}")).collect();
+                write!(f, "   {}", counts.join(" "))?;
+            }
+            writeln!(f)?;
+        }
+        let confusions = self.largest_confusions();
+        if !confusions.is_empty() {
+            writeln!(f, "\nlargest confusions:")?;
+        }
+        for (class, predicted, count) in confusions {
+            let support = self.classes[class].support;
+            let [class, predicted] = [class, predicted].map(|class| &self.classes[class].class);
+            writeln!(f, "{count:4} of {support:4} {class} predicted as {predicted}")?;
         }
         writeln!(f)
     }
@@ -229,5 +254,26 @@ mod tests {
         assert!((evaluation.loss - loss).abs() < 1e-6);
         // Bins of 0.8 (half correct), 0.6 and 0.7 (both correct).
         assert!((evaluation.ece - (0.6 + 0.4 + 0.3) / 4.0).abs() < 1e-6, "{}", evaluation.ece);
+    }
+    #[test]
+    fn many_classes_are_printed_in_short_lines_with_the_largest_confusions() {
+        let names: Vec<String> = (0..102).map(|class| format!("class {class}")).collect();
+        let labels = Labels::new(names).unwrap();
+        let prediction = |class: usize| {
+            let mut probabilities = vec![0.0; 102];
+            probabilities[class] = 1.0;
+            Prediction { probabilities, similarity: 0.0, known: true }
+        };
+        // 30 images of each of two classes, some predicted as others.
+        let predicted = [vec![7; 20], vec![8; 10], vec![3; 30]].concat();
+        let classes = [vec![7; 30], vec![5; 30]].concat();
+        let predictions: Vec<_> = predicted.into_iter().map(prediction).collect();
+        let text = Evaluation::new(&labels, &predictions, &classes).to_string();
+        assert!(text.lines().all(|line| line.len() <= 100), "{text}");
+        let confusions: Vec<&str> = text.split("largest confusions:\n").nth(1).unwrap().trim_end().lines().collect();
+        assert_eq!(
+            confusions,
+            ["  30 of   30 class 5 predicted as class 3", "  10 of   30 class 7 predicted as class 8"]
+        );
     }
 }

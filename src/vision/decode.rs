@@ -5,12 +5,10 @@ use std::io::{Cursor, Read};
 use std::path::Path;
 
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits, RgbImage};
-use zune_jpeg::JpegDecoder;
-use zune_jpeg::zune_core::colorspace::ColorSpace;
-use zune_jpeg::zune_core::options::DecoderOptions;
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits, Rgb, RgbImage, Rgba};
 
-use crate::frame::{Layout, Picture, RawPicture, jpeg_extent};
+use super::jpeg::{self, JpegError};
+use crate::frame::{Layout, Picture, RawPicture};
 
 /// Largest image file, in bytes.
 pub const FILE_BYTES_MAX: u64 = 64 << 20;
@@ -18,6 +16,24 @@ pub const FILE_BYTES_MAX: u64 = 64 << 20;
 pub const PIXELS_MAX: u64 = 64_000_000;
 /// Largest width and height, in pixels.
 pub const SIDE_MAX: u32 = 16_384;
+/// Most bytes of a PNG's text chunk, decompressed.
+const TEXT_BYTES_MAX: u64 = 256 << 10;
+
+/// Most bytes of decoded pixels.
+pub const DECODED_BYTES_MAX: u64 = PIXELS_MAX * 3;
+
+/// Colour of the ground that transparent pixels are laid on, in training and on the device.
+const GROUND: u8 = 255;
+
+/// The image has no pixels, more than [`PIXELS_MAX`], or a side longer than [`SIDE_MAX`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{width}×{height} pixels, expected 1 to {PIXELS_MAX}, at most {SIDE_MAX} per side")]
+pub struct TooLarge {
+    /// Width, in pixels.
+    pub width: u32,
+    /// Height, in pixels.
+    pub height: u32,
+}
 
 /// An error of decoding an image.
 #[derive(Debug, thiserror::Error)]
@@ -28,23 +44,24 @@ pub enum DecodeError {
     /// The file is larger than [`FILE_BYTES_MAX`]; its size in bytes.
     #[error("{0} bytes, more than the {FILE_BYTES_MAX} allowed")]
     FileTooLarge(u64),
-    /// The image has no pixels, more than [`PIXELS_MAX`], or a side longer than [`SIDE_MAX`].
-    #[error("{width}×{height} pixels, expected 1 to {PIXELS_MAX}, at most {SIDE_MAX} per side")]
-    TooLarge {
-        /// Width, in pixels.
-        width: u32,
-        /// Height, in pixels.
-        height: u32,
-    },
+    /// The image has too many pixels, or none.
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
+    /// The pixels of an image need more than [`DECODED_BYTES_MAX`]: it has transparency or 16 bits a channel; width, height and
+    /// the bytes needed.
+    #[error(
+        "{0}×{1} pixels with transparency or 16 bits a channel need {2} bytes, more than the {DECODED_BYTES_MAX} allowed"
+    )]
+    TooManyBytes(u32, u32, u64),
+    /// The file has another format; its name.
+    #[error("a {0} file, expected JPEG, PNG or WebP")]
+    Unsupported(&'static str),
     /// The file has no bytes.
     #[error("empty file")]
     Empty,
-    /// A JPEG has no end-of-image marker.
-    #[error("the JPEG is truncated: no end marker")]
-    Truncated,
-    /// A JPEG is invalid; the decoder's message.
-    #[error("{0}")]
-    Jpeg(String),
+    /// A JPEG is truncated, invalid, or of a coding that is not supported.
+    #[error(transparent)]
+    Jpeg(#[from] JpegError),
     /// A file of another format is invalid, of an unknown format, or exceeds the decoder's limits.
     #[error("{0}")]
     Image(#[from] image::ImageError),
@@ -104,89 +121,109 @@ pub fn picture(picture: &Picture) -> Result<RgbImage, DecodeError> {
 pub fn encoded(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     match bytes {
         [] => Err(DecodeError::Empty),
-        [0xFF, 0xD8, ..] => decode_jpeg(bytes),
+        [0xFF, 0xD8, ..] => {
+            let (rgb, orientation) = jpeg::decode(bytes)?;
+            Ok(with_orientation(rgb, orientation))
+        }
         _ => decode_other(bytes),
     }
 }
 
-fn check_size(width: u32, height: u32) -> Result<(), DecodeError> {
+/// Checks the size of an image, before memory is allocated for it.
+pub(super) fn check_size(width: u32, height: u32) -> Result<(), TooLarge> {
     let pixels = u64::from(width) * u64::from(height);
     if pixels == 0 || pixels > PIXELS_MAX || width.max(height) > SIDE_MAX {
-        return Err(DecodeError::TooLarge { width, height });
+        return Err(TooLarge { width, height });
     }
     Ok(())
 }
 
-fn decode_jpeg(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
-    // The decoder fills missing data with grey and reports no error.
-    let jpeg_extent::Extent::Whole(length) = jpeg_extent::extent(bytes) else {
-        return Err(DecodeError::Truncated);
-    };
-    let bytes = with_huffman_tables(&bytes[..length]);
-    let options = DecoderOptions::default()
-        .jpeg_set_out_colorspace(ColorSpace::RGB)
-        .set_max_width(SIDE_MAX as usize)
-        .set_max_height(SIDE_MAX as usize);
-    let mut decoder = JpegDecoder::new_with_options(Cursor::new(bytes.as_ref()), options);
-    let failed = |e: zune_jpeg::errors::DecodeErrors| DecodeError::Jpeg(format!("{e:?}"));
-    decoder.decode_headers().map_err(failed)?;
-    let info = decoder.info().expect("the headers were decoded");
-    let (width, height) = (u32::from(info.width), u32::from(info.height));
-    check_size(width, height)?;
-    let pixels = decoder.decode().map_err(failed)?;
-    let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));
-    let got = pixels.len();
-    let rgb = RgbImage::from_raw(width, height, pixels).ok_or(DecodeError::Length {
-        width,
-        height,
-        expected: width as usize * height as usize * 3,
-        got,
-    })?;
-    Ok(with_orientation(rgb, orientation))
-}
-
-/// Marks a JPEG without Huffman tables as motion JPEG of AVI, which the decoder decodes with the standard tables
-/// (ITU-T T.81, annex K.3). Some USB cameras omit the tables.
-fn with_huffman_tables(jpeg: &[u8]) -> std::borrow::Cow<'_, [u8]> {
-    const AVI1: &[u8] = &[0xFF, 0xE0, 0, 9, b'A', b'V', b'I', b'1', 0, 0, 0];
-    if has_huffman_tables(jpeg) {
-        return jpeg.into();
-    }
-    [&jpeg[..2], AVI1, &jpeg[2..]].concat().into()
-}
-
-/// Returns whether there is a DHT segment before the first scan.
-fn has_huffman_tables(jpeg: &[u8]) -> bool {
-    let mut offset = 2;
-    while let Some([0xFF, marker, high, low]) = jpeg.get(offset..offset + 4) {
-        match marker {
-            0xC4 => return true,
-            0xDA => return false,
-            0xFF => offset += 1,
-            _ => offset += 2 + usize::from(u16::from_be_bytes([*high, *low])),
-        }
-    }
-    // The decoder rejects a file without a scan.
-    true
-}
-
 fn decode_other(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
+    if let Some(format) = unsupported_format(bytes) {
+        return Err(DecodeError::Unsupported(format));
+    }
     let mut limits = Limits::default();
     limits.max_image_width = Some(SIDE_MAX);
     limits.max_image_height = Some(SIDE_MAX);
-    limits.max_alloc = Some(PIXELS_MAX * 3);
+    limits.max_alloc = Some(DECODED_BYTES_MAX);
     let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     reader.limits(limits);
     let mut decoder = reader.into_decoder()?;
     let (width, height) = decoder.dimensions();
     check_size(width, height)?;
     // 16-bit and alpha channels need more memory than RGB.
-    if decoder.total_bytes() > PIXELS_MAX * 3 {
-        return Err(DecodeError::TooLarge { width, height });
+    if decoder.total_bytes() > DECODED_BYTES_MAX {
+        return Err(DecodeError::TooManyBytes(width, height, decoder.total_bytes()));
     }
-    let orientation = decoder.orientation().ok();
-    let rgb = DynamicImage::from_decoder(decoder)?.into_rgb8();
-    Ok(with_orientation(rgb, orientation))
+    let orientation = exif_orientation(bytes, decoder.exif_metadata().ok().flatten());
+    Ok(with_orientation(on_ground(DynamicImage::from_decoder(decoder)?), orientation))
+}
+
+/// Returns the name of a picture's format that is recognised and not decoded.
+fn unsupported_format(bytes: &[u8]) -> Option<&'static str> {
+    match bytes {
+        [_, _, _, _, b'f', b't', b'y', b'p', b'a', b'v', b'i', ..] => Some("AVIF"),
+        [_, _, _, _, b'f', b't', b'y', b'p', b'h' | b'm', ..] => Some("HEIC"),
+        [b'G', b'I', b'F', b'8', ..] => Some("GIF"),
+        [b'B', b'M', ..] => Some("BMP"),
+        [b'I', b'I', 42, 0, ..] | [b'M', b'M', 0, 42, ..] => Some("TIFF"),
+        [0xFF, 0x0A, ..] | [0, 0, 0, 12, b'J', b'X', b'L', b' ', ..] => Some("JPEG XL"),
+        _ => None,
+    }
+}
+
+/// Returns the orientation of a PNG or WebP file. `exif` is the content of its EXIF chunk; many programs write the prefix of
+/// JPEG's APP1 segment into it, and ImageMagick writes EXIF data of a PNG into a text chunk.
+fn exif_orientation(bytes: &[u8], exif: Option<Vec<u8>>) -> Option<Orientation> {
+    let exif = exif.or_else(|| png_text_exif(bytes))?;
+    Orientation::from_exif_chunk(exif.strip_prefix(b"Exif\0\0").unwrap_or(&exif))
+}
+
+/// Returns the EXIF data of a PNG's text chunk "Raw profile type exif", or "APP1": after a line with its name and a line with
+/// its length, hexadecimal digits in lines.
+fn png_text_exif(bytes: &[u8]) -> Option<Vec<u8>> {
+    let mut rest = bytes.strip_prefix(b"\x89PNG\r\n\x1a\n")?;
+    while let [a, b, c, d, kind @ ..] = rest {
+        let length = u32::from_be_bytes([*a, *b, *c, *d]) as usize;
+        let (kind, data) = (kind.get(..4)?, kind.get(4..)?);
+        let text = data.get(..length)?;
+        rest = data.get(length + 4..)?;
+        let keyword = |text: &[u8]| text.iter().position(|byte| *byte == 0);
+        let is_exif = |keyword: &[u8]| matches!(keyword, b"Raw profile type exif" | b"Raw profile type APP1");
+        let Some(end) = keyword(text).filter(|end| is_exif(&text[..*end])) else { continue };
+        let profile = match kind {
+            b"tEXt" => text[end + 1..].to_vec(),
+            b"zTXt" => {
+                let mut profile = Vec::new();
+                // Behind the byte of the compression method.
+                flate2::read::ZlibDecoder::new(text.get(end + 2..)?)
+                    .take(TEXT_BYTES_MAX)
+                    .read_to_end(&mut profile)
+                    .ok()?;
+                profile
+            }
+            _ => continue,
+        };
+        let digits = profile.splitn(4, |byte| *byte == b'\n').nth(3)?;
+        let digits: Vec<u8> =
+            digits.iter().filter_map(|digit| (*digit as char).to_digit(16)).map(|digit| digit as u8).collect();
+        return Some(digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect());
+    }
+    None
+}
+
+/// Returns an image as RGB; transparent pixels are laid on a white ground.
+fn on_ground(image: DynamicImage) -> RgbImage {
+    if !image.color().has_alpha() {
+        return image.into_rgb8();
+    }
+    let rgba = image.into_rgba8();
+    RgbImage::from_fn(rgba.width(), rgba.height(), |x, y| {
+        let Rgba([r, g, b, alpha]) = *rgba.get_pixel(x, y);
+        let alpha = u32::from(alpha);
+        let laid = |value: u8| ((u32::from(value) * alpha + u32::from(GROUND) * (255 - alpha) + 127) / 255) as u8;
+        Rgb([laid(r), laid(g), laid(b)])
+    })
 }
 
 /// Applies an EXIF orientation.
@@ -249,7 +286,7 @@ fn yuyv_to_rgb(bytes: &[u8], out: &mut [u8]) {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use image::{ImageFormat, Rgb};
+    use image::{ImageFormat, RgbaImage};
 
     use super::*;
 
@@ -318,13 +355,15 @@ pub(crate) mod tests {
         for format in [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP] {
             let whole = encode(&gradient(40, 30), format);
             for cut in [0, 1, 2, 20, whole.len() / 2, whole.len() - 1] {
-                // PNG ends in an empty chunk of twelve bytes: without its last byte the image is still complete.
-                let harmless = format == ImageFormat::Png && cut == whole.len() - 1;
+                // PNG ends in an empty chunk of twelve bytes, JPEG in an end marker: without the last byte the image is complete.
+                let harmless = format != ImageFormat::WebP && cut == whole.len() - 1;
                 assert_eq!(encoded(&whole[..cut]).is_ok(), harmless, "{format:?} cut at {cut} of {}", whole.len());
             }
         }
         let jpeg = encode(&gradient(40, 30), ImageFormat::Jpeg);
-        assert!(matches!(encoded(&jpeg[..jpeg.len() - 2]), Err(DecodeError::Truncated)));
+        assert_eq!(encoded(&jpeg[..jpeg.len() - 2]).unwrap(), encoded(&jpeg).unwrap(), "all but the end marker");
+        let error = encoded(&jpeg[..jpeg.len() - 12]).unwrap_err();
+        assert!(matches!(error, DecodeError::Jpeg(JpegError::Truncated)), "{error}");
     }
 
     #[test]
@@ -333,13 +372,15 @@ pub(crate) mod tests {
         // SOF0: FF C0, length, precision, height, width
         let sof = jpeg.windows(2).position(|w| w == [0xFF, 0xC0]).unwrap();
         jpeg[sof + 5..sof + 9].copy_from_slice(&[0x3F, 0xFF, 0x3F, 0xFF]);
-        assert!(matches!(encoded(&jpeg), Err(DecodeError::TooLarge { width: 16383, height: 16383 })));
+        let too_large = |side| TooLarge { width: side, height: side };
+        let error = encoded(&jpeg).unwrap_err();
+        assert!(matches!(error, DecodeError::Jpeg(JpegError::TooLarge(size)) if size == too_large(16383)), "{error}");
         // A complete header of 16,000 × 16,000 pixels: IHDR, its CRC, and an empty IDAT.
         let png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\x3e\x80\0\0\x3e\x80\x08\x02\0\0\0\x00\x00\x00\x00\0\0\0\0IDAT\x35\xaf\x06\x1e";
         let mut png = png.to_vec();
         let crc = crc32(&png[12..29]).to_be_bytes();
         png[29..33].copy_from_slice(&crc);
-        assert!(matches!(encoded(&png), Err(DecodeError::TooLarge { width: 16000, height: 16000 })));
+        assert!(matches!(encoded(&png), Err(DecodeError::TooLarge(size)) if size == too_large(16000)));
     }
 
     #[test]
@@ -364,6 +405,76 @@ pub(crate) mod tests {
         ];
         let rotated = encoded(&[&jpeg[..2], exif, &jpeg[2..]].concat()).unwrap();
         assert_eq!(rotated, image::imageops::rotate90(&encoded(&jpeg).unwrap()));
+    }
+
+    /// Returns the bytes of a PNG chunk.
+    fn chunk(kind: &[u8], data: &[u8]) -> Vec<u8> {
+        let content = [kind, data].concat();
+        [&(data.len() as u32).to_be_bytes()[..], &content, &crc32(&content).to_be_bytes()].concat()
+    }
+
+    #[test]
+    fn applies_the_orientation_of_webp_and_png() {
+        // Little-endian TIFF with one entry: orientation (0x0112) = 6, rotate by 90° clockwise.
+        let tiff: &[u8] = &[b'I', b'I', 42, 0, 8, 0, 0, 0, 1, 0, 0x12, 1, 3, 0, 1, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0];
+        let app1 = [b"Exif\0\0", tiff].concat();
+        let image = gradient(40, 24);
+        let upright = image::imageops::rotate90(&image);
+        for exif in [tiff, &app1] {
+            let mut webp = Cursor::new(Vec::new());
+            let mut encoder = image::codecs::webp::WebPEncoder::new_lossless(&mut webp);
+            image::ImageEncoder::set_exif_metadata(&mut encoder, exif.to_vec()).unwrap();
+            encoder.encode(&image, 40, 24, image::ExtendedColorType::Rgb8).unwrap();
+            assert_eq!(encoded(&webp.into_inner()).unwrap(), upright);
+        }
+        let png = encode(&image, ImageFormat::Png);
+        let hex: String = app1.iter().map(|byte| format!("{byte:02x}")).collect();
+        let profile = format!("\nexif\n      {}\n{}\n{}\n", app1.len(), &hex[..20], &hex[20..]);
+        let mut compressed = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::default());
+        std::io::Write::write_all(&mut compressed, profile.as_bytes()).unwrap();
+        let keyword = b"Raw profile type exif\0";
+        let chunks = [
+            chunk(b"tEXt", &[&keyword[..], profile.as_bytes()].concat()),
+            chunk(b"zTXt", &[&keyword[..], &[0], &compressed.finish().unwrap()].concat()),
+            chunk(b"eXIf", tiff),
+        ];
+        for chunk in chunks {
+            // Behind the signature and IHDR.
+            let png = [&png[..33], &chunk, &png[33..]].concat();
+            assert_eq!(encoded(&png).unwrap(), upright, "{}", String::from_utf8_lossy(&chunk));
+        }
+    }
+
+    #[test]
+    fn transparent_pixels_are_laid_on_white() {
+        let pixels = [[0, 200, 0, 0], [0, 200, 0, 255], [10, 200, 0, 128]].concat();
+        let image = RgbaImage::from_raw(3, 1, pixels).unwrap();
+        for format in [ImageFormat::Png, ImageFormat::WebP] {
+            let mut bytes = Cursor::new(Vec::new());
+            image.write_to(&mut bytes, format).unwrap();
+            let expected = [255, 255, 255, 0, 200, 0, 132, 227, 127];
+            assert_eq!(encoded(&bytes.into_inner()).unwrap().as_raw(), &expected, "{format:?}");
+        }
+    }
+
+    #[test]
+    fn names_a_format_or_limit_that_is_the_reason() {
+        let files: [(&[u8], &str); 4] = [
+            (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC file, expected JPEG, PNG or WebP"),
+            (b"GIF89a", "a GIF file"),
+            (b"BM", "a BMP file"),
+            (b"II*\0", "a TIFF file"),
+        ];
+        for (bytes, expected) in files {
+            let error = encoded(bytes).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        }
+        // The complete header of a PNG of 7,100 × 7,100 pixels with transparency: 50.4 million pixels.
+        let header = [&7100u32.to_be_bytes()[..], &7100u32.to_be_bytes(), &[8, 6, 0, 0, 0]].concat();
+        let png = [b"\x89PNG\r\n\x1a\n", &chunk(b"IHDR", &header)[..], &chunk(b"IDAT", &[])].concat();
+        let error = encoded(&png).unwrap_err().to_string();
+        let expected = "7100×7100 pixels with transparency or 16 bits a channel need 201640000 bytes, more than the 192000000 allowed";
+        assert_eq!(error, expected);
     }
 
     #[test]

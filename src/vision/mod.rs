@@ -11,6 +11,7 @@ pub mod classifier;
 pub mod decode;
 pub mod frame_diff;
 pub mod head;
+pub mod jpeg;
 pub mod labels;
 pub mod last_conv;
 pub mod ood;

@@ -338,7 +338,7 @@ fn counts_and_skips_broken_and_oversized_images() {
     }
     let mut daemon = Process::start(&mut replay_command(broker.port, dir.path(), &["camera.replay.looped=false"]));
     assert!(daemon.wait_for_exit(super::tools::TIMEOUT).success(), "{}", daemon.log());
-    daemon.line("1-cut.jpg: broken frame skipped: the JPEG is truncated: no end marker");
+    daemon.line("1-cut.jpg: broken frame skipped: the JPEG is truncated: image data is missing");
     daemon.line("2-empty.jpg: broken frame skipped: empty file");
     daemon.line("3-text.png: broken frame skipped");
     daemon.line("4-giant.jpg: 4294967296 bytes, more than the 16777216 allowed; skipped");

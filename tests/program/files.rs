@@ -19,10 +19,14 @@ fn classify_reports_each_unreadable_image_and_classifies_the_others() {
     let result = output(bloomcast().args(["classify", "--json"]).args(names.map(path)));
     assert_eq!(result.status.code(), Some(1));
     let predictions: serde_json::Value = serde_json::from_slice(&result.stdout).unwrap();
-    assert_eq!(predictions.as_array().unwrap().len(), 1);
+    let predictions = predictions.as_array().unwrap();
+    let files: Vec<&str> = predictions.iter().map(|one| one["file"].as_str().unwrap()).collect();
+    assert_eq!(files, names.map(|name| path(name).display().to_string()), "an entry for each file, in their order");
+    assert_eq!(predictions[0]["error"], "the JPEG is truncated: image data is missing");
+    assert!(predictions[5]["class"].is_string() && predictions[5].get("error").is_none());
     let text = String::from_utf8(result.stderr).unwrap();
     for expected in [
-        "cut.jpg: the JPEG is truncated: no end marker",
+        "cut.jpg: the JPEG is truncated: image data is missing",
         "text.jpg: The image format could not be determined",
         "empty.png: empty file",
         "giant.jpg: 4294967296 bytes, more than the 67108864 allowed",

@@ -203,7 +203,7 @@ fn dataset_check_names_each_problem_and_exits_with_1() {
     assert!(text.contains(&expected), "{text}");
     assert!(text.contains(&format!("{}: the JPEG is truncated", path("daisy/cut.jpg").display())), "{text}");
     let error = String::from_utf8_lossy(&result.stderr).into_owned();
-    assert_eq!(error, "error: 2 of 14 images have problems\n");
+    assert_eq!(error, "error: 2 problems in 14 images\n");
 }
 
 #[test]

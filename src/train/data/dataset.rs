@@ -1,13 +1,17 @@
 //! A dataset on disk: one folder of images per class.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use unicode_normalization::UnicodeNormalization;
 
-use crate::frame::picture_files::is_picture;
+use crate::frame::picture_files::{EXTENSIONS, is_picture};
 use crate::system::hash::hex;
+use crate::system::paths::printable;
 use crate::vision::Labels;
 use crate::vision::labels::LabelsError;
 
@@ -18,6 +22,17 @@ pub struct Dataset {
     pub classes: Labels,
     /// Sorted by class, then by path.
     pub images: Vec<LabeledImage>,
+    /// Files and folders that are not read and may have been meant as images, sorted by path.
+    pub ignored: Vec<DatasetProblem>,
+}
+
+/// A file with a problem: one that is not read, an unreadable or too small image, a duplicate or a near-duplicate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatasetProblem {
+    /// Path of the file; of a name that is not UTF-8, the text nearest to it.
+    pub file: PathBuf,
+    /// The reason, as shown to the user.
+    pub problem: String,
 }
 
 /// An image file and its class.
@@ -48,9 +63,9 @@ pub enum DatasetError {
         /// The cause.
         source: LabelsError,
     },
-    /// A class has no images; its folder.
-    #[error("{0}: no images of this class")]
-    EmptyClass(PathBuf),
+    /// A class has no images; its folder, and a suffix that names a file that is not read.
+    #[error("{0}: no images of this class{1}")]
+    EmptyClass(PathBuf, String),
     /// The classes differ from the expected ones, or are in another order.
     #[error("{path}: the classes are {found:?}, expected {expected:?}")]
     OtherClasses {
@@ -64,27 +79,43 @@ pub enum DatasetError {
 }
 
 impl Dataset {
-    /// Lists the images below `path`. Each folder is a class with the folder's name; hidden folders are ignored.
+    /// Lists the images below `path`. Each folder is a class with the folder's name, in Unicode's composed form (NFC); the images in
+    /// its subfolders belong to it. Hidden files and folders are skipped; what else is not read is in [`Dataset::ignored`].
     ///
     /// # Errors
     /// Fails if a folder cannot be read, if the class names are not valid [`Labels`], or if a class has no images.
     pub fn read(path: &Path) -> Result<Self, DatasetError> {
-        let failed = |source| DatasetError::Io { path: path.into(), source };
-        let mut names = Vec::new();
-        for entry in fs::read_dir(path).map_err(failed)? {
-            let entry = entry.map_err(failed)?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            if entry.path().is_dir() && !name.starts_with('.') {
-                names.push(name);
+        let (mut folders, mut ignored) = (Vec::new(), Vec::new());
+        for entry in entries(path)? {
+            match entry.metadata() {
+                Ok(metadata) if metadata.is_dir() => match entry.name.to_str() {
+                    Some(name) => folders.push((name.nfc().collect::<String>(), entry.path)),
+                    None => entry.ignore(NOT_UTF8, &mut ignored),
+                },
+                Ok(_) if is_picture(&entry.path) => {
+                    entry.ignore("an image outside of the folders of the classes", &mut ignored);
+                }
+                Ok(_) => entry.ignore_unless_text(&mut ignored),
+                Err(error) => entry.ignore(&error.to_string(), &mut ignored),
             }
         }
-        names.sort();
+        folders.sort();
+        let names = folders.iter().map(|(name, _)| name.clone()).collect();
         let classes = Labels::new(names).map_err(|source| DatasetError::Classes { path: path.into(), source })?;
         let mut images = Vec::new();
-        for (class, name) in classes.names().iter().enumerate() {
-            images.extend(class_images(&path.join(name))?.into_iter().map(|path| LabeledImage { path, class }));
+        for (class, (_, folder)) in folders.iter().enumerate() {
+            let (mut paths, ignored_before) = (Vec::new(), ignored.len());
+            collect(folder, 0, &mut paths, &mut ignored)?;
+            if paths.is_empty() {
+                let example = ignored.get(ignored_before);
+                let hint = |example: &DatasetProblem| format!("; {}: {}", printable(&example.file), example.problem);
+                return Err(DatasetError::EmptyClass(folder.clone(), example.map_or(String::new(), hint)));
+            }
+            paths.sort();
+            images.extend(paths.into_iter().map(|path| LabeledImage { path, class }));
         }
-        Ok(Dataset { classes, images })
+        ignored.sort_by(|a, b| a.file.cmp(&b.file));
+        Ok(Dataset { classes, images, ignored })
     }
 
     /// Checks that the classes equal `labels`, in the same order. `path` names the dataset in the error.
@@ -103,21 +134,74 @@ impl Dataset {
     }
 }
 
-/// Returns the sorted image files of one class folder.
-fn class_images(folder: &Path) -> Result<Vec<PathBuf>, DatasetError> {
-    let failed = |source| DatasetError::Io { path: folder.into(), source };
-    let mut images = Vec::new();
-    for entry in fs::read_dir(folder).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        if is_picture(&path) && path.is_file() {
-            images.push(path);
+/// The deepest subfolder of a class that is read.
+const DEPTH_MAX: usize = 16;
+/// Extensions of files that accompany images, lower case: they are not missed.
+const TEXT_EXTENSIONS: [&str; 12] =
+    ["txt", "md", "csv", "tsv", "json", "xml", "yaml", "yml", "html", "pdf", "db", "ini"];
+const NOT_UTF8: &str = "the name is not UTF-8";
+
+/// A file or folder of a folder; not a hidden one.
+struct Entry {
+    path: PathBuf,
+    name: OsString,
+}
+
+impl Entry {
+    /// Returns what is known of it, behind a symbolic link of what it links to.
+    fn metadata(&self) -> io::Result<fs::Metadata> {
+        fs::metadata(&self.path)
+    }
+
+    fn ignore(&self, problem: &str, ignored: &mut Vec<DatasetProblem>) {
+        let file = PathBuf::from(self.path.to_string_lossy().into_owned());
+        ignored.push(DatasetProblem { file, problem: problem.into() });
+    }
+
+    fn ignore_unless_text(&self, ignored: &mut Vec<DatasetProblem>) {
+        let extension = self.path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        if !TEXT_EXTENSIONS.iter().any(|text| extension.eq_ignore_ascii_case(text)) {
+            self.ignore(&format!("not read, expected a file name with one of {}", EXTENSIONS.join(", ")), ignored);
         }
     }
-    if images.is_empty() {
-        return Err(DatasetError::EmptyClass(folder.into()));
+}
+
+fn entries(folder: &Path) -> Result<Vec<Entry>, DatasetError> {
+    let failed = |source| DatasetError::Io { path: folder.into(), source };
+    let mut entries = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name();
+        if !name.as_encoded_bytes().starts_with(b".") {
+            entries.push(Entry { path: entry.path(), name });
+        }
     }
-    images.sort();
-    Ok(images)
+    Ok(entries)
+}
+
+/// Appends the image files in a folder of a class and in its subfolders.
+fn collect(
+    folder: &Path,
+    depth: usize,
+    images: &mut Vec<PathBuf>,
+    ignored: &mut Vec<DatasetProblem>,
+) -> Result<(), DatasetError> {
+    for entry in entries(folder)? {
+        match entry.metadata() {
+            Err(error) => entry.ignore(&error.to_string(), ignored),
+            Ok(metadata) if metadata.is_dir() => {
+                if entry.path.is_symlink() || depth == DEPTH_MAX {
+                    entry.ignore("a linked or too deep subfolder is not read", ignored);
+                } else {
+                    collect(&entry.path, depth + 1, images, ignored)?;
+                }
+            }
+            Ok(_) if entry.path.to_str().is_none() => entry.ignore(NOT_UTF8, ignored),
+            Ok(metadata) if metadata.is_file() && is_picture(&entry.path) => images.push(entry.path),
+            Ok(_) => entry.ignore_unless_text(ignored),
+        }
+    }
+    Ok(())
 }
 
 /// Returns the SHA-256, in hexadecimal, over the class names and the sorted pairs of class index and content hash.
@@ -163,10 +247,54 @@ mod tests {
     }
 
     #[test]
+    fn reads_subfolders_and_names_what_is_not_read() {
+        use std::ffi::OsStr;
+        use std::os::unix::ffi::OsStrExt;
+
+        let dir = folder(&[
+            "daisy/a.jfif",
+            "daisy/b.JPE",
+            "daisy/2024/spring/c.jpg",
+            "daisy/d.heic",
+            "daisy/e.gif",
+            "daisy/notes.txt",
+            "daisy/.DS_Store",
+            "ga\u{308}nse/f.jpg",
+            "LICENSE.txt",
+            "top.jpg",
+        ]);
+        std::os::unix::fs::symlink("/nowhere.jpg", dir.path().join("daisy/g.jpg")).unwrap();
+        std::os::unix::fs::symlink(dir.path(), dir.path().join("daisy/loop")).unwrap();
+        fs::write(dir.path().join("daisy").join(OsStr::from_bytes(b"h\xFF.jpg")), "x").unwrap();
+        let dataset = Dataset::read(dir.path()).unwrap();
+        assert_eq!(dataset.classes.names(), ["daisy", "gänse"]);
+        let short = |path: &Path| path.strip_prefix(dir.path()).unwrap().display().to_string();
+        let found: Vec<_> = dataset.images.iter().map(|image| short(&image.path)).collect();
+        assert_eq!(found, ["daisy/2024/spring/c.jpg", "daisy/a.jfif", "daisy/b.JPE", "ga\u{308}nse/f.jpg"]);
+        let ignored: Vec<_> =
+            dataset.ignored.iter().map(|ignored| format!("{}: {}", short(&ignored.file), ignored.problem)).collect();
+        let not_read = "not read, expected a file name with one of jpg, jpeg, jpe, jfif, png, webp";
+        assert_eq!(
+            ignored,
+            [
+                format!("daisy/d.heic: {not_read}"),
+                format!("daisy/e.gif: {not_read}"),
+                "daisy/g.jpg: No such file or directory (os error 2)".into(),
+                "daisy/h\u{fffd}.jpg: the name is not UTF-8".into(),
+                "daisy/loop: a linked or too deep subfolder is not read".into(),
+                "top.jpg: an image outside of the folders of the classes".into(),
+            ]
+        );
+    }
+
+    #[test]
     fn names_the_missing_folder_or_class() {
         let dir = folder(&["daisy/c.jpg", "empty/readme.txt"]);
         let error = Dataset::read(dir.path()).unwrap_err().to_string();
         assert!(error.ends_with("empty: no images of this class"), "{error}");
+        let dir = folder(&["daisy/c.jpg", "heic/a.heic"]);
+        let error = Dataset::read(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("heic: no images of this class; ") && error.contains("a.heic: not read"), "{error}");
         let dir = folder(&["daisy/c.jpg"]);
         let error = Dataset::read(dir.path()).unwrap_err().to_string();
         assert!(error.contains("1 classes, expected 2 to 1000"), "{error}");

@@ -5,10 +5,10 @@ use std::convert::Infallible;
 use std::path::PathBuf;
 
 use image::RgbImage;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::train::data::dataset::Dataset;
+use crate::system::paths::printable;
+use crate::train::data::dataset::{Dataset, DatasetProblem};
 use crate::train::parallel;
 use crate::vision::decode::{self, DecodeError};
 
@@ -60,15 +60,6 @@ impl HashedImage {
     }
 }
 
-/// An image file with a problem: unreadable, too small, a duplicate or a near-duplicate.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DatasetProblem {
-    /// Path of the file.
-    pub file: PathBuf,
-    /// The reason, as shown to the user.
-    pub problem: String,
-}
-
 /// The usable images of a dataset, and the skipped ones with the reason.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ImageSet {
@@ -79,7 +70,7 @@ pub struct ImageSet {
 }
 
 impl ImageSet {
-    /// Reads and hashes every file once, on `threads` threads. Files that cannot be read, are empty, or are larger than
+    /// Reads and hashes every file once, on `threads` threads. Files that the dataset ignores, cannot be read, are empty, or are larger than
     /// [`decode::FILE_BYTES_MAX`] are skipped. `progress` is called with the number of files read.
     ///
     /// # Panics
@@ -93,7 +84,7 @@ impl ImageSet {
             Ok(bytes.map(|bytes| Sha256::digest(bytes).into()))
         };
         let Ok(hashes) = parallel::map(dataset.images.len(), threads, "read", || Ok(()), hash, progress);
-        let mut set = ImageSet::default();
+        let mut set = ImageSet { kept: Vec::new(), skipped: dataset.ignored.clone() };
         for (image, hash) in dataset.images.iter().zip(hashes) {
             let path = image.path.clone();
             match hash {
@@ -104,27 +95,38 @@ impl ImageSet {
         set
     }
 
-    /// Skips duplicates: of equal files in one class all but the first, of equal files in different classes all, and
-    /// every file that is also in `other`.
-    pub fn dedup(self, other: Option<&ImageSet>) -> Self {
-        let mut by_content: HashMap<ContentHash, Vec<&HashedImage>> = HashMap::new();
-        for image in &self.kept {
-            by_content.entry(image.content_hash).or_default().push(image);
+    /// Skips duplicates, as [`ImageSet::separate`] does within one set.
+    pub fn dedup(self) -> Self {
+        self.separate(ImageSet::default()).0
+    }
+
+    /// Returns a training set and a validation set without duplicates. Of equal files of one class in a set, the first is kept; a
+    /// file that is in both sets is kept in the validation set; of equal files with conflicting labels, none is kept.
+    pub fn separate(self, val: ImageSet) -> (Self, Self) {
+        let train_len = self.kept.len();
+        let all: Vec<&HashedImage> = self.kept.iter().chain(&val.kept).collect();
+        let mut by_content: HashMap<ContentHash, Vec<usize>> = HashMap::new();
+        for (i, image) in all.iter().enumerate() {
+            by_content.entry(image.content_hash).or_default().push(i);
         }
-        let in_other: HashMap<ContentHash, &HashedImage> =
-            other.map(|other| other.kept.iter().map(|one| (one.content_hash, one)).collect()).unwrap_or_default();
-        let duplicate = |image: &HashedImage| -> Option<String> {
-            let same = |other: &HashedImage| format!("the same file as {}", other.path.display());
-            if let Some(original) = in_other.get(&image.content_hash) {
-                return Some(same(original));
+        let is_val = |i: usize| i >= train_len;
+        let duplicate = |i: usize| -> Option<String> {
+            let equal = &by_content[&all[i].content_hash];
+            let same = |other: usize| format!("the same file as {}", printable(&all[other].path));
+            if let Some(mislabeled) = equal.iter().find(|other| all[**other].class != all[i].class) {
+                return Some(format!("conflicting labels: {}, of another class", same(*mislabeled)));
             }
-            let equal = &by_content[&image.content_hash];
-            if let Some(mislabeled) = equal.iter().find(|one| one.class != image.class) {
-                return Some(format!("{}, of another class", same(mislabeled)));
-            }
-            (equal[0].path != image.path).then(|| same(equal[0]))
+            let original = equal.iter().find(|other| is_val(**other)).filter(|_| !is_val(i));
+            let original = original.or_else(|| equal.iter().find(|other| is_val(**other) == is_val(i)));
+            original.filter(|original| **original != i).map(|original| same(*original))
         };
-        let problems: Vec<Option<String>> = self.kept.iter().map(duplicate).collect();
+        let mut problems: Vec<Option<String>> = (0..all.len()).map(duplicate).collect();
+        let val_problems = problems.split_off(train_len);
+        (self.without(problems), val.without(val_problems))
+    }
+
+    /// Skips the images that have a problem; `problems` has an entry for each image.
+    fn without(self, problems: Vec<Option<String>>) -> Self {
         let mut unique = ImageSet { kept: Vec::new(), skipped: self.skipped };
         for (image, problem) in self.kept.into_iter().zip(problems) {
             match problem {
@@ -171,6 +173,8 @@ fn split_key(hash: &ContentHash) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn image_set(rows: &[(u8, usize)]) -> ImageSet {
@@ -182,21 +186,36 @@ mod tests {
         ImageSet { kept: rows.iter().enumerate().map(image).collect(), skipped: Vec::new() }
     }
 
+    fn files(set: &ImageSet) -> Vec<&str> {
+        set.kept.iter().map(|image| image.path.to_str().unwrap()).collect()
+    }
+
+    fn problems(set: &ImageSet) -> Vec<String> {
+        set.skipped.iter().map(|skipped| format!("{}: {}", skipped.file.display(), skipped.problem)).collect()
+    }
+
     #[test]
     fn skips_and_names_duplicates() {
-        let set = image_set(&[(1, 0), (2, 0), (1, 0), (3, 0), (3, 1), (4, 1)]);
-        let other = image_set(&[(2, 0)]);
-        let unique = set.dedup(Some(&other));
-        let paths: Vec<_> = unique.kept.iter().map(|p| p.path.to_str().unwrap()).collect();
-        assert_eq!(paths, ["0.jpg", "5.jpg"]);
-        let problems: Vec<_> = unique.skipped.iter().map(|f| format!("{}: {}", f.file.display(), f.problem)).collect();
+        let train = image_set(&[(1, 0), (2, 0), (1, 0), (3, 0), (3, 1), (4, 1), (5, 0)]);
+        let mut val = image_set(&[(2, 0), (5, 1), (6, 1), (6, 1)]);
+        val.kept.iter_mut().for_each(|image| image.path = Path::new("val").join(&image.path));
+        let (train, val) = train.separate(val);
+        assert_eq!((files(&train), files(&val)), (vec!["0.jpg", "5.jpg"], vec!["val/0.jpg", "val/2.jpg"]));
         assert_eq!(
-            problems,
+            problems(&train),
             [
-                "1.jpg: the same file as 0.jpg",
+                "1.jpg: the same file as val/0.jpg",
                 "2.jpg: the same file as 0.jpg",
-                "3.jpg: the same file as 4.jpg, of another class",
-                "4.jpg: the same file as 3.jpg, of another class",
+                "3.jpg: conflicting labels: the same file as 4.jpg, of another class",
+                "4.jpg: conflicting labels: the same file as 3.jpg, of another class",
+                "6.jpg: conflicting labels: the same file as val/1.jpg, of another class",
+            ]
+        );
+        assert_eq!(
+            problems(&val),
+            [
+                "val/1.jpg: conflicting labels: the same file as 6.jpg, of another class",
+                "val/3.jpg: the same file as val/2.jpg",
             ]
         );
     }

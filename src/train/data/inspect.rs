@@ -6,12 +6,13 @@ use std::fmt;
 use image::imageops::{self, FilterType};
 use serde::Serialize;
 
-use crate::train::data::dataset::Dataset;
-use crate::train::data::image_set::{DatasetProblem, ImageError, ImageSet};
+use crate::system::paths::printable;
+use crate::train::data::dataset::{Dataset, DatasetProblem};
+use crate::train::data::image_set::{HashedImage, ImageError, ImageSet};
 use crate::train::parallel;
 
 /// Largest Hamming distance of the difference hashes of two images that look the same, of 256 bits.
-const DISTANCE_MAX: u32 = 10;
+const DISTANCE_MAX: u32 = 18;
 /// Comparisons a row and a column of a difference hash.
 const HASH_SIDE: u32 = 16;
 
@@ -41,8 +42,9 @@ pub struct ClassCount {
 type DifferenceHash = [u64; 4];
 
 /// Decodes every image of `dataset` and `val` on `threads` threads and returns what should be fixed before training:
-/// images that cannot be used, duplicates, and validation images that look like a training image. Without `val`, a
-/// `val_fraction` (0–1) of the dataset is split off as [`ImageSet::split`] does. `progress` is called with the number
+/// files that are not read, images that cannot be used, duplicates, images that look like another one, conflicting labels, and
+/// classes with too few images to be trained. Without `val`, a `val_fraction` (0–1) of the dataset is split off as
+/// [`ImageSet::split`] does. `progress` is called with the number
 /// of images decoded.
 ///
 /// # Panics
@@ -54,25 +56,40 @@ pub fn inspect(
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Inspection {
-    let read = |set: &Dataset| ImageSet::read(set, threads, &|_| {}).dedup(None);
+    let read = |set: &Dataset| ImageSet::read(set, threads, &|_| {});
     let (train, val_images) = match val.map(read) {
-        Some(val) => (read(dataset).dedup(Some(&val)), val),
-        None => read(dataset).split(val_fraction),
+        Some(val) => read(dataset).separate(val),
+        None => read(dataset).dedup().split(val_fraction),
     };
     let (train_len, val_kept) = (train.kept.len(), val_images.kept);
     let images: Vec<_> = train.kept.iter().chain(&val_kept).collect();
     let hash = |(): &mut (), i: usize| Ok::<_, Infallible>(images[i].decode().map(|pixels| difference_hash(&pixels)));
     let Ok(hashes) = parallel::map(images.len(), threads, "inspect", || Ok(()), hash, progress);
 
+    let compare = |(): &mut (), i: usize| {
+        Ok::<_, Infallible>(hashes[i].as_ref().ok().and_then(|hash| nearest(&hashes[..i], hash)))
+    };
+    let Ok(nearest) = parallel::map(images.len(), threads, "inspect", || Ok(()), compare, &|_| {});
     let mut problems = [train.skipped, val_images.skipped].concat();
-    for (i, hash) in hashes.iter().enumerate() {
+    for (i, (hash, nearest)) in hashes.iter().zip(nearest).enumerate() {
         let problem = match hash {
             Err(error) => Some(error.to_string()),
-            Ok(hash) if i >= train_len => nearest(&hashes[..train_len], hash)
-                .map(|similar| format!("looks like {}", images[similar].path.display())),
-            Ok(_) => None,
+            Ok(_) => nearest.map(|other| likeness(images[i], images[other])),
         };
         problems.extend(problem.map(|problem| DatasetProblem { file: images[i].path.clone(), problem }));
+    }
+    let usable = |range: std::ops::Range<usize>, class: usize| {
+        range.filter(|i| images[*i].class == class && hashes[*i].is_ok()).count()
+    };
+    for (class, name) in dataset.classes.names().iter().enumerate() {
+        for (purpose, count) in
+            [("training", usable(0..train_len, class)), ("validation", usable(train_len..images.len(), class))]
+        {
+            if count == 0 {
+                let problem = format!("no image of this class is left for {purpose}");
+                problems.push(DatasetProblem { file: name.into(), problem });
+            }
+        }
     }
     problems.sort_by(|a, b| a.file.cmp(&b.file));
     let all = || dataset.images.iter().chain(val.iter().flat_map(|val| &val.images));
@@ -85,6 +102,12 @@ pub fn inspect(
         classes: dataset.classes.names().iter().enumerate().map(count).collect(),
         problems,
     }
+}
+
+/// Returns the problem of an image that looks like another one.
+fn likeness(image: &HashedImage, other: &HashedImage) -> String {
+    let looks_like = format!("looks like {}", printable(&other.path));
+    if image.class == other.class { looks_like } else { format!("conflicting labels: {looks_like}, of another class") }
 }
 
 /// Returns the index of the hash with the smallest distance to `hash`, if that is at most [`DISTANCE_MAX`].
@@ -115,7 +138,7 @@ impl fmt::Display for Inspection {
         }
         writeln!(f, "{:24} {:6}", "all", self.images)?;
         for problem in &self.problems {
-            writeln!(f, "{}: {}", problem.file.display(), problem.problem)?;
+            writeln!(f, "{}: {}", printable(&problem.file), problem.problem)?;
         }
         Ok(())
     }
@@ -147,26 +170,35 @@ mod tests {
         put("train/daisy/again.png", &png(&flower(1)));
         put("train/daisy/cut.jpg", &encode(&gradient(60, 40), ImageFormat::Jpeg)[..200]);
         put("train/daisy/tiny.png", &png(&gradient(60, 20)));
+        put("train/daisy/f.heic", b"x");
         put("train/roses/b.png", &png(&flower(2)));
         put("train/roses/daisy.png", &png(&flower(1)));
         put("val/daisy/c.png", &png(&flower(3)));
         // The same image in another format.
         put("val/roses/b.jpg", &encode(&flower(2), ImageFormat::Jpeg));
+        // Resized.
+        put(
+            "val/daisy/e.jpg",
+            &encode(&imageops::resize(&flower(2), 180, 140, FilterType::Triangle), ImageFormat::Jpeg),
+        );
         let read = |name: &str| Dataset::read(&dir.path().join(name)).unwrap();
         let inspection = inspect(&read("train"), Some(&read("val")), 0.2, 2, &|_| {});
-        assert_eq!(inspection.images, 8);
-        assert_eq!(inspection.classes[0], ClassCount { class: "daisy".into(), images: 5 });
+        assert_eq!(inspection.images, 9);
+        assert_eq!(inspection.classes[0], ClassCount { class: "daisy".into(), images: 6 });
         let text = inspection.to_string().replace(&format!("{}/", dir.path().display()), "");
         let problems: Vec<&str> = text.lines().skip(3).collect();
         assert_eq!(
             problems,
             [
-                "train/daisy/a.png: the same file as train/roses/daisy.png, of another class",
-                "train/daisy/again.png: the same file as train/roses/daisy.png, of another class",
-                "train/daisy/cut.jpg: the JPEG is truncated: no end marker",
+                "train/daisy/a.png: conflicting labels: the same file as train/roses/daisy.png, of another class",
+                "train/daisy/again.png: conflicting labels: the same file as train/roses/daisy.png, of another class",
+                "train/daisy/cut.jpg: the JPEG is truncated: image data is missing",
+                "train/daisy/f.heic: not read, expected a file name with one of jpg, jpeg, jpe, jfif, png, webp",
                 "train/daisy/tiny.png: 60×20 pixels, fewer than 32 a side",
-                "train/roses/daisy.png: the same file as train/daisy/a.png, of another class",
+                "train/roses/daisy.png: conflicting labels: the same file as train/daisy/a.png, of another class",
+                "val/daisy/e.jpg: conflicting labels: looks like train/roses/b.png, of another class",
                 "val/roses/b.jpg: looks like train/roses/b.png",
+                "daisy: no image of this class is left for training",
             ]
         );
     }

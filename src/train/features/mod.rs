@@ -15,7 +15,8 @@ use image::RgbImage;
 
 use crate::system::hash::sha256_hex;
 use crate::train::data::augment::{self, Views};
-use crate::train::data::image_set::{DatasetProblem, HashedImage, ImageError};
+use crate::train::data::dataset::DatasetProblem;
+use crate::train::data::image_set::{HashedImage, ImageError};
 use crate::train::features::cache::FeatureCache;
 use crate::train::parallel;
 use crate::vision::backbone::{Session, channels_last};

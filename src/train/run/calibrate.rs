@@ -75,7 +75,7 @@ pub(super) fn evaluate_test_set(
     let used = [&datasets.train.kept[..], &datasets.val.kept].concat();
     let used = ImageSet { kept: used, skipped: Vec::new() };
     let images = ImageSet::read(dataset, context.options.threads, &|_| {});
-    let images = images.dedup(None).dedup(Some(&used));
+    let images = images.separate(used).0;
     let total = images.kept.len();
     let progress = |done| (context.progress)(Progress::Features { done, total });
     let (mut features, _) = extract_set(context, pretrained, &images.kept, Views::ONE, Precision::Single, &progress)?;

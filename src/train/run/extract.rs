@@ -5,7 +5,8 @@ use std::mem::take;
 
 use crate::system::memory;
 use crate::train::data::augment::Views;
-use crate::train::data::image_set::{DatasetProblem, HashedImage};
+use crate::train::data::dataset::DatasetProblem;
+use crate::train::data::image_set::HashedImage;
 use crate::train::features::{Extractor, Features, Precision};
 use crate::train::run::load::{Datasets, Pretrained};
 use crate::train::run::settings::FineTune;

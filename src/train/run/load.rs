@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use crate::bundle::archive::FILE_BYTES_MAX;
-use crate::train::data::dataset::{Dataset, DatasetError};
-use crate::train::data::image_set::{DatasetProblem, HashedImage, ImageSet};
+use crate::train::data::dataset::{Dataset, DatasetError, DatasetProblem};
+use crate::train::data::image_set::{HashedImage, ImageSet};
 use crate::train::features::compute_device::{self, Selected};
 use crate::train::run::settings::FineTune;
 use crate::train::run::{Progress, RunContext, TrainError};
@@ -78,14 +78,14 @@ fn load_image_sets(
     let read = |set: &Dataset| {
         let total = set.images.len();
         let progress = |done| (context.progress)(Progress::Read { done, total });
-        ImageSet::read(set, context.options.threads, &progress).dedup(None)
+        ImageSet::read(set, context.options.threads, &progress)
     };
     let (train, val) = match &settings.val {
         Some(path) => {
             let val = read(&read_with_classes(path, labels)?);
-            (read(dataset).dedup(Some(&val)), val)
+            read(dataset).separate(val)
         }
-        None => read(dataset).split(settings.val_fraction),
+        None => read(dataset).dedup().split(settings.val_fraction),
     };
     let skipped = [&train.skipped[..], &val.skipped].concat();
     context.expect_all_classes(labels, &train.kept, &settings.dataset, "training", &skipped)?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::DatasetRef;
-use crate::train::data::image_set::DatasetProblem;
+use crate::train::data::dataset::DatasetProblem;
 use crate::train::evaluate::EvaluatedSet;
 use crate::train::optim::training_loop::Epoch;
 use crate::vision::{Head, Labels, LastConvWeights, OodDetector};
