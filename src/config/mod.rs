@@ -439,10 +439,12 @@ fn access(mqtt: &tables::MqttTable, places: &Places) -> Result<BrokerAccess, Con
 }
 
 /// Reads the credentials that systemd passes under the name `mqtt` (`LoadCredential=`); `None` if there are none, or the file is
-/// empty, as the package installs it.
+/// blank: the package installs it empty, and the unit's default is an empty line.
 fn service_credentials(folder: Option<PathBuf>) -> Result<Option<Credentials>, ConfigError> {
     let file = folder.map(|folder| folder.join("mqtt"));
-    let is_filled = |path: &PathBuf| fs::metadata(path).is_ok_and(|file| file.len() > 0);
+    // What is not a text is an error of its own.
+    let is_filled =
+        |path: &PathBuf| path.exists() && fs::read_to_string(path).map_or(true, |text| !text.trim().is_empty());
     file.filter(is_filled).map(|path| credentials(&path)).transpose()
 }
 
@@ -748,8 +750,10 @@ mod tests {
         // From systemd: incomplete, empty, missing.
         let passed = || service_credentials(Some(dir.path().into()));
         assert!(passed().unwrap_err().to_string().contains("the password on the second"));
-        fs::write(&path, "").unwrap();
-        assert_eq!(passed().unwrap(), None);
+        for blank in ["", "\n"] {
+            fs::write(&path, blank).unwrap();
+            assert_eq!(passed().unwrap(), None);
+        }
         fs::remove_file(&path).unwrap();
         assert_eq!(passed().unwrap(), None);
     }
