@@ -114,9 +114,9 @@ deb: debian build
 	$(CARGO) deb --no-build --locked --strip --output target/debian/
 	systemd/check-package target/debian/bloomcast_*_$$(dpkg --print-architecture).deb
 
-# The same, with lintian.
+# The same, with lintian and systemd's check of the unit.
 deb-check: debian
-	@$(call install,lintian)
+	@$(call install,lintian systemd)
 	$(MAKE) deb
 
 deb-arm64 deb-armhf: deb-%: debian % build
