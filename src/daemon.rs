@@ -516,16 +516,20 @@ async fn run_stages<C: Future<Output = StoppedClient> + Send + 'static>(
         }
         StopReason::Reload(_) => info!("reloading the configuration"),
     }
+    let hands_over = matches!(&reason, StopReason::Reload(changed) if changed.has_connection_of(config));
+    if hands_over {
+        // First: what the broker sends from now on waits for the next client, whose stages can take it.
+        stop_client.send_replace(device_client::Stop::HandOver);
+    }
     stages.stop.send_replace(true);
     let vision = stages.vision.join(VISION_TIMEOUT).await;
     let camera = stages.camera.join(CAMERA_TIMEOUT).await;
     let update = stages.update.join(UPDATE_TIMEOUT).await;
     // A vision thread that is left running may still send events: they reach the outbox until the client has stopped.
     let drained = timeout(FORWARDER_TIMEOUT, &mut forwarder).await;
-    stop_client.send_replace(match &reason {
-        StopReason::Reload(changed) if changed.has_connection_of(config) => device_client::Stop::HandOver,
-        _ => device_client::Stop::Disconnect,
-    });
+    if !hands_over {
+        stop_client.send_replace(device_client::Stop::Disconnect);
+    }
     let client = client.await.map_err(|_| DaemonError::Panicked("mqtt"));
     match drained {
         Ok(ended) => ended.map_err(|_| DaemonError::Panicked("mqtt"))?,

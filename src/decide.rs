@@ -313,10 +313,10 @@ impl Decider {
     ///
     /// # Panics
     /// If there is not one threshold a label.
-    pub fn reset_classes(&mut self, labels: Labels, model: u64, thresholds: Vec<Thresholds>) {
+    pub fn reset_classes(&mut self, labels: Labels, model: u64, thresholds: Vec<Thresholds>, common: Thresholds) {
         assert_eq!(thresholds.len(), labels.names().len(), "one threshold a class");
         self.scores = vec![0.0; thresholds.len()];
-        self.rules.thresholds = thresholds;
+        (self.rules.thresholds, self.rules.common) = (thresholds, common);
         (self.labels, self.model) = (labels, model);
         (self.class, self.last_frame, self.pending, self.published) = (None, None, None, None);
     }
@@ -698,7 +698,8 @@ mod tests {
         decider.set_model(8);
         assert_eq!((decider.published().unwrap().model, index(&decider.published().unwrap().class)), (8, A));
         let others = Labels::new(vec!["aster".into(), "rose".into(), "lily".into()]).unwrap();
-        decider.reset_classes(others, 9, vec![Thresholds { enter: 0.7, leave: 0.5 }; 3]);
+        let common = Thresholds { enter: 0.7, leave: 0.5 };
+        decider.reset_classes(others, 9, vec![common; 3], common);
         assert_eq!(decider.published(), None);
         let first = decider.observe_unknown(at(100), true);
         assert_eq!((first.publish, first.event, first.observation.model), (true, None, 9));

@@ -136,6 +136,8 @@ pub struct Swap {
     pub version: u64,
     /// The thresholds of its classes.
     pub thresholds: Vec<Thresholds>,
+    /// The thresholds of its classes that have none of their own.
+    pub common: Thresholds,
     /// Observes its frames, if it is on trial.
     pub trial_observer: Option<FrameObserver>,
     /// Receives the replaced model once the swap is done.
@@ -183,6 +185,7 @@ pub struct VisionStage {
     last_classified: Instant,
     clock: ClockWatch,
     skipped: LogLimiter,
+    rejected: LogLimiter,
 }
 
 /// A frame that could not be classified.
@@ -239,7 +242,7 @@ impl VisionStage {
         on_classified: OnClassified,
     ) -> Self {
         let last_classified = Instant::now();
-        let clock = ClockWatch::new(SystemTime::now(), last_classified);
+        let clock = ClockWatch::start();
         let skipped = LogLimiter::new("frames skipped");
         VisionStage {
             mailbox,
@@ -252,6 +255,7 @@ impl VisionStage {
             last_classified,
             clock,
             skipped,
+            rejected: LogLimiter::new("settings rejected"),
         }
     }
 
@@ -261,13 +265,19 @@ impl VisionStage {
             heartbeat.beat();
             self.apply_commands();
             self.skipped.flush();
-            if let Some(step) = self.clock.step(SystemTime::now(), Instant::now()) {
+            self.rejected.flush();
+            let item = self.mailbox.recv(IDLE);
+            // After the wait: the times of earlier frames are moved before those of a frame that came meanwhile are used.
+            if let Some(step) = self.clock.check() {
                 warn!("the clock was set: {step:?}");
                 self.decider.clock_set(step);
             }
-            match self.mailbox.recv(IDLE) {
-                RecvResult::Item(MailboxItem::Frame(frame)) => self.process(frame),
-                RecvResult::Item(MailboxItem::Lost { at }) => self.observe_unknown(at, false),
+            match item {
+                RecvResult::Item(MailboxItem::Frame(frame)) => {
+                    let captured_at = self.clock.corrected(frame.captured_at);
+                    self.process(Frame { captured_at, ..frame });
+                }
+                RecvResult::Item(MailboxItem::Lost { at }) => self.observe_unknown(self.clock.corrected(at), false),
                 RecvResult::Timeout => {}
                 RecvResult::Closed => {
                     info!("the source has no more frames");
@@ -334,7 +344,7 @@ impl VisionStage {
         while let Ok(setting) = self.commands.settings.try_recv() {
             match self.apply(setting) {
                 Ok(()) => info!("setting changed over MQTT: {setting}"),
-                Err(error) => warn!("setting {setting} rejected: {error}"),
+                Err(error) => self.rejected.warn(format!("setting {setting} rejected: {error}")),
             }
             self.publish_settings();
         }
@@ -394,7 +404,7 @@ impl VisionStage {
             }
         } else {
             let labels = self.classifier.labels().clone();
-            self.decider.reset_classes(labels, swap.version, swap.thresholds);
+            self.decider.reset_classes(labels, swap.version, swap.thresholds, swap.common);
             self.observe_unknown(SystemTime::now(), camera_ok);
         }
         // The receiver is gone if the daemon is about to stop.

@@ -121,11 +121,12 @@ pub fn run(args: &ConfigArgs) -> Result<(), Failure> {
     let config = args.read().and_then(Config::with_credentials);
     let config = config.map_err(Failure::config)?;
     log_to_stderr(config.log.level);
-    log_warnings(&config);
+    log_warnings(&config, None);
     let runtime = daemon::runtime()?;
+    let running = config.clone();
     // Before the model is loaded: no signal is missed from now on.
     let mut signals = runtime.block_on(async { Signals::new() }).context("cannot wait for signals")?;
-    daemon::run_with_reloads(&runtime, config, async || signals.next(args).await).map_err(failure)?;
+    daemon::run_with_reloads(&runtime, config, async || signals.next(args, &running).await).map_err(failure)?;
     // A drop would wait for a pending name lookup.
     runtime.shutdown_background();
     Ok(())
@@ -137,7 +138,9 @@ fn failure(error: DaemonError) -> Failure {
 }
 
 pub fn check(args: &CheckArgs) -> Result<(), Failure> {
-    let mut daemon = Daemon::check(args.config.load_with_credentials()?).map_err(failure)?;
+    let config = args.config.load_with_credentials()?;
+    config.device_warning.iter().for_each(|warning| eprintln!("warning: {warning}"));
+    let mut daemon = Daemon::check(config).map_err(failure)?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "configuration: valid")?;
     writeln!(out, "model: {}, {}", daemon.model(), daemon.labels().names().join(", "))?;
@@ -250,8 +253,11 @@ pub fn bench(args: &BenchArgs) -> Result<(), Failure> {
     show(&report, args.json)
 }
 
-fn log_warnings(config: &Config) {
-    config.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+/// Logs the warnings of a configuration that the first one did not have.
+fn log_warnings(config: &Config, first: Option<&Config>) {
+    let all = |config: &Config| config.warnings.iter().chain(&config.device_warning).cloned().collect::<Vec<_>>();
+    let logged = first.map(all).unwrap_or_default();
+    all(config).iter().filter(|warning| !logged.contains(warning)).for_each(|warning| tracing::warn!("{warning}"));
 }
 
 fn log_to_stderr(level: LogLevel) {
@@ -291,8 +297,8 @@ impl Signals {
         }
     }
 
-    /// Waits for SIGTERM or SIGINT, or for a SIGHUP after which the configuration is valid.
-    async fn next(&mut self, args: &ConfigArgs) -> StopReason {
+    /// Waits for SIGTERM or SIGINT, or for a SIGHUP after which the configuration is valid. The warnings of `first` were logged.
+    async fn next(&mut self, args: &ConfigArgs, first: &Config) -> StopReason {
         loop {
             tokio::select! {
                 _ = self.term.recv() => return StopReason::Stop,
@@ -308,7 +314,7 @@ impl Signals {
             });
             match checked.await.map_err(anyhow::Error::from).and_then(|checked| checked) {
                 Ok(config) => {
-                    log_warnings(&config);
+                    log_warnings(&config, Some(first));
                     return StopReason::Reload(Box::new(config));
                 }
                 Err(error) => {

@@ -123,15 +123,15 @@ impl fmt::Display for Key {
 #[error("{0}")]
 pub(super) struct WrongValue(String);
 
-impl From<&Kind> for WrongValue {
-    fn from(expected: &Kind) -> Self {
+impl From<&ValueType> for WrongValue {
+    fn from(expected: &ValueType) -> Self {
         WrongValue(expected.to_string())
     }
 }
 
 /// The type of a setting's value.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum ValueType {
     Table,
     Bool,
     Integer(RangeInclusive<i64>),
@@ -143,17 +143,17 @@ pub(super) enum Kind {
     Texts,
 }
 
-impl Kind {
+impl ValueType {
     fn from_default(key: &Key, default: &toml_edit::Item) -> Self {
         let key = key.to_string();
         let range = || RANGES.iter().find(|(known, _)| *known == key).map(|(_, range)| range.clone());
         let choices = || CHOICES.iter().find(|(known, _)| *known == key).map(|(_, choices)| *choices);
         match default {
-            item if item.is_table_like() => Kind::Table,
-            item if item.is_bool() => Kind::Bool,
-            item if item.is_float() => Kind::Float,
-            item if item.is_integer() => Kind::Integer(range().expect("each whole number has a range")),
-            _ => choices().map_or(Kind::Text, Kind::Choice),
+            item if item.is_table_like() => ValueType::Table,
+            item if item.is_bool() => ValueType::Bool,
+            item if item.is_float() => ValueType::Float,
+            item if item.is_integer() => ValueType::Integer(range().expect("each whole number has a range")),
+            _ => choices().map_or(ValueType::Text, ValueType::Choice),
         }
     }
 
@@ -163,13 +163,13 @@ impl Kind {
     /// If it has another type or is not in the range; the error is what was expected.
     pub fn value(&self, value: &Value) -> Result<ValueKind, WrongValue> {
         match (self, value) {
-            (Kind::Bool, Value::Boolean(value)) => Ok((*value.value()).into()),
-            (Kind::Integer(range), Value::Integer(value)) => in_range(*value.value(), range),
-            (Kind::Float, Value::Integer(value)) => Ok((*value.value() as f64).into()),
-            (Kind::Float, Value::Float(value)) => Ok((*value.value()).into()),
-            (Kind::Text, Value::String(value)) => Ok(value.value().as_str().into()),
-            (Kind::Choice(choices), Value::String(value)) => one_of(value.value(), choices),
-            (Kind::Texts, Value::Array(list)) => {
+            (ValueType::Bool, Value::Boolean(value)) => Ok((*value.value()).into()),
+            (ValueType::Integer(range), Value::Integer(value)) => in_range(*value.value(), range),
+            (ValueType::Float, Value::Integer(value)) => Ok((*value.value() as f64).into()),
+            (ValueType::Float, Value::Float(value)) => Ok((*value.value()).into()),
+            (ValueType::Text, Value::String(value)) => Ok(value.value().as_str().into()),
+            (ValueType::Choice(choices), Value::String(value)) => one_of(value.value(), choices),
+            (ValueType::Texts, Value::Array(list)) => {
                 let text = |value: &Value| value.as_str().map(|text| config::Value::new(None, text));
                 let texts: Option<Vec<_>> = list.iter().map(text).collect();
                 texts.map(ValueKind::Array).ok_or_else(|| self.into())
@@ -181,25 +181,27 @@ impl Kind {
     /// Returns the value that a variable or flag gives as text.
     ///
     /// # Errors
-    /// As [`Kind::value`].
+    /// As [`ValueType::value`].
     pub fn parse(&self, text: &str) -> Result<ValueKind, WrongValue> {
         let trimmed = text.trim();
         let expected = || WrongValue::from(self);
         match self {
-            Kind::Bool => match trimmed.to_lowercase().as_str() {
+            ValueType::Bool => match trimmed.to_lowercase().as_str() {
                 "true" | "on" | "yes" | "1" => Ok(true.into()),
                 "false" | "off" | "no" | "0" => Ok(false.into()),
                 _ => Err(expected()),
             },
-            Kind::Integer(range) => trimmed.parse().map_err(|_| expected()).and_then(|value| in_range(value, range)),
-            Kind::Float => trimmed.parse::<f64>().map(Into::into).map_err(|_| expected()),
-            Kind::Text => Ok(text.into()),
-            Kind::Choice(choices) => one_of(trimmed, choices),
-            Kind::Texts => {
+            ValueType::Integer(range) => {
+                trimmed.parse().map_err(|_| expected()).and_then(|value| in_range(value, range))
+            }
+            ValueType::Float => trimmed.parse::<f64>().map(Into::into).map_err(|_| expected()),
+            ValueType::Text => Ok(text.into()),
+            ValueType::Choice(choices) => one_of(trimmed, choices),
+            ValueType::Texts => {
                 let texts = trimmed.split(',').map(|text| config::Value::new(None, text.trim()));
                 Ok(ValueKind::Array(texts.collect()))
             }
-            Kind::Table => Err(expected()),
+            ValueType::Table => Err(expected()),
         }
     }
 }
@@ -213,26 +215,26 @@ fn in_range(value: i64, range: &RangeInclusive<i64>) -> Result<ValueKind, WrongV
 
 fn one_of(text: &str, choices: &'static [&'static str]) -> Result<ValueKind, WrongValue> {
     let found = choices.iter().find(|choice| choice.eq_ignore_ascii_case(text));
-    found.map(|choice| (*choice).into()).ok_or_else(|| (&Kind::Choice(choices)).into())
+    found.map(|choice| (*choice).into()).ok_or_else(|| (&ValueType::Choice(choices)).into())
 }
 
 /// Writes what a value is expected to be.
-impl fmt::Display for Kind {
+impl fmt::Display for ValueType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Kind::Table => f.write_str("expected a table"),
-            Kind::Bool => f.write_str("expected true or false"),
-            Kind::Integer(range) => write!(f, "expected a whole number, {} to {}", range.start(), range.end()),
-            Kind::Float => f.write_str("expected a number"),
-            Kind::Text => f.write_str("expected a text in quotes"),
-            Kind::Choice(choices) => write!(f, "expected one of {}", choices.join(", ")),
-            Kind::Texts => f.write_str("expected a list of texts in quotes"),
+            ValueType::Table => f.write_str("expected a table"),
+            ValueType::Bool => f.write_str("expected true or false"),
+            ValueType::Integer(range) => write!(f, "expected a whole number, {} to {}", range.start(), range.end()),
+            ValueType::Float => f.write_str("expected a number"),
+            ValueType::Text => f.write_str("expected a text in quotes"),
+            ValueType::Choice(choices) => write!(f, "expected one of {}", choices.join(", ")),
+            ValueType::Texts => f.write_str("expected a list of texts in quotes"),
         }
     }
 }
 
 /// The settings and tables that exist.
-pub(super) struct Known(Vec<(String, Kind)>);
+pub(super) struct Known(Vec<(String, ValueType)>);
 
 impl Known {
     /// Returns the keys and types of the defaults.
@@ -245,12 +247,12 @@ impl Known {
 
     /// Returns the type of a setting or table, also of one under its old name; `None` if there is none. The names of classes and
     /// groups are free.
-    pub fn kind(&self, key: &Key) -> Option<Kind> {
+    pub fn kind(&self, key: &Key) -> Option<ValueType> {
         let names: Vec<&str> = key.names().iter().map(String::as_str).collect();
         match names[..] {
-            ["decide", "classes"] | ["decide", "classes", _] => return Some(Kind::Table),
-            ["decide", "classes", _, "enter" | "leave"] => return Some(Kind::Float),
-            ["fleet", "groups", _] => return Some(Kind::Texts),
+            ["decide", "classes"] | ["decide", "classes", _] => return Some(ValueType::Table),
+            ["decide", "classes", _, "enter" | "leave"] => return Some(ValueType::Float),
+            ["fleet", "groups", _] => return Some(ValueType::Texts),
             _ => {}
         }
         let name = key.to_string();
@@ -267,15 +269,15 @@ impl Known {
     /// Returns the setting whose key has these letters, apart from separators and case.
     pub fn spelled_like(&self, name: &str) -> Option<&str> {
         let letters = |text: &str| text.to_lowercase().replace(['_', '.'], "");
-        let settings = self.0.iter().filter(|(_, kind)| *kind != Kind::Table);
+        let settings = self.0.iter().filter(|(_, kind)| *kind != ValueType::Table);
         settings.map(|(known, _)| known.as_str()).find(|known| letters(known) == letters(name))
     }
 }
 
-fn walk(table: &Key, entries: &dyn TableLike, known: &mut Vec<(String, Kind)>) {
+fn walk(table: &Key, entries: &dyn TableLike, known: &mut Vec<(String, ValueType)>) {
     for (name, item) in entries.iter() {
         let key = table.child(name);
-        known.push((key.to_string(), Kind::from_default(&key, item)));
+        known.push((key.to_string(), ValueType::from_default(&key, item)));
         if let Some(inner) = item.as_table_like() {
             walk(&key, inner, known);
         }
@@ -306,10 +308,10 @@ mod tests {
     fn ranges_and_choices_are_of_settings_that_exist() {
         let known = Known::from_defaults(DEFAULTS);
         for (key, range) in RANGES {
-            assert_eq!(known.kind(&Key::parse(key)), Some(Kind::Integer(range)), "{key}");
+            assert_eq!(known.kind(&Key::parse(key)), Some(ValueType::Integer(range)), "{key}");
         }
         for (key, choices) in CHOICES {
-            assert_eq!(known.kind(&Key::parse(key)), Some(Kind::Choice(choices)), "{key}");
+            assert_eq!(known.kind(&Key::parse(key)), Some(ValueType::Choice(choices)), "{key}");
         }
     }
 

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use toml_edit::{Document, Item, TableLike};
 
 use super::ConfigError;
-use super::key::{Key, Kind, Known, RENAMED, WrongValue};
+use super::key::{Key, Known, RENAMED, ValueType, WrongValue};
 
 /// First part of a variable's name: `BLOOMCAST__CAMERA__DEVICE=/dev/video2`.
 const ENV_PREFIX: &str = "BLOOMCAST__";
@@ -37,7 +37,8 @@ pub fn merge<T: DeserializeOwned>(
     if let Some(path) = file {
         builder = builder.add_source(places.add(from_file(path, &known)?));
     }
-    let variables = from_environment(environment, &known, &mut places.warnings)?;
+    let mut variables = from_environment(environment, &known, &mut places.warnings)?;
+    places.name_classes_alike(&mut variables);
     builder = builder.add_source(places.add(variables));
     builder = builder.add_source(places.add(from_flags(overrides, &known)?));
     let merged = builder.build().map_err(|e| ConfigError::Value(e.to_string()))?;
@@ -47,7 +48,7 @@ pub fn merge<T: DeserializeOwned>(
 
 /// A setting of a layer, or a table of it.
 #[derive(Debug, Clone)]
-struct Entry {
+struct LayerEntry {
     key: Key,
     value: ValueKind,
     place: String,
@@ -55,7 +56,7 @@ struct Entry {
 
 /// The settings of one layer, in their order; a later one replaces an earlier one of the same key.
 #[derive(Debug, Clone, Default)]
-struct Layer(Vec<Entry>);
+struct Layer(Vec<LayerEntry>);
 
 impl Source for Layer {
     fn clone_into_box(&self) -> Box<dyn Source + Send + Sync> {
@@ -64,7 +65,7 @@ impl Source for Layer {
 
     fn collect(&self) -> Result<Map<String, Value>, config::ConfigError> {
         let mut tables = Map::new();
-        for Entry { key, value, .. } in &self.0 {
+        for LayerEntry { key, value, .. } in &self.0 {
             insert(&mut tables, key.names(), value);
         }
         Ok(tables)
@@ -115,7 +116,7 @@ impl FileReader<'_> {
             let place = format!("{}:{line}", self.path.display());
             let kind = self.known.kind(&key).ok_or_else(|| unknown(&place, &key, self.known))?;
             let value = match (&kind, item.as_table_like(), item) {
-                (Kind::Table, Some(_), _) => Ok(ValueKind::Table(Map::new())),
+                (ValueType::Table, Some(_), _) => Ok(ValueKind::Table(Map::new())),
                 (_, None, Item::Value(value)) => kind.value(value),
                 _ => Err((&kind).into()),
             };
@@ -123,7 +124,7 @@ impl FileReader<'_> {
                 let shown = item.span().map_or("", |span| &self.text[span]);
                 invalid(&place, &key, shown.lines().next().unwrap_or_default(), &reason)
             })?;
-            self.layer.0.push(Entry { key: key.clone(), value, place });
+            self.layer.0.push(LayerEntry { key: key.clone(), value, place });
             if let Some(inner) = item.as_table_like() {
                 self.read(&key, inner)?;
             }
@@ -163,19 +164,18 @@ fn ignored_variable(name: &str, known: &Known) -> String {
 fn from_flags(overrides: &[String], known: &Known) -> Result<Layer, ConfigError> {
     let mut layer = Layer::default();
     for text in overrides {
-        let place = format!("--set {text}");
         let (key, value) = text.split_once('=').ok_or_else(|| {
-            ConfigError::Value(format!("{place}: expected KEY=VALUE, like camera.device=/dev/video2"))
+            ConfigError::Value(format!("--set {text}: expected KEY=VALUE, like camera.device=/dev/video2"))
         })?;
-        layer.0.push(from_text(Key::parse(key.trim()), value, place, known)?);
+        layer.0.push(from_text(Key::parse(key.trim()), value, "--set".into(), known)?);
     }
     Ok(layer)
 }
 
-fn from_text(key: Key, text: &str, place: String, known: &Known) -> Result<Entry, ConfigError> {
+fn from_text(key: Key, text: &str, place: String, known: &Known) -> Result<LayerEntry, ConfigError> {
     let kind = known.kind(&key).ok_or_else(|| unknown(&place, &key, known))?;
     let value = kind.parse(text).map_err(|reason| invalid(&place, &key, &format!("{text:?}"), &reason))?;
-    Ok(Entry { key, value, place })
+    Ok(LayerEntry { key, value, place })
 }
 
 fn unknown(place: &str, key: &Key, known: &Known) -> ConfigError {
@@ -193,6 +193,8 @@ fn invalid(place: &str, key: &Key, value: &str, reason: &WrongValue) -> ConfigEr
 #[derive(Debug, Default)]
 pub struct Places {
     places: Vec<(Key, String)>,
+    /// The length of `places` before each layer.
+    layers: Vec<usize>,
     /// Keys under an old name, and variables that are ignored.
     warnings: Vec<String>,
 }
@@ -212,13 +214,41 @@ impl Places {
                 entry.key = new_key.clone();
             }
         }
+        self.layers.push(self.places.len());
         self.places.extend(layer.0.iter().map(|entry| (entry.key.clone(), entry.place.clone())));
         layer
     }
 
-    /// Adds a warning.
-    pub fn warn(&mut self, warning: String) {
-        self.warnings.push(warning);
+    /// Gives the classes of a layer the names that differ in case alone and that the layers before have: the names of environment
+    /// variables are upper case.
+    fn name_classes_alike(&self, layer: &mut Layer) {
+        fn class(key: &Key) -> Option<&str> {
+            match key.names() {
+                [decide, classes, class, ..] if decide == "decide" && classes == "classes" => Some(class),
+                _ => None,
+            }
+        }
+        let known = || self.places.iter().filter_map(|(key, _)| class(key));
+        for entry in &mut layer.0 {
+            let Some(written) = class(&entry.key).filter(|written| !known().any(|known| known == *written)) else {
+                continue;
+            };
+            let alike = known().find(|known| known.to_lowercase() == written.to_lowercase());
+            if let Some(alike) = alike {
+                let mut names = entry.key.names().to_vec();
+                alike.clone_into(&mut names[2]);
+                entry.key = Key::new(names);
+            }
+        }
+    }
+
+    /// Returns whether a setting is in the layer of another one or in one over it.
+    pub fn is_in_same_or_outer_layer(&self, key: &Key, other: &Key) -> bool {
+        let layer = |key: &Key| {
+            let place = self.places.iter().rposition(|(there, _)| there == key)?;
+            self.layers.iter().rposition(|start| *start <= place)
+        };
+        layer(key).is_some_and(|layer_of_key| layer(other).is_none_or(|layer| layer_of_key >= layer))
     }
 
     /// Adds the place of the value to an error of an invalid value.

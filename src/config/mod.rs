@@ -37,6 +37,9 @@ use tables::{Source, Tables};
 /// Every setting with its default and its reason.
 pub const DEFAULTS: &str = include_str!("../../systemd/bloomcast.toml");
 
+/// The port of MQTT, and the default of `mqtt.port`, which the installed file has.
+const DEFAULT_PORT: u16 = 1883;
+
 /// An error in the configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -116,8 +119,10 @@ pub struct Config {
     pub log: LogConfig,
     /// The file of the broker's credentials, if one is configured.
     pub credentials_file: Option<PathBuf>,
-    /// Warnings to be logged once: settings under an old name, environment variables that are ignored, a changed device name.
+    /// Warnings to be logged once: settings under an old name, environment variables that are ignored.
     pub warnings: Vec<String>,
+    /// A warning for a device: its name differs from the host's.
+    pub device_warning: Option<String>,
 }
 
 /// The configuration of the camera.
@@ -223,9 +228,11 @@ impl Config {
         self.kernels.resolve().map_err(invalid)
     }
 
-    /// Whether a connection to the broker is the same as with another configuration.
+    /// Whether a connection to the broker, with its subscriptions, is the same as with another configuration.
     pub fn has_connection_of(&self, other: &Config) -> bool {
-        self.connection == other.connection && self.topics.root() == other.topics.root()
+        self.connection == other.connection
+            && self.topics.root() == other.topics.root()
+            && self.discovery == other.discovery
     }
 
     fn layered(
@@ -233,17 +240,17 @@ impl Config {
         environment: impl Iterator<Item = (String, String)>,
         overrides: &[String],
     ) -> Result<Self, ConfigError> {
-        let (tables, mut places) = layers::merge::<Tables>(DEFAULTS, file, environment, overrides)?;
-        let config = check_ranges(&tables).and_then(|()| Self::parse(&tables, &mut places));
+        let (tables, places) = layers::merge::<Tables>(DEFAULTS, file, environment, overrides)?;
+        let config = check_ranges(&tables).and_then(|()| Self::parse(&tables, &places));
         let mut config = config.map_err(|error| places.locate(error))?;
         config.warnings = places.into_warnings();
         Ok(config)
     }
 
-    fn parse(tables: &Tables, places: &mut Places) -> Result<Self, ConfigError> {
+    fn parse(tables: &Tables, places: &Places) -> Result<Self, ConfigError> {
         let Tables { camera, model, decide, mqtt, fleet, log, device } = tables;
         let ms = Duration::from_millis;
-        let topics = topics(&device.name, mqtt, places)?;
+        let (topics, device_warning) = topics(&device.name, mqtt)?;
         Ok(Config {
             camera: CameraConfig {
                 name: camera.name.clone(),
@@ -284,6 +291,7 @@ impl Config {
             groups: groups(fleet)?,
             log: LogConfig { level: log.level, counters_interval: Duration::from_secs(log.counters_interval_s) },
             warnings: Vec::new(),
+            device_warning,
         })
     }
 }
@@ -321,33 +329,29 @@ fn check_ranges(tables: &Tables) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// Returns the device's topics. An empty name is made of the host's.
-fn topics(name: &str, mqtt: &tables::MqttTable, places: &mut Places) -> Result<Topics, ConfigError> {
+/// Returns the device's topics, and a warning where its name is made of the host's and differs from it.
+fn topics(name: &str, mqtt: &tables::MqttTable) -> Result<(Topics, Option<String>), ConfigError> {
     let invalid = |key, value: &str, reason: String| ConfigError::invalid(key, &format!("{value:?}"), reason);
-    let device = match name {
+    let (device, warning) = match name {
         "" => {
             let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-            device_of_host(host.trim(), places)?
+            device_of_host(host.trim())?
         }
-        name => DeviceName::new(name).map_err(|e| invalid("device.name", name, e.to_string()))?,
+        name => (DeviceName::new(name).map_err(|e| invalid("device.name", name, e.to_string()))?, None),
     };
     check_prefix(&mqtt.base).map_err(|e| invalid("mqtt.base", &mqtt.base, e.to_string()))?;
     let prefix = &mqtt.discovery.prefix;
     check_prefix(prefix).map_err(|e| invalid("mqtt.discovery.prefix", prefix, e.to_string()))?;
-    Ok(Topics::new(&mqtt.base, prefix, device))
+    Ok((Topics::new(&mqtt.base, prefix, device), warning))
 }
 
-/// Returns the device name of a host; warns where it is not the host's name.
-fn device_of_host(host: &str, places: &mut Places) -> Result<DeviceName, ConfigError> {
+/// Returns the device name of a host, and a warning where it differs from the host's name.
+fn device_of_host(host: &str) -> Result<(DeviceName, Option<String>), ConfigError> {
     let reason = format!("empty, and no device name can be made of the host name {host:?}; set a name");
     let device = DeviceName::from_host(host).ok_or_else(|| ConfigError::invalid("device.name", &"\"\"", reason))?;
-    if device.as_str() != host {
-        places.warn(format!(
-            "device.name is empty; the host name {host:?} gives the device name {device:?}",
-            device = device.as_str()
-        ));
-    }
-    Ok(device)
+    let warning = format!("device.name is empty; the host name {host:?} gives the device name \"{device}\"");
+    let is_same = device.as_str() == host;
+    Ok((device, (!is_same).then_some(warning)))
 }
 
 fn source(camera: &tables::CameraTable) -> Result<SourceOptions, ConfigError> {
@@ -419,12 +423,12 @@ fn groups(fleet: &tables::FleetTable) -> Result<BTreeMap<String, Vec<DeviceName>
     Ok(groups)
 }
 
-/// Returns the broker's address, without credentials. The port of `mqtt.host` counts where `mqtt.port` is not set.
+/// Returns the broker's address, without credentials. The port of `mqtt.host` replaces the default port and one of an inner layer.
 fn access(mqtt: &tables::MqttTable, places: &Places) -> Result<BrokerAccess, ConfigError> {
     let Address { host, port } =
         Address::parse(&mqtt.host).map_err(|e| ConfigError::invalid("mqtt.host", &e.shown, e.reason))?;
-    let is_set = places.find(&Key::parse("mqtt.port")).is_some();
-    if let Some(port) = port.filter(|port| is_set && *port != mqtt.port) {
+    let is_outer = places.is_in_same_or_outer_layer(&Key::parse("mqtt.port"), &Key::parse("mqtt.host"));
+    if let Some(port) = port.filter(|port| is_outer && ![*port, DEFAULT_PORT].contains(&mqtt.port)) {
         let reason = format!("mqtt.host has another port, {port}");
         return Err(ConfigError::invalid("mqtt.port", &mqtt.port, reason));
     }
@@ -534,8 +538,13 @@ mod tests {
         .unwrap();
         let labels = ["Gänseblümchen", "Rosa sp.", "Tulips", "daisy"].map(String::from);
         let rules = config.update.policy.rules(&Labels::new(labels.into()).unwrap()).unwrap();
-        let thresholds: Vec<_> = rules.thresholds.iter().map(|class| (class.enter, class.leave)).collect();
-        assert_eq!(thresholds, [(0.5, 0.3), (0.9, 0.6), (0.8, 0.45), (0.7, 0.45)]);
+        let own: Vec<_> = rules.thresholds.iter().map(|class| (class.enter, class.leave)).collect();
+        assert_eq!(own, [(0.5, 0.3), (0.9, 0.6), (0.8, 0.45), (0.7, 0.45)]);
+        // Over an entry of the file.
+        let file = "[decide.classes.roses]\nenter = 0.9\nleave = 0.6\n";
+        let config = load(file, &[("BLOOMCAST__DECIDE__CLASSES__ROSES__ENTER", "0.8")], &[]).unwrap();
+        let thresholds = Thresholds { enter: 0.8, leave: 0.6 };
+        assert_eq!(config.update.policy.class_thresholds, [("roses".to_owned(), thresholds)].into());
     }
 
     #[test]
@@ -546,8 +555,13 @@ mod tests {
         assert_eq!((config.log.level, config.kernels), (LogLevel::Info, KernelChoice::Tract));
         let access = config.connection.access;
         assert_eq!((access.host.as_str(), access.port), ("broker.lan", 1884));
-        let config = load("[mqtt]\nport = 1884\nhost = \"broker:1884\"\n", &[], &[]).unwrap();
-        assert_eq!(config.connection.access.to_string(), "broker:1884");
+        // The installed file has the default port; an outer layer replaces an inner one.
+        for (file, flags) in
+            [("port = 1884", &[][..]), ("port = 1883", &[]), ("port = 1885", &["mqtt.host=broker:1884"])]
+        {
+            let config = load(&format!("[mqtt]\nhost = \"broker:1884\"\n{file}\n"), &[], flags).unwrap();
+            assert_eq!(config.connection.access.to_string(), "broker:1884", "{file}");
+        }
     }
 
     #[test]
@@ -558,12 +572,11 @@ mod tests {
 
     #[test]
     fn a_host_name_with_a_dot_gives_a_device_name_and_a_warning() {
-        let mut places = Places::default();
-        assert_eq!(device_of_host("pi.lan", &mut places).unwrap().as_str(), "pi");
-        assert_eq!(device_of_host("pi", &mut places).unwrap().as_str(), "pi");
-        let warning = "device.name is empty; the host name \"pi.lan\" gives the device name \"pi\"";
-        assert_eq!(places.into_warnings(), [warning]);
-        let error = device_of_host("", &mut Places::default()).unwrap_err().to_string();
+        let (device, warning) = device_of_host("pi.lan").unwrap();
+        let expected = "device.name is empty; the host name \"pi.lan\" gives the device name \"pi\"";
+        assert_eq!((device.as_str(), warning.as_deref()), ("pi", Some(expected)));
+        assert_eq!(device_of_host("pi").unwrap().1, None);
+        let error = device_of_host("").unwrap_err().to_string();
         assert!(error.starts_with("device.name = \"\": empty, and no device name"), "{error}");
     }
 
@@ -662,8 +675,8 @@ mod tests {
                 "b.toml:2: mqtt.host = \"mqtts://broker\": connections with TLS are not supported",
             ),
             (
-                "[mqtt]\nhost = \"broker:1884\"\nport = 1883\n",
-                "b.toml:3: mqtt.port = 1883: mqtt.host has another port, 1884",
+                "[mqtt]\nhost = \"broker:1884\"\nport = 1885\n",
+                "b.toml:3: mqtt.port = 1885: mqtt.host has another port, 1884",
             ),
             ("[mqtt]\nport = 0\n", "b.toml:2: mqtt.port = 0: expected 1 to 65535"),
             (
@@ -724,11 +737,13 @@ mod tests {
             "{error}"
         );
         let error = load("", &[("BLOOMCAST__MQTT__PORT", "1")], &["mqtt.port=many"]).unwrap_err();
-        assert!(error.starts_with("--set mqtt.port=many: mqtt.port = \"many\": expected"), "{error}");
+        assert!(error.starts_with("--set: mqtt.port = \"many\": expected"), "{error}");
         let error = load("", &[], &["camera.interval_ms=0.2"]).unwrap_err();
         assert!(error.contains("camera.interval_ms = \"0.2\": expected a whole number"), "{error}");
         let error = load("", &[], &["camera.widht=1"]).unwrap_err();
-        assert!(error.starts_with("--set camera.widht=1: unknown setting"), "{error}");
+        assert!(error.starts_with("--set: unknown setting `camera.widht`"), "{error}");
+        let error = load("", &[], &["mqtt.host=mqtt://me:secret@broker"]).unwrap_err();
+        assert!(error.contains("credentials_file") && !error.contains("secret"), "{error}");
         assert!(load("", &[], &["camera.width"]).unwrap_err().contains("expected KEY=VALUE"));
         let error = Config::load(Some(Path::new("none.toml")), &[]).unwrap_err().to_string();
         assert!(error.starts_with("none.toml: No such file"), "{error}");

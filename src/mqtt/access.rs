@@ -42,7 +42,7 @@ pub struct Address {
 pub struct InvalidAddress {
     /// The text in quotes, without a password.
     pub shown: String,
-    /// What was expected.
+    /// The expected form.
     pub reason: String,
 }
 

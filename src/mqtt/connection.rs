@@ -45,6 +45,10 @@ pub(super) enum InFlight {
     Answer(Sequence),
     /// The state.
     State,
+    /// The settings in force.
+    Settings,
+    /// `online` after a subscription: the broker acknowledges it after the retained messages of the filters before.
+    Online,
     /// A retained message that is published again on the next connection.
     Other,
     /// An empty message on a former topic of discovery.
@@ -157,18 +161,14 @@ impl Connection {
         Ok(self.client.try_subscribe(filter, QoS::AtLeastOnce)?)
     }
 
-    /// Asks for an answer that the broker gives after the retained messages of the subscriptions before: it unsubscribes from a
-    /// topic that was never subscribed to.
-    ///
-    /// # Errors
-    /// If the client's queue is full or closed.
-    pub fn request_unsuback(&self, topics: &Topics) -> Result<(), Disconnected> {
-        Ok(self.client.try_unsubscribe(format!("{}/none", topics.root()))?)
-    }
-
     /// Removes and returns the oldest pending filter, which the received SUBACK answers.
     pub fn subscribed(&mut self) -> String {
         self.subscribing.pop_front().unwrap_or_default()
+    }
+
+    /// Whether the broker has answered every subscription.
+    pub fn all_subscribed(&self) -> bool {
+        self.subscribing.is_empty()
     }
 
     /// Whether a message is within the largest packet that is sent.
@@ -204,6 +204,11 @@ impl Connection {
     /// Forgets the published retained messages, so that each is published again.
     pub fn forget_retained(&mut self) {
         self.retained.clear();
+    }
+
+    /// Forgets one of them.
+    pub fn forget(&mut self, topic: &str) {
+        self.retained.remove(topic);
     }
 
     fn send(&mut self, topic: &str, retain: bool, payload: Vec<u8>, message: InFlight) -> Result<(), Disconnected> {

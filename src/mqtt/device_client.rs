@@ -5,7 +5,7 @@
 //! rely on the rest) and ends with `offline`, published by the client or by its last will.
 
 use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
 use rumqttc::{Event, Outgoing, Packet, Publish, SubscribeReasonCode};
@@ -25,6 +25,9 @@ use crate::decide::Observation;
 use crate::system::{Counters, LogLimiter};
 use crate::vision::Labels;
 use crate::vision_stage::{ActiveSettings, Setting};
+
+/// Former discovery topics that are emptied on one connection: the client's queue holds a few more messages.
+const EMPTIED_MAX: usize = 8;
 
 /// The retained messages about a model, held back until the newest observation has this model's version.
 #[derive(Debug, Clone, PartialEq)]
@@ -104,15 +107,15 @@ pub enum Stop {
     HandOver,
 }
 
-/// A connection and the state of its subscriptions.
+/// What the next client continues: the connection, if there is one, and the state of its subscriptions.
 pub struct KeptConnection {
-    connection: Connection,
+    connection: Option<Connection>,
     subscriptions: Subscriptions,
 }
 
 /// A client that has stopped.
 pub struct StoppedClient {
-    /// The connection, after [`Stop::HandOver`] and if there was one.
+    /// The connection, after [`Stop::HandOver`].
     pub connection: Option<KeptConnection>,
     /// The topics on which discovery was published.
     pub discovery_record: DiscoveryRecord,
@@ -166,11 +169,8 @@ impl DeviceClient {
     /// sender dropped.
     pub async fn run(mut self, kept: Option<KeptConnection>, mut stop: watch::Receiver<Stop>) -> StoppedClient {
         let (mut kept, mut subscriptions) = match kept {
-            Some(KeptConnection { connection, subscriptions }) => (Some(connection), subscriptions),
-            None => {
-                let one_by_one = self.topics.single_request_filters(setting::NAMES);
-                (None, Subscriptions::new(self.topics.request_filters(), one_by_one))
-            }
+            Some(KeptConnection { connection, subscriptions }) => (connection, subscriptions),
+            None => (None, self.subscriptions()),
         };
         let mut pause = self.options.reconnect_min;
         let connection = loop {
@@ -193,7 +193,7 @@ impl DeviceClient {
             pause = (pause * 2).min(self.options.reconnect_max);
         };
         if *stop.borrow() == Stop::HandOver {
-            let connection = connection.map(|connection| KeptConnection { connection, subscriptions });
+            let connection = Some(KeptConnection { connection, subscriptions });
             return StoppedClient { connection, discovery_record: self.discovery_record };
         }
         let shutdown_timeout = self.options.shutdown_timeout;
@@ -203,6 +203,14 @@ impl DeviceClient {
         StoppedClient { connection: None, discovery_record: self.discovery_record }
     }
 
+    /// Returns the subscriptions of the first connection.
+    fn subscriptions(&self) -> Subscriptions {
+        let status = self.discovery.enabled.then(|| self.discovery.status_topic.clone());
+        let with_status = |filters: Vec<String>| status.iter().cloned().chain(filters).collect();
+        let one_by_one = self.topics.single_request_filters(setting::NAMES);
+        Subscriptions::new(with_status(self.topics.request_filters()), with_status(one_by_one))
+    }
+
     /// Runs one connection until it breaks or `stop` is set; returns it in the latter case, if it was accepted.
     async fn connect(
         &mut self,
@@ -210,7 +218,6 @@ impl DeviceClient {
         subscriptions: &mut Subscriptions,
         stop: &mut watch::Receiver<Stop>,
     ) -> Result<Option<Connection>, Broken> {
-        let began = Instant::now();
         let is_new = kept.is_none();
         let mut connection = kept.unwrap_or_else(|| self.open());
         if is_new {
@@ -221,6 +228,7 @@ impl DeviceClient {
             self.counters.connections.add(1);
             info!("connected to {} as {}", self.options.access, self.topics.device());
         }
+        let began = Instant::now();
         let served = match self.begin(&mut connection, is_new, subscriptions) {
             Ok(()) => self.serve(&mut connection, subscriptions, stop).await,
             Err(error) => Err(error),
@@ -269,34 +277,29 @@ impl DeviceClient {
         subscriptions: &mut Subscriptions,
     ) -> Result<(), Disconnected> {
         let present = self.discovery_topic();
-        for topic in self.discovery_record.outdated(present.as_deref()) {
+        for topic in self.discovery_record.outdated(present.as_deref()).into_iter().take(EMPTIED_MAX) {
             info!("emptying the former discovery topic {topic}");
             connection.publish_retained(&topic, Vec::new(), InFlight::EmptyDiscovery)?;
         }
         self.publish_state(connection)?;
         self.publish_settings(connection)?;
-        // On a connection of an earlier client, too: the topic may have changed.
-        if self.discovery.enabled {
-            connection.subscribe(self.discovery.status_topic.clone())?;
-        }
-        // Before `online`: a client that sees `online` may send a command at once.
         if is_new {
+            // Before `online`: a client that sees `online` may send a command at once.
             let filters = subscriptions.begin(Instant::now());
             self.subscribe(connection, filters)?;
         } else {
             // The agent is another one than before the reload.
             (self.commands)(Command::Connected);
         }
-        connection.publish_retained(&self.topics.status(), ONLINE.into(), InFlight::Other)?;
         self.publish_waiting(connection)
     }
 
+    /// Subscribes and publishes `online`, whose acknowledgement shows that the retained messages were delivered.
     fn subscribe(&self, connection: &mut Connection, filters: Vec<String>) -> Result<(), Disconnected> {
-        if filters.is_empty() {
-            return Ok(());
-        }
         filters.into_iter().try_for_each(|filter| connection.subscribe(filter))?;
-        connection.request_unsuback(&self.topics)
+        let status = self.topics.status();
+        connection.forget(&status);
+        connection.publish_retained(&status, ONLINE.into(), InFlight::Online)
     }
 
     /// Publishes all retained messages again.
@@ -340,11 +343,9 @@ impl DeviceClient {
             self.refused.flush();
             tokio::select! {
                 event = connection.next() => {
-                    let event = event?;
-                    if let Event::Incoming(Packet::UnsubAck(_)) = event {
-                        self.delivered(connection, subscriptions)?;
+                    if self.handle(connection, event?)? == Some(InFlight::Online) {
+                        self.subscribe_next(connection, subscriptions)?;
                     }
-                    self.handle(connection, event)?;
                 }
                 Ok(()) = self.announcements.changed() => {
                     self.publish_announcement(connection, self.observed_version())?;
@@ -352,7 +353,9 @@ impl DeviceClient {
                 Ok(()) = self.state.changed(), if !connection.is_in_flight(InFlight::State) => {
                     self.publish_state(connection)?;
                 }
-                Ok(()) = self.active_settings.changed() => self.publish_settings(connection)?,
+                Ok(()) = self.active_settings.changed(), if !connection.is_in_flight(InFlight::Settings) => {
+                    self.publish_settings(connection)?;
+                }
                 () = self.outbox.changed() => self.publish_waiting(connection)?,
                 () = self.agent_outbox.changed() => self.publish_waiting(connection)?,
                 () = wait_until(subscriptions.retry_at()), if subscriptions.is_complete() => {
@@ -364,14 +367,14 @@ impl DeviceClient {
         }
     }
 
-    /// Subscribes to the next filters after the retained messages of those before were delivered.
-    fn delivered(&self, connection: &mut Connection, subscriptions: &mut Subscriptions) -> Result<(), Disconnected> {
-        let filters = subscriptions.delivered();
-        self.subscribe(connection, filters)?;
-        if subscriptions.is_complete() {
-            (self.commands)(Command::Connected);
-        }
-        Ok(())
+    /// Subscribes to the next filters, after the retained messages of those before were delivered.
+    fn subscribe_next(
+        &self,
+        connection: &mut Connection,
+        subscriptions: &mut Subscriptions,
+    ) -> Result<(), Disconnected> {
+        let filters = subscriptions.delivered(Instant::now());
+        if filters.is_empty() { Ok(()) } else { self.subscribe(connection, filters) }
     }
 
     /// Publishes the last state, the remaining events and answers, and `offline`; waits for the acknowledgements; disconnects.
@@ -403,7 +406,7 @@ impl DeviceClient {
 
     fn publish_settings(&mut self, connection: &mut Connection) -> Result<(), Disconnected> {
         let payload = Encoder::settings(&self.active_settings.borrow_and_update());
-        connection.publish_retained(&self.topics.settings(), payload, InFlight::Other)
+        connection.publish_retained(&self.topics.settings(), payload, InFlight::Settings)
     }
 
     /// Returns the topic on which discovery is published.
@@ -458,7 +461,8 @@ impl DeviceClient {
         Ok(())
     }
 
-    fn handle(&mut self, connection: &mut Connection, event: Event) -> Result<(), Disconnected> {
+    /// Handles an event; returns the message that it acknowledges.
+    fn handle(&mut self, connection: &mut Connection, event: Event) -> Result<Option<InFlight>, Disconnected> {
         match event {
             Event::Outgoing(Outgoing::Publish(id)) => connection.sent(id),
             Event::Incoming(Packet::PubAck(ack)) => {
@@ -468,20 +472,30 @@ impl DeviceClient {
                     self.discovery_record.keep(self.discovery_topic().as_deref());
                 }
                 self.publish_waiting(connection)?;
+                return Ok(message);
             }
             // A retained one is from before this connection, which has published everything.
             Event::Incoming(Packet::Publish(publish))
-                if publish.topic == self.discovery.status_topic && publish.payload == ONLINE && !publish.retain =>
+                if self.discovery.enabled && publish.topic == self.discovery.status_topic =>
             {
-                info!("{}: {ONLINE}; publishing all retained messages again", publish.topic);
-                self.publish_again(connection)?;
+                // Messages in flight reach Home Assistant, which has subscribed before.
+                let is_due = !publish.retain && !connection.is_in_flight(InFlight::Other);
+                if publish.payload == ONLINE && is_due {
+                    info!("{}: {ONLINE}; publishing all retained messages again", publish.topic);
+                    self.publish_again(connection)?;
+                }
             }
             Event::Incoming(Packet::Publish(publish)) => self.receive(&publish),
-            Event::Incoming(Packet::SubAck(ack)) => subscribed(connection, &ack.return_codes),
+            Event::Incoming(Packet::SubAck(ack)) => {
+                subscribed(connection, &ack.return_codes);
+                if connection.all_subscribed() {
+                    (self.commands)(Command::Connected);
+                }
+            }
             Event::Incoming(Packet::Disconnect) => return Err(Disconnected::ByBroker),
             _ => {}
         }
-        Ok(())
+        Ok(None)
     }
 
     fn acknowledge(&self, message: Option<InFlight>) {
@@ -513,8 +527,12 @@ impl DeviceClient {
     fn set(&mut self, topic: &str, name: &str, payload: &[u8]) {
         match setting::parse(name, payload) {
             Ok(setting) => {
-                if self.settings.try_send(setting).is_err() {
-                    self.refused.warn(format!("{topic}: setting dropped, too many at once"));
+                if let Err(error) = self.settings.try_send(setting) {
+                    let reason = match error {
+                        TrySendError::Full(_) => "too many at once",
+                        TrySendError::Disconnected(_) => "the vision thread has ended",
+                    };
+                    self.refused.warn(format!("{topic}: setting dropped, {reason}"));
                 }
             }
             Err(error) => self.refused.warn(format!("{topic}: {error}")),

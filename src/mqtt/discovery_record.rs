@@ -2,10 +2,12 @@
 //! off, Home Assistant keeps the device until the old topic is emptied, also if the program was restarted meanwhile.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use tracing::warn;
+
+use super::topics::check_prefix;
 
 /// Name of the file in the folder of the models.
 const FILE: &str = "discovery-topics";
@@ -31,7 +33,9 @@ impl DiscoveryRecord {
                 None
             }
         });
-        let topics = text.unwrap_or_default().lines().take(TOPICS_MAX).map(str::to_owned).collect();
+        let text = text.unwrap_or_default();
+        let topics =
+            text.lines().filter(|topic| check_prefix(topic).is_ok()).take(TOPICS_MAX).map(str::to_owned).collect();
         DiscoveryRecord { file, topics }
     }
 
@@ -69,7 +73,8 @@ impl DiscoveryRecord {
         let beside = file.with_extension("new");
         let text: String = self.topics.iter().flat_map(|topic| [topic, "\n"]).collect();
         let folder = file.parent().unwrap_or(Path::new(""));
-        let written = fs::create_dir_all(folder).and_then(|()| fs::write(&beside, text));
+        let write = |mut file: fs::File| file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
+        let written = fs::create_dir_all(folder).and_then(|()| fs::File::create(&beside)).and_then(write);
         if let Err(error) = written.and_then(|()| fs::rename(&beside, file)) {
             warn!("{}: {error}; the present discovery topic is not remembered", file.display());
         }
@@ -94,6 +99,8 @@ mod tests {
         assert_eq!(record.outdated(Some("b/device/pi/config")), ["a/device/pi/config"]);
         record.keep(Some("b/device/pi/config"));
         assert_eq!(DiscoveryRecord::read(Some(&folder)).outdated(None), ["b/device/pi/config"]);
+        fs::write(folder.join(FILE), "#\nb/device/pi/config\n").unwrap();
+        assert_eq!(DiscoveryRecord::read(Some(&folder)).outdated(None), ["b/device/pi/config"], "no wildcard");
         let mut in_memory = DiscoveryRecord::read(None);
         in_memory.add("a");
         assert_eq!(in_memory.outdated(None), ["a"]);

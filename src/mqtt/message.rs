@@ -69,7 +69,7 @@ struct Event<'a> {
 
 /// Payload of `…/settings`.
 #[derive(Debug, Serialize)]
-struct Settings<'a> {
+struct SettingsMessage<'a> {
     schema: u32,
     pause: bool,
     interval_ms: u64,
@@ -112,7 +112,7 @@ impl Encoder {
         let ms = |duration: Duration| duration.as_millis() as u64;
         let own = settings.class_thresholds.iter();
         let own = own.map(|(class, own)| (&**class, Hysteresis { enter: own.enter, leave: own.leave }));
-        json(&Settings {
+        json(&SettingsMessage {
             schema: SCHEMA,
             pause: settings.paused,
             interval_ms: ms(settings.interval),

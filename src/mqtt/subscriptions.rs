@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 const LEFT_OUT_MIN: Duration = Duration::from_secs(600);
 /// The longest time for which a filter is left out.
 const LEFT_OUT_MAX: Duration = Duration::from_secs(24 * 3600);
+/// The last filters are suspected for this long after their subscription: a broker delivers many retained messages bit by bit.
+const SUSPECTED: Duration = Duration::from_secs(60);
 
 /// The state of the subscriptions, over all connections.
 #[derive(Debug)]
@@ -27,6 +29,8 @@ pub(super) struct Subscriptions {
     waiting: VecDeque<String>,
     /// Filters whose retained messages may not have been delivered yet; empty once all have been.
     pending: Vec<String>,
+    /// The filters that were subscribed to last on this connection, and when.
+    last: Option<(Vec<String>, Instant)>,
 }
 
 #[derive(Debug)]
@@ -49,33 +53,40 @@ impl Subscriptions {
     /// Starts with filters that are subscribed together, and filters of the same topics to be subscribed one by one.
     pub fn new(together: Vec<String>, one_by_one: Vec<String>) -> Self {
         let (left_out, waiting, pending) = (Vec::new(), VecDeque::new(), Vec::new());
-        Subscriptions { together, one_by_one, careful: false, left_out, waiting, pending }
+        Subscriptions { together, one_by_one, careful: false, left_out, waiting, pending, last: None }
     }
 
     /// Begins a connection; returns the filters to subscribe to now.
     pub fn begin(&mut self, now: Instant) -> Vec<String> {
         if !self.careful {
             self.waiting.clear();
-            self.pending.clone_from(&self.together);
-            return self.pending.clone();
+            return self.subscribe(self.together.clone(), now);
         }
         let is_left_out = |filter: &String| self.left_out.iter().any(|out| out.filter == *filter && now < out.until);
         self.waiting = self.one_by_one.iter().filter(|filter| !is_left_out(filter)).cloned().collect();
-        self.next()
+        self.next(now)
     }
 
     /// Records that the retained messages of the last subscriptions were delivered; returns the filters to subscribe to next,
     /// none if all are subscribed to.
-    pub fn delivered(&mut self) -> Vec<String> {
+    pub fn delivered(&mut self, now: Instant) -> Vec<String> {
         for filter in &self.pending {
             self.left_out.retain(|out| out.filter != *filter);
         }
-        self.next()
+        self.next(now)
     }
 
-    fn next(&mut self) -> Vec<String> {
-        self.pending = self.waiting.pop_front().into_iter().collect();
-        self.pending.clone()
+    fn next(&mut self, now: Instant) -> Vec<String> {
+        let filters = self.waiting.pop_front().into_iter().collect();
+        self.subscribe(filters, now)
+    }
+
+    fn subscribe(&mut self, filters: Vec<String>, now: Instant) -> Vec<String> {
+        if !filters.is_empty() {
+            self.last = Some((filters.clone(), now));
+        }
+        self.pending.clone_from(&filters);
+        filters
     }
 
     /// Whether all filters are subscribed to that are not left out, and their retained messages delivered.
@@ -94,23 +105,24 @@ impl Subscriptions {
         let Some(out) = due else { return Vec::new() };
         // Until it is known whether it breaks the connection.
         out.until = now + out.wait;
-        self.pending = vec![out.filter.clone()];
-        self.pending.clone()
+        let filter = out.filter.clone();
+        self.subscribe(vec![filter], now)
     }
 
     /// Records that the connection broke; `invalid_packet`, because of a packet that this client does not accept. Returns what
     /// changes, if a retained message is the likely cause.
     pub fn broken(&mut self, invalid_packet: bool, now: Instant) -> Option<Suspicion> {
-        let pending = std::mem::take(&mut self.pending);
+        self.pending.clear();
         self.waiting.clear();
-        if pending.is_empty() || !invalid_packet {
+        let (suspected, subscribed_at) = self.last.take()?;
+        if !invalid_packet || now.duration_since(subscribed_at) > SUSPECTED {
             return None;
         }
         if !self.careful {
             self.careful = true;
             return Some(Suspicion::OneByOne);
         }
-        let filter = pending.into_iter().next()?;
+        let filter = suspected.into_iter().next()?;
         let before = self.left_out.iter().position(|out| out.filter == filter);
         let wait = before.map_or(LEFT_OUT_MIN, |place| (self.left_out.remove(place).wait * 2).min(LEFT_OUT_MAX));
         self.left_out.push(LeftOut { filter: filter.clone(), wait, until: now + wait });
@@ -132,12 +144,12 @@ mod tests {
         assert_eq!(subscriptions.begin(now), ["set/+", "offer"]);
         assert_eq!(subscriptions.broken(true, now), Some(Suspicion::OneByOne));
         assert_eq!(subscriptions.begin(now), ["set/a"]);
-        assert_eq!(subscriptions.delivered(), ["set/b"]);
+        assert_eq!(subscriptions.delivered(now), ["set/b"]);
         assert_eq!(subscriptions.broken(true, now), Some(Suspicion::LeftOut("set/b".into(), LEFT_OUT_MIN)));
         assert_eq!(subscriptions.begin(now), ["set/a"]);
-        assert_eq!(subscriptions.delivered(), ["offer"]);
+        assert_eq!(subscriptions.delivered(now), ["offer"]);
         assert!(!subscriptions.is_complete());
-        assert_eq!(subscriptions.delivered(), [""; 0]);
+        assert_eq!(subscriptions.delivered(now), [""; 0]);
         assert!(subscriptions.is_complete());
         // On the same connection, later.
         assert_eq!(subscriptions.retry_at(), Some(now + LEFT_OUT_MIN));
@@ -148,10 +160,10 @@ mod tests {
         let later = later + LEFT_OUT_MIN * 2;
         assert_eq!(subscriptions.begin(later), ["set/a"]);
         assert_eq!(
-            (subscriptions.delivered(), subscriptions.delivered()),
+            (subscriptions.delivered(now), subscriptions.delivered(now)),
             (vec!["set/b".into()], vec!["offer".into()])
         );
-        subscriptions.delivered();
+        subscriptions.delivered(now);
         assert_eq!(subscriptions.retry_at(), None, "it breaks nothing any more");
     }
 
@@ -164,7 +176,11 @@ mod tests {
         }
         // A message that is too large and not retained, later.
         subscriptions.begin(now);
-        subscriptions.delivered();
-        assert_eq!(subscriptions.broken(true, now), None);
+        subscriptions.delivered(now);
+        assert_eq!(subscriptions.broken(true, now + SUSPECTED * 2), None);
+        // One of many retained messages, after the first of them.
+        subscriptions.begin(now);
+        subscriptions.delivered(now);
+        assert_eq!(subscriptions.broken(true, now + SUSPECTED / 2), Some(Suspicion::OneByOne));
     }
 }

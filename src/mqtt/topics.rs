@@ -181,7 +181,8 @@ impl Topics {
     }
 
     fn model_filters(&self) -> Vec<String> {
-        vec![self.offer(), format!("{}/model/chunk/+", self.root), self.rollback()]
+        // The filter of several topics last: see `subscriptions`.
+        vec![self.offer(), self.rollback(), format!("{}/model/chunk/+", self.root)]
     }
 
     /// Parses a topic of [`Topics::request_filters`]; `None` for any other.

@@ -12,7 +12,7 @@ const DIFFERENT_MAX: usize = 8;
 /// Limits the log lines of one kind. A message that was logged is not logged again while such messages keep coming.
 #[derive(Debug)]
 pub struct LogLimiter {
-    /// What is counted, in the plural.
+    /// Name of the messages, in the plural.
     kind: &'static str,
     /// Start of the present interval; `None` after one without a message.
     started: Option<Instant>,

@@ -19,13 +19,15 @@ fn stop_without_loss(daemon: &mut Process) {
 
 #[test]
 fn a_retained_message_that_is_too_large_does_not_keep_the_device_offline() {
-    for (setting, named) in [
-        ("x", "subscribing to the topics one by one"),
-        ("pause", "a retained message on bloomcast/pi/set/pause breaks"),
+    for (topic, named) in [
+        ("bloomcast/pi/set/x", "subscribing to the topics one by one"),
+        ("bloomcast/pi/set/pause", "a retained message on bloomcast/pi/set/pause breaks"),
+        ("homeassistant/status", "a retained message on homeassistant/status breaks"),
+        ("bloomcast/pi/model/chunk/7", "a retained message on bloomcast/pi/model/chunk/+ breaks"),
     ] {
         let broker = Mosquitto::started(None);
         let (_dir, images) = alternating_drawings();
-        publish_retained(broker.port, &format!("bloomcast/pi/set/{setting}"), &vec![b'x'; TOO_LARGE]);
+        publish_retained(broker.port, topic, &vec![b'x'; TOO_LARGE]);
         let mut daemon = Process::start(&mut replay_command(broker.port, &images, &[]));
         daemon.line(named);
         // The other topics are subscribed to, the one after the other.

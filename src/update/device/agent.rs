@@ -429,8 +429,8 @@ impl UpdateAgent {
     fn swap(&mut self, LoadedModel { model, classifier, .. }: LoadedModel, trial_observer: Option<FrameObserver>) {
         let rules = self.options.policy.rules_for_known(classifier.labels());
         let (sender, replaced) = mpsc::sync_channel(1);
-        let (version, thresholds) = (model.manifest.version, rules.thresholds);
-        let swap = Swap { classifier, version, thresholds, trial_observer, replaced: sender };
+        let (version, thresholds, common) = (model.manifest.version, rules.thresholds, rules.common);
+        let swap = Swap { classifier, version, thresholds, common, trial_observer, replaced: sender };
         // Before the swap: it is published before the first observation of the model.
         self.announcement.send_replace(announce(&self.loader, &model, &self.state));
         if self.swaps.send(swap).is_ok() && replaced.recv().is_ok() {
