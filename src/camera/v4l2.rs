@@ -249,7 +249,7 @@ pub(super) fn picture(layout: Option<Layout>, (width, height): (u32, u32), bytes
         // The driver returns the whole buffer, with stale bytes after the end marker.
         let length = match jpeg_extent::extent(bytes) {
             jpeg_extent::Extent::Whole(length) => length,
-            // Passed on unchanged: the decoder rejects it, and it counts as broken.
+            // Passed on unchanged: the decoder decides whether it is complete.
             jpeg_extent::Extent::Short | jpeg_extent::Extent::NotJpeg => bytes.len(),
         };
         return Some(Picture::Encoded(bytes[..length].to_vec()));

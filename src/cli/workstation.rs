@@ -464,7 +464,7 @@ fn print_skipped(skipped: &[DatasetProblem]) {
         eprintln!("skipped: {}: {}", printable(&problem.file), problem.problem);
     }
     if let Some(more) = skipped.len().checked_sub(SKIPPED_SHOWN_MAX).filter(|more| *more > 0) {
-        eprintln!("skipped: {more} more files; `bloomcast dataset check` names them all");
+        eprintln!("skipped: {more} more files");
     }
 }
 

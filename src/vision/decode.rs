@@ -22,8 +22,8 @@ const TEXT_BYTES_MAX: u64 = 256 << 10;
 /// Most bytes of decoded pixels.
 pub const DECODED_BYTES_MAX: u64 = PIXELS_MAX * 3;
 
-/// Colour of the ground that transparent pixels are laid on, in training and on the device.
-const GROUND: u8 = 255;
+/// Grey value of the background over which transparent pixels are composited, in training and on the device.
+const BACKGROUND: u8 = 255;
 
 /// The image has no pixels, more than [`PIXELS_MAX`], or a side longer than [`SIDE_MAX`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -156,14 +156,16 @@ fn decode_other(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
         return Err(DecodeError::TooManyBytes(width, height, decoder.total_bytes()));
     }
     let orientation = exif_orientation(bytes, decoder.exif_metadata().ok().flatten());
-    Ok(with_orientation(on_ground(DynamicImage::from_decoder(decoder)?), orientation))
+    Ok(with_orientation(composited(DynamicImage::from_decoder(decoder)?), orientation))
 }
 
 /// Returns the name of a picture's format that is recognised and not decoded.
 fn unsupported_format(bytes: &[u8]) -> Option<&'static str> {
     match bytes {
         [_, _, _, _, b'f', b't', b'y', b'p', b'a', b'v', b'i', ..] => Some("AVIF"),
-        [_, _, _, _, b'f', b't', b'y', b'p', b'h' | b'm', ..] => Some("HEIC"),
+        [_, _, _, _, b'f', b't', b'y', b'p', b'h', b'e', b'i' | b'v', ..]
+        | [_, _, _, _, b'f', b't', b'y', b'p', b'm', b'i' | b's', b'f', b'1', ..] => Some("HEIC"),
+        [_, _, _, _, b'f', b't', b'y', b'p', ..] => Some("MP4 or QuickTime"),
         [b'G', b'I', b'F', b'8', ..] => Some("GIF"),
         [b'B', b'M', ..] => Some("BMP"),
         [b'I', b'I', 42, 0, ..] | [b'M', b'M', 0, 42, ..] => Some("TIFF"),
@@ -192,7 +194,7 @@ fn png_text_exif(bytes: &[u8]) -> Option<Vec<u8>> {
         let is_exif = |keyword: &[u8]| matches!(keyword, b"Raw profile type exif" | b"Raw profile type APP1");
         let Some(end) = keyword(text).filter(|end| is_exif(&text[..*end])) else { continue };
         let profile = match kind {
-            b"tEXt" => text[end + 1..].to_vec(),
+            b"tEXt" => text[end + 1..].iter().take(TEXT_BYTES_MAX as usize).copied().collect(),
             b"zTXt" => {
                 let mut profile = Vec::new();
                 // Behind the byte of the compression method.
@@ -207,13 +209,17 @@ fn png_text_exif(bytes: &[u8]) -> Option<Vec<u8>> {
         let digits = profile.splitn(4, |byte| *byte == b'\n').nth(3)?;
         let digits: Vec<u8> =
             digits.iter().filter_map(|digit| (*digit as char).to_digit(16)).map(|digit| digit as u8).collect();
-        return Some(digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect());
+        let exif: Vec<u8> = digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect();
+        // An APP1 profile may be XMP.
+        if [&b"Exif"[..], b"II*\0", b"MM\0*"].iter().any(|start| exif.starts_with(start)) {
+            return Some(exif);
+        }
     }
     None
 }
 
-/// Returns an image as RGB; transparent pixels are laid on a white ground.
-fn on_ground(image: DynamicImage) -> RgbImage {
+/// Returns an image as RGB, composited over a white background.
+fn composited(image: DynamicImage) -> RgbImage {
     if !image.color().has_alpha() {
         return image.into_rgb8();
     }
@@ -221,8 +227,8 @@ fn on_ground(image: DynamicImage) -> RgbImage {
     RgbImage::from_fn(rgba.width(), rgba.height(), |x, y| {
         let Rgba([r, g, b, alpha]) = *rgba.get_pixel(x, y);
         let alpha = u32::from(alpha);
-        let laid = |value: u8| ((u32::from(value) * alpha + u32::from(GROUND) * (255 - alpha) + 127) / 255) as u8;
-        Rgb([laid(r), laid(g), laid(b)])
+        let over = |value: u8| ((u32::from(value) * alpha + u32::from(BACKGROUND) * (255 - alpha) + 127) / 255) as u8;
+        Rgb([over(r), over(g), over(b)])
     })
 }
 
@@ -310,7 +316,8 @@ pub(crate) mod tests {
         !bytes.iter().fold(u32::MAX, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), bit))
     }
 
-    fn mean_difference(a: &RgbImage, b: &RgbImage) -> f64 {
+    /// Returns the mean absolute difference of two images, in grey levels.
+    pub(crate) fn mean_difference(a: &RgbImage, b: &RgbImage) -> f64 {
         assert_eq!(a.dimensions(), b.dimensions());
         let sum: u64 = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
         sum as f64 / a.as_raw().len() as f64
@@ -446,7 +453,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn transparent_pixels_are_laid_on_white() {
+    fn transparent_pixels_are_composited_over_white() {
         let pixels = [[0, 200, 0, 0], [0, 200, 0, 255], [10, 200, 0, 128]].concat();
         let image = RgbaImage::from_raw(3, 1, pixels).unwrap();
         for format in [ImageFormat::Png, ImageFormat::WebP] {
@@ -459,7 +466,8 @@ pub(crate) mod tests {
 
     #[test]
     fn names_a_format_or_limit_that_is_the_reason() {
-        let files: [(&[u8], &str); 4] = [
+        let files: [(&[u8], &str); 5] = [
+            (b"\0\0\0\x18ftypmp42", "a MP4 or QuickTime file"),
             (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC file, expected JPEG, PNG or WebP"),
             (b"GIF89a", "a GIF file"),
             (b"BM", "a BMP file"),

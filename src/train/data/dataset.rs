@@ -48,7 +48,7 @@ pub struct LabeledImage {
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
     /// A folder cannot be read.
-    #[error("{path}: {source}")]
+    #[error("{}: {source}", printable(path))]
     Io {
         /// Path of the folder.
         path: PathBuf,
@@ -56,7 +56,7 @@ pub enum DatasetError {
         source: io::Error,
     },
     /// The folder names are not valid [`Labels`].
-    #[error("{path}: {source}")]
+    #[error("{}: {source}", printable(path))]
     Classes {
         /// Path of the dataset.
         path: PathBuf,
@@ -64,10 +64,10 @@ pub enum DatasetError {
         source: LabelsError,
     },
     /// A class has no images; its folder, and a suffix that names a file that is not read.
-    #[error("{0}: no images of this class{1}")]
+    #[error("{path}: no images of this class{hint}", path = printable(.0), hint = .1)]
     EmptyClass(PathBuf, String),
     /// The classes differ from the expected ones, or are in another order.
-    #[error("{path}: the classes are {found:?}, expected {expected:?}")]
+    #[error("{}: the classes are {found:?}, expected {expected:?}", printable(path))]
     OtherClasses {
         /// Path of the dataset.
         path: PathBuf,
@@ -148,7 +148,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns what is known of it, behind a symbolic link of what it links to.
+    /// Returns the metadata; follows symbolic links.
     fn metadata(&self) -> io::Result<fs::Metadata> {
         fs::metadata(&self.path)
     }
@@ -196,7 +196,7 @@ fn collect(
                     collect(&entry.path, depth + 1, images, ignored)?;
                 }
             }
-            Ok(_) if entry.path.to_str().is_none() => entry.ignore(NOT_UTF8, ignored),
+            Ok(_) if entry.name.to_str().is_none() => entry.ignore(NOT_UTF8, ignored),
             Ok(metadata) if metadata.is_file() && is_picture(&entry.path) => images.push(entry.path),
             Ok(_) => entry.ignore_unless_text(ignored),
         }

@@ -2,7 +2,10 @@
 
 use std::path::Path;
 
+use unicode_normalization::UnicodeNormalization;
+
 use crate::bundle::archive::FILE_BYTES_MAX;
+use crate::system::paths::printable;
 use crate::train::data::dataset::{Dataset, DatasetError, DatasetProblem};
 use crate::train::data::image_set::{HashedImage, ImageSet};
 use crate::train::features::compute_device::{self, Selected};
@@ -114,8 +117,13 @@ impl RunContext<'_> {
             return Ok(());
         };
         let class = labels.name(Some(missing)).to_owned();
-        let hint = match skipped.iter().find(|problem| problem.file.parent() == Some(&path.join(&class))) {
-            Some(problem) => format!("; for example, {}: {}", problem.file.display(), problem.problem),
+        // The folder's name may be in another Unicode form than the class's.
+        let is_of_class = |problem: &&DatasetProblem| {
+            let folder = problem.file.strip_prefix(path).ok().and_then(|file| file.components().next());
+            folder.is_some_and(|folder| folder.as_os_str().to_string_lossy().nfc().eq(class.chars()))
+        };
+        let hint = match skipped.iter().find(is_of_class) {
+            Some(problem) => format!("; for example, {}: {}", printable(&problem.file), problem.problem),
             None if self.settings.val.is_none() => "; add images, or change --val-fraction or --val".into(),
             None => String::new(),
         };

@@ -23,7 +23,7 @@ pub(super) fn check(structure: &Structure<'_>) -> Result<(), JpegError> {
     if blocks.covered.iter().all(|covered| *covered) { Ok(()) } else { Err(JpegError::Truncated) }
 }
 
-/// What is wrong with entropy-coded data; small, as each symbol may return it.
+/// A fault of entropy-coded data; small, as each symbol may return it.
 #[derive(Debug, Clone, Copy)]
 enum Damage {
     /// It ends before the last block.
@@ -77,7 +77,7 @@ impl<'a> Blocks<'a> {
         } else {
             self.read_sequential(scan)?;
         }
-        if scan.band.0 == 0 {
+        if !self.frame.progressive || scan.band.0 == 0 {
             scan.components.iter().for_each(|(index, ..)| self.covered[*index] = true);
         }
         Ok(())

@@ -14,7 +14,7 @@ use image::{DynamicImage, GrayImage, RgbImage};
 use zune_jpeg::zune_core::colorspace::ColorSpace;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
-use super::decode::{PIXELS_MAX, SIDE_MAX, TooLarge, check_size};
+use super::decode::{TooLarge, check_size};
 use structure::Structure;
 
 /// An error of a JPEG.
@@ -62,7 +62,7 @@ fn decode_complete(bytes: &[u8], structure: &Structure<'_>) -> Result<(RgbImage,
     let image: Cow<'_, [u8]> = if structure.has_end { image.into() } else { [image, &[0xFF, 0xD9]].concat().into() };
     // zune-jpeg 0.5.15 decodes some of these to stripes.
     if structure.is_non_interleaved() {
-        decode_non_interleaved(&image)
+        decode_non_interleaved(&image, width, height)
     } else {
         decode_interleaved(&image, width, height)
     }
@@ -71,22 +71,31 @@ fn decode_complete(bytes: &[u8], structure: &Structure<'_>) -> Result<(RgbImage,
 fn decode_interleaved(bytes: &[u8], width: u32, height: u32) -> Result<(RgbImage, Option<Orientation>), JpegError> {
     let options = DecoderOptions::default()
         .jpeg_set_out_colorspace(ColorSpace::RGB)
-        .set_max_width(SIDE_MAX as usize)
-        .set_max_height(SIDE_MAX as usize);
+        .set_max_width(width as usize)
+        .set_max_height(height as usize);
     let mut decoder = zune_jpeg::JpegDecoder::new_with_options(Cursor::new(bytes), options);
-    let pixels = decoder.decode().map_err(|e| JpegError::Decoder(format!("{e:?}")))?;
+    let failed = |e: zune_jpeg::errors::DecodeErrors| JpegError::Decoder(format!("{e:?}"));
+    decoder.decode_headers().map_err(failed)?;
+    // The decoder must see the frame whose size was checked.
+    if decoder.dimensions() != Some((width as usize, height as usize)) {
+        return Err(JpegError::Invalid("two frames of different sizes"));
+    }
+    let pixels = decoder.decode().map_err(failed)?;
     let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));
     let rgb = RgbImage::from_raw(width, height, pixels).ok_or(JpegError::Invalid("two frames of different sizes"))?;
     Ok((rgb, orientation))
 }
 
-fn decode_non_interleaved(bytes: &[u8]) -> Result<(RgbImage, Option<Orientation>), JpegError> {
+fn decode_non_interleaved(bytes: &[u8], width: u32, height: u32) -> Result<(RgbImage, Option<Orientation>), JpegError> {
     let mut decoder = jpeg_decoder::Decoder::new(Cursor::new(bytes));
-    decoder.set_max_decoding_buffer_size(4 * PIXELS_MAX as usize);
-    let pixels = decoder.decode().map_err(|e| JpegError::Decoder(e.to_string()))?;
+    let failed = |e: jpeg_decoder::Error| JpegError::Decoder(e.to_string());
+    decoder.read_info().map_err(failed)?;
     let info = decoder.info().ok_or(JpegError::NoImage)?;
+    if (u32::from(info.width), u32::from(info.height)) != (width, height) {
+        return Err(JpegError::Invalid("two frames of different sizes"));
+    }
+    let pixels = decoder.decode().map_err(failed)?;
     let orientation = decoder.exif_data().and_then(Orientation::from_exif_chunk);
-    let (width, height) = (u32::from(info.width), u32::from(info.height));
     let rgb = match info.pixel_format {
         jpeg_decoder::PixelFormat::RGB24 => RgbImage::from_raw(width, height, pixels),
         jpeg_decoder::PixelFormat::L8 => {
@@ -120,6 +129,7 @@ fn standard_tables() -> &'static [u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vision::decode::tests::mean_difference;
 
     // One picture of 48×40 pixels, by libjpeg-turbo: cjpeg -quality 60, with -sample 2x2, and with -progressive, -restart 1 or
     // -arithmetic; the second from the first by jpegtran -scans, with a scan for each component.
@@ -133,18 +143,11 @@ mod tests {
         decode(jpeg).map(|(pixels, _)| pixels)
     }
 
-    /// Returns the mean absolute difference of two pictures, in grey levels.
-    fn difference(a: &RgbImage, b: &RgbImage) -> f64 {
-        assert_eq!(a.dimensions(), b.dimensions());
-        let sum: u64 = a.as_raw().iter().zip(b.as_raw()).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
-        sum as f64 / a.as_raw().len() as f64
-    }
-
     #[test]
     fn components_in_scans_of_their_own_give_the_same_picture() {
         let expected = pixels(INTERLEAVED).unwrap();
         for (name, jpeg) in [("non-interleaved", NON_INTERLEAVED), ("progressive", PROGRESSIVE), ("restart", RESTART)] {
-            let difference = difference(&pixels(jpeg).unwrap(), &expected);
+            let difference = mean_difference(&pixels(jpeg).unwrap(), &expected);
             // The decoders upsample chroma differently, and the picture with restart markers has the default sampling.
             assert!(difference < 4.0, "{name}: {difference}");
         }
@@ -160,7 +163,14 @@ mod tests {
         ] {
             let scan = jpeg.windows(2).position(|pair| pair == [0xFF, 0xDA]).unwrap();
             let header = usize::from(u16::from_be_bytes([jpeg[scan + 2], jpeg[scan + 3]]));
-            // Between two scans of a progressive JPEG nothing is missing: it is coarser.
+            // Between two scans of a progressive JPEG nothing is missing: it is coarser. Within each scan, something is.
+            for scan in &Structure::parse(jpeg).unwrap().scans {
+                let start = scan.data.as_ptr() as usize - jpeg.as_ptr() as usize;
+                for end in [&[][..], &[0xFF, 0xD9]] {
+                    let cut = [&jpeg[..start + scan.data.len() / 2], end].concat();
+                    assert!(pixels(&cut).is_err(), "{name}: a scan of {} bytes at {start}", scan.data.len());
+                }
+            }
             let first = scan + 2 + header;
             let length = Structure::parse(jpeg).unwrap().scans[0].data.len();
             for cut in (first..first + length - 2).step_by(7) {
@@ -174,13 +184,32 @@ mod tests {
             }
             // A hole, as a lost packet leaves.
             let hole = [&jpeg[..first + length / 4], &jpeg[first + length / 2..]].concat();
-            if name == "interleaved" {
+            if name != "progressive" {
                 assert!(pixels(&hole).is_err(), "{name}");
             }
-            // The end marker alone is no data: Samsung's panoramas have a trailer instead.
-            let trailer = [&jpeg[..jpeg.len() - 2], b"SEFH\0\0\0\0SEFT"].concat();
-            assert_eq!(pixels(&trailer).unwrap(), pixels(jpeg).unwrap(), "{name}");
+            // The end marker alone is no data: Samsung's panoramas have a trailer instead, of any bytes.
+            let trailers: [&[u8]; 4] =
+                [b"SEFH\0\0\0\0SEFT", b"\xFF\xC3", b"a\xFF\xC4\0\x03\xFF\xFF\xDA\0\x04\x01\x02", b"\xFF\xE1\x7F"];
+            for trailer in trailers {
+                let image = [&jpeg[..jpeg.len() - 2], trailer].concat();
+                assert_eq!(pixels(&image).unwrap(), pixels(jpeg).unwrap(), "{name} {trailer:?}");
+            }
         }
+    }
+
+    #[test]
+    fn a_second_frame_is_an_error() {
+        // A frame of one component behind the scan of three, and a larger one that hides in a segment.
+        let second = [0xFF, 0xC0, 0, 11, 8, 0, 16, 0, 16, 1, 1, 0x11, 0];
+        let scan = INTERLEAVED.windows(2).position(|pair| pair == [0xFF, 0xDA]).unwrap();
+        let before = [&INTERLEAVED[..scan], &second, &INTERLEAVED[scan..]].concat();
+        assert!(matches!(pixels(&before), Err(JpegError::Invalid("two frames"))));
+        let end = INTERLEAVED.len() - 2;
+        let after = [&INTERLEAVED[..end], &second, &INTERLEAVED[end..]].concat();
+        assert_eq!(pixels(&after).unwrap(), pixels(INTERLEAVED).unwrap());
+        let end = PROGRESSIVE.len() - 2;
+        let after = [&PROGRESSIVE[..end], &second, &PROGRESSIVE[end..]].concat();
+        assert_eq!(pixels(&after).unwrap(), pixels(PROGRESSIVE).unwrap());
     }
 
     #[test]

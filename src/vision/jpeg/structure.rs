@@ -7,14 +7,14 @@ const COMPONENTS_MAX: usize = 4;
 /// The most scans of a frame: a progressive JPEG of four components has some dozens.
 const SCANS_MAX: usize = 100;
 
-/// What a JPEG consists of.
+/// The parts of a JPEG.
 #[derive(Debug)]
 pub(super) struct Structure<'a> {
     pub frame: FrameHeader,
     pub scans: Vec<Scan<'a>>,
     /// Whether a Huffman table is defined before the first scan.
     pub has_tables: bool,
-    /// Bytes up to the end marker, or to the end of the last scan's data where there is none.
+    /// Bytes up to and with the end marker, or to the end of the last scan's data where there is none.
     pub length: usize,
     /// Whether there is an end marker.
     pub has_end: bool,
@@ -62,14 +62,25 @@ impl<'a> Structure<'a> {
     /// # Errors
     /// If there is no frame or no scan, a segment is cut or invalid, or the coding is one that is not decoded.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, JpegError> {
-        let mut parser =
-            Parser { bytes, at: 2, frame: None, scans: Vec::new(), tables: Default::default(), restart: 0 };
-        let has_end = parser.segments()?;
-        let Parser { at, frame, scans, .. } = parser;
+        let mut parser = Parser {
+            bytes,
+            at: 2,
+            data_end: 0,
+            frame: None,
+            scans: Vec::new(),
+            tables: Default::default(),
+            restart: 0,
+        };
+        let has_end = match parser.segments() {
+            // A trailer behind an image without end marker may look like segments.
+            Err(_) if !parser.scans.is_empty() => false,
+            has_end => has_end?,
+        };
+        let Parser { at, data_end, frame, scans, .. } = parser;
         let frame = frame.ok_or(JpegError::NoImage)?;
         let first = scans.first().ok_or(JpegError::NoImage)?;
         let has_tables = first.tables.iter().flatten().any(Option::is_some);
-        Ok(Structure { frame, scans, has_tables, length: at, has_end })
+        Ok(Structure { frame, scans, has_tables, length: if has_end { at } else { data_end }, has_end })
     }
 
     /// Whether the components of a frame that is not progressive come in scans of their own.
@@ -82,6 +93,8 @@ impl<'a> Structure<'a> {
 struct Parser<'a> {
     bytes: &'a [u8],
     at: usize,
+    /// End of the last scan's data.
+    data_end: usize,
     frame: Option<FrameHeader>,
     scans: Vec<Scan<'a>>,
     tables: [[Option<&'a [u8]>; 4]; 2],
@@ -89,38 +102,43 @@ struct Parser<'a> {
 }
 
 impl<'a> Parser<'a> {
-    /// Reads all segments; returns whether there is an end marker.
+    /// Reads the segments, up to the last scan of a sequential frame; returns whether an end marker follows.
     fn segments(&mut self) -> Result<bool, JpegError> {
         loop {
-            let Some(marker) = self.next_marker() else {
-                // All that is missing after a scan is the end marker.
-                return if self.scans.is_empty() { Err(JpegError::Truncated) } else { Ok(false) };
-            };
+            let marker = self.next_marker().ok_or(JpegError::Truncated)?;
             match marker {
                 0xD9 => return Ok(true),
                 // Another picture begins.
-                0xD8 => {
-                    self.at -= 2;
-                    return if self.scans.is_empty() { Err(JpegError::NoImage) } else { Ok(false) };
-                }
+                0xD8 => return Err(JpegError::NoImage),
                 0x01 | 0xD0..=0xD7 => continue,
                 _ => {}
             }
-            let Some(segment) = self.segment() else {
-                let trailer = !self.scans.is_empty();
-                return if trailer { Ok(false) } else { Err(JpegError::Truncated) };
-            };
+            let segment = self.segment().ok_or(JpegError::Truncated)?;
             match marker {
+                0xC0..=0xC2 if self.frame.is_some() => return Err(JpegError::Invalid("two frames")),
                 0xC0..=0xC2 => self.frame = Some(frame_header(marker == 0xC2, segment)?),
                 0xC3 => return Err(JpegError::Unsupported("lossless coding")),
                 0xC5..=0xC7 => return Err(JpegError::Unsupported("hierarchical coding")),
                 0xC9..=0xCB | 0xCD..=0xCF => return Err(JpegError::Unsupported("arithmetic coding")),
                 0xC4 => self.huffman_tables(segment)?,
                 0xDD => self.restart = segment.get(..2).map_or(0, |n| u32::from(u16::from_be_bytes([n[0], n[1]]))),
-                0xDA => self.scan(segment)?,
+                0xDA => {
+                    self.scan(segment)?;
+                    self.data_end = self.at;
+                    if self.is_sequential_and_complete() {
+                        return Ok(self.next_marker() == Some(0xD9));
+                    }
+                }
                 _ => {}
             }
         }
+    }
+
+    fn is_sequential_and_complete(&self) -> bool {
+        let has_scan = |component: usize| {
+            self.scans.iter().any(|scan| scan.components.iter().any(|(index, ..)| *index == component))
+        };
+        self.frame.as_ref().is_some_and(|frame| !frame.progressive && (0..frame.components.len()).all(has_scan))
     }
 
     /// Moves behind the next marker and returns its code; skips what precedes it.
@@ -161,12 +179,20 @@ impl<'a> Parser<'a> {
         let [first, last, approximation, ..] = *rest else { return Err(invalid()) };
         let component = |pair: &[u8]| {
             let index = frame.components.iter().position(|component| component.id == pair[0]).ok_or_else(invalid)?;
-            Ok((index, usize::from(pair[1] >> 4) & 3, usize::from(pair[1] & 15) & 3))
+            let (dc, ac) = (usize::from(pair[1] >> 4), usize::from(pair[1] & 15));
+            if dc.max(ac) < 4 { Ok((index, dc, ac)) } else { Err(invalid()) }
         };
         let components: Vec<_> = components.chunks_exact(2).map(component).collect::<Result<_, JpegError>>()?;
         let band = (u32::from(first), u32::from(last));
-        let is_band = band.0 <= band.1 && band.1 < 64 && (band.0 == 0 || components.len() == 1);
-        if components.is_empty() || self.scans.len() == SCANS_MAX || (frame.progressive && !is_band) {
+        // A progressive scan has the DC coefficients, or AC coefficients of one component: annex G.1.1.1.1.
+        let is_band = band == (0, 0) || (0 < band.0 && band.0 <= band.1 && band.1 < 64 && components.len() == 1);
+        let is_double =
+            |(i, one): (usize, &(usize, usize, usize))| components[..i].iter().any(|other| other.0 == one.0);
+        if components.is_empty()
+            || components.iter().enumerate().any(is_double)
+            || self.scans.len() == SCANS_MAX
+            || (frame.progressive && !is_band)
+        {
             return Err(invalid());
         }
         let data = self.entropy_coded();
@@ -194,9 +220,12 @@ impl<'a> Parser<'a> {
 }
 
 fn frame_header(progressive: bool, segment: &[u8]) -> Result<FrameHeader, JpegError> {
-    let [_precision, h1, h0, w1, w0, count, components @ ..] = segment else {
+    let [precision, h1, h0, w1, w0, count, components @ ..] = segment else {
         return Err(JpegError::Invalid("frame header"));
     };
+    if *precision != 8 {
+        return Err(JpegError::Unsupported("more than 8 bits a sample"));
+    }
     let component = |triple: &[u8]| Component {
         id: triple[0],
         horizontal: u32::from(triple[1] >> 4),
