@@ -726,6 +726,10 @@ mod tests {
         }
         let error = load("[camera\nwidth = 1\n", &[], &[]).unwrap_err();
         assert!(error.starts_with("b.toml:1: "), "{error}");
+    }
+
+    #[test]
+    fn names_errors_of_variables_and_flags() {
         let error = load("", &[("BLOOMCAST__CAMERA__WIDHT", "1")], &[]).unwrap_err();
         assert!(
             error.starts_with("the environment's BLOOMCAST__CAMERA__WIDHT: unknown setting `camera.widht`"),
