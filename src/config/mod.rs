@@ -101,7 +101,7 @@ pub struct Config {
     pub models: ModelFiles,
     /// The kernels that compute a backbone; [`Config::isa`] resolves them on this machine.
     pub kernels: KernelChoice,
-    /// Threads that compute a frame, 1 to [`THREADS_MAX`].
+    /// Threads that compute a frame, 1 to [`bloomcast_kernels::THREADS_MAX`].
     pub threads: usize,
     /// Options of updates; they hold the decision rules.
     pub update: UpdateOptions,

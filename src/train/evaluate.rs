@@ -148,7 +148,7 @@ impl Evaluation {
 }
 
 impl Evaluation {
-    /// Returns the confusions of most images: true class, predicted class and count, at most [`CONFUSIONS_MAX`].
+    /// Returns the confusions of most images: true class, predicted class and count, at most ten.
     pub fn largest_confusions(&self) -> Vec<(usize, usize, usize)> {
         let rows = self.confusion.iter().enumerate();
         let all = rows
