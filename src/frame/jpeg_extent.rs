@@ -14,7 +14,7 @@ const SOS: u8 = 0xDA;
 /// Extent of the JPEG at the start of a buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extent {
-    /// The picture is the first n bytes, including its end marker.
+    /// The picture is the first n bytes, including its end marker, or up to the start of another picture where it has none.
     Whole(usize),
     /// The buffer ends before the picture does.
     Short,
@@ -29,6 +29,8 @@ pub struct Scanner {
     at: usize,
     /// Whether `at` is within entropy-coded data, where only markers are searched for.
     in_scan: bool,
+    /// Whether the picture has a scan, so that the start of another picture can be its end.
+    has_scan: bool,
 }
 
 impl Scanner {
@@ -58,7 +60,8 @@ impl Scanner {
             match bytes[self.at..] {
                 [] | [0xFF] => return Extent::Short,
                 [0xFF, 0xFF, ..] => self.at += 1,
-                // Another picture starts before the end marker of this one.
+                // Another picture starts before the end marker of this one. The decoder finds out whether the data is complete.
+                [0xFF, SOI, ..] if self.has_scan => return Extent::Whole(self.at),
                 [0xFF, SOI, ..] => return Extent::NotJpeg,
                 [0xFF, EOI, ..] => return Extent::Whole(self.at + 2),
                 [0xFF, 0x01 | 0xD0..=0xD7, ..] => self.at += 2,
@@ -72,9 +75,12 @@ impl Scanner {
                     }
                     self.at += 2 + length;
                     self.in_scan = marker == SOS;
+                    self.has_scan |= self.in_scan;
                 }
                 [0xFF, 0xC0..=0xFF, ..] => return Extent::Short,
-                _ => return Extent::NotJpeg,
+                [0xFF, 0x02..=0xBF, ..] => return Extent::NotJpeg,
+                // Stray bytes between segments, which decoders skip.
+                ref stray => self.at += 1 + stray[1..].iter().position(|byte| *byte == 0xFF).unwrap_or(stray.len() - 1),
             }
         }
     }
@@ -114,8 +120,26 @@ mod tests {
     #[test]
     fn rejects_bytes_that_are_not_a_jpeg() {
         assert_eq!(extent(b"\x89PNG"), Extent::NotJpeg);
-        assert_eq!(extent(&[0xFF, 0xD8, 0x00, 0x11]), Extent::NotJpeg);
+        assert_eq!(extent(&[0xFF, 0xD8, 0xFF, 0x11]), Extent::NotJpeg);
         assert_eq!(extent(&[0xFF, 0xD8, 0xFF, 0xE0, 0, 1, 0]), Extent::NotJpeg);
-        assert_eq!(extent(&[&PICTURE[..16], PICTURE].concat()), Extent::NotJpeg, "truncated by the next picture");
+        assert_eq!(extent(&[&PICTURE[..10], PICTURE].concat()), Extent::NotJpeg, "another picture before the data");
+    }
+
+    #[test]
+    fn skips_stray_bytes_between_segments() {
+        for stray in [&[0][..], &[0x11, 0, 7], &[0xFF, 0, 1]] {
+            let picture = [&PICTURE[..10], stray, &PICTURE[10..]].concat();
+            for cut in 0..picture.len() {
+                let mut scanner = Scanner::default();
+                assert_eq!(scanner.advance(&picture[..cut]), Extent::Short, "{stray:?} cut at {cut}");
+                assert_eq!(scanner.advance(&picture), Extent::Whole(picture.len()), "{stray:?} cut at {cut}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_picture_without_an_end_marker_ends_where_the_next_one_starts() {
+        let unended = &PICTURE[..PICTURE.len() - 2];
+        assert_eq!(extent(&[unended, PICTURE].concat()), Extent::Whole(unended.len()));
     }
 }
