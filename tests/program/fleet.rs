@@ -543,6 +543,10 @@ fn a_trial_continues_after_sigterm_and_is_rolled_back_after_a_kill() {
     let model_status = device.model_status();
     assert_eq!((&model_status["version"], &model_status["trial"]), (&json!(version + 1), &json!(true)));
 
+    // A reload without a change does not interrupt it.
+    daemon.signal("HUP");
+    daemon.line("the configuration and the model are unchanged: nothing to reload");
+
     // After SIGTERM the trial continues; after SIGKILL the previous model is active again.
     daemon.signal("TERM");
     assert!(daemon.wait_for_exit(TIMEOUT).success(), "{}", daemon.log());

@@ -141,7 +141,7 @@ impl ModelLoader {
     }
 
     /// Loads the active model: one that waits for its trial, else the current one, else the previous one, else the built-in
-    /// one. A trial that a crash interrupted is rolled back.
+    /// one. A trial that a crash interrupted is rolled back; with a store that is only read, a trial counts as one that runs.
     ///
     /// # Errors
     /// If the configured or the built-in model cannot be loaded.
@@ -169,7 +169,7 @@ impl ModelLoader {
         }
         let mut rolled_back = Vec::new();
         if let Some(trial) = state.trial.clone() {
-            match self.continue_trial(store, &trial) {
+            match self.continue_trial(store, &state, &trial) {
                 Ok((loaded, state)) => return Ok(ActiveModel { on_trial: true, ..ActiveModel::new(loaded, state) }),
                 Err(error) => {
                     let reason = error.to_string();
@@ -218,12 +218,19 @@ impl ModelLoader {
         Ok(ActiveModel::new(loaded, state))
     }
 
-    fn continue_trial(&self, store: &Store, trial: &StoredTrial) -> Result<(LoadedModel, State), TrialError> {
-        if trial.phase == Phase::Running {
-            return Err(TrialError::Crashed);
-        }
-        // Recorded before the model is loaded: if loading ends the process, the next start finds the phase.
-        let state = store.set_phase(&trial.slot.sha256, Phase::Running)?;
+    fn continue_trial(
+        &self,
+        store: &Store,
+        state: &State,
+        trial: &StoredTrial,
+    ) -> Result<(LoadedModel, State), TrialError> {
+        let state = match trial.phase {
+            // Recorded before the model is loaded: if loading ends the process, the next start finds the phase.
+            Phase::Waiting => store.set_phase(&trial.slot.sha256, Phase::Running)?,
+            // The daemon that owns the store may be running the trial.
+            Phase::Running if store.is_read_only() => state.clone(),
+            Phase::Running => return Err(TrialError::Crashed),
+        };
         Ok((self.load(store, &ModelSlot::Slot(trial.slot.clone()), None)?, state))
     }
 

@@ -190,6 +190,11 @@ impl Store {
         Store { folder: folder.into(), read_only: true }
     }
 
+    /// Returns whether changes are not written.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
     /// Reads the state; [`State::default`] if the file does not exist.
     ///
     /// # Errors
