@@ -125,8 +125,8 @@ impl ImageSet {
         (self.without(problems), val.without(val_problems))
     }
 
-    /// Skips the images that have a problem; `problems` has an entry for each image.
-    fn without(self, problems: Vec<Option<String>>) -> Self {
+    /// Skips the images that have a problem; `problems` has an entry for each kept image.
+    pub fn without(self, problems: Vec<Option<String>>) -> Self {
         let mut unique = ImageSet { kept: Vec::new(), skipped: self.skipped };
         for (image, problem) in self.kept.into_iter().zip(problems) {
             match problem {

@@ -3,18 +3,13 @@
 use std::convert::Infallible;
 use std::fmt;
 
-use image::imageops::{self, FilterType};
 use serde::Serialize;
 
 use crate::system::paths::printable;
 use crate::train::data::dataset::{Dataset, DatasetProblem};
-use crate::train::data::image_set::{HashedImage, ImageError, ImageSet};
+use crate::train::data::image_set::ImageSet;
+use crate::train::data::similarity::{self, PerceptualHash};
 use crate::train::parallel;
-
-/// Largest Hamming distance of the difference hashes of two images that look the same, of 256 bits.
-const DISTANCE_MAX: u32 = 18;
-/// Comparisons a row and a column of a difference hash.
-const HASH_SIDE: u32 = 16;
 
 /// The result of [`inspect`].
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -36,10 +31,6 @@ pub struct ClassCount {
     /// Number of image files.
     pub images: usize,
 }
-
-/// Difference hash (dHash) of 256 bits: bit `y · 16 + x` is set if pixel `(x, y)` of a 17×16 gray copy is darker than its
-/// right neighbor.
-type DifferenceHash = [u64; 4];
 
 /// Decodes every image of `dataset` and `val` on `threads` threads and returns what should be fixed before training:
 /// files that are not read, images that cannot be used, duplicates, images that look like another one, conflicting labels, and
@@ -63,23 +54,25 @@ pub fn inspect(
     };
     let (train_len, val_kept) = (train.kept.len(), val_images.kept);
     let images: Vec<_> = train.kept.iter().chain(&val_kept).collect();
-    let hash = |(): &mut (), i: usize| Ok::<_, Infallible>(images[i].decode().map(|pixels| difference_hash(&pixels)));
-    let Ok(hashes) = parallel::map(images.len(), threads, "inspect", || Ok(()), hash, progress);
+    let hash =
+        |(): &mut (), i: usize| Ok::<_, Infallible>(images[i].decode().map(|pixels| PerceptualHash::new(&pixels)));
+    let Ok(decoded) = parallel::map(images.len(), threads, "inspect", || Ok(()), hash, progress);
 
+    let hashes: Vec<_> = decoded.iter().map(|hash| hash.as_ref().ok().copied()).collect();
     let compare = |(): &mut (), i: usize| {
-        Ok::<_, Infallible>(hashes[i].as_ref().ok().and_then(|hash| nearest(&hashes[..i], hash)))
+        Ok::<_, Infallible>(hashes[i].and_then(|hash| similarity::most_similar(&hashes[..i], &hash)))
     };
-    let Ok(nearest) = parallel::map(images.len(), threads, "inspect", || Ok(()), compare, &|_| {});
+    let Ok(similar) = parallel::map(images.len(), threads, "inspect", || Ok(()), compare, &|_| {});
     let mut problems = [train.skipped, val_images.skipped].concat();
-    for (i, (hash, nearest)) in hashes.iter().zip(nearest).enumerate() {
-        let problem = match hash {
+    for (i, (decoded, similar)) in decoded.iter().zip(similar).enumerate() {
+        let problem = match decoded {
             Err(error) => Some(error.to_string()),
-            Ok(_) => nearest.map(|other| likeness(images[i], images[other])),
+            Ok(_) => similar.map(|other| similarity::problem(images[i], images[other])),
         };
         problems.extend(problem.map(|problem| DatasetProblem { file: images[i].path.clone(), problem }));
     }
     let usable = |range: std::ops::Range<usize>, class: usize| {
-        range.filter(|i| images[*i].class == class && hashes[*i].is_ok()).count()
+        range.filter(|i| images[*i].class == class && hashes[*i].is_some()).count()
     };
     for (class, name) in dataset.classes.names().iter().enumerate() {
         for (purpose, count) in
@@ -104,33 +97,6 @@ pub fn inspect(
     }
 }
 
-/// Returns the problem of an image that looks like another one.
-fn likeness(image: &HashedImage, other: &HashedImage) -> String {
-    let looks_like = format!("looks like {}", printable(&other.path));
-    if image.class == other.class { looks_like } else { format!("conflicting labels: {looks_like}, of another class") }
-}
-
-/// Returns the index of the hash with the smallest distance to `hash`, if that is at most [`DISTANCE_MAX`].
-fn nearest(hashes: &[Result<DifferenceHash, ImageError>], hash: &DifferenceHash) -> Option<usize> {
-    let distance = |other: &DifferenceHash| -> u32 { hash.iter().zip(other).map(|(a, b)| (a ^ b).count_ones()).sum() };
-    let distances = hashes.iter().enumerate().filter_map(|(i, other)| Some((i, distance(other.as_ref().ok()?))));
-    distances.min_by_key(|(_, bits)| *bits).filter(|(_, bits)| *bits <= DISTANCE_MAX).map(|(i, _)| i)
-}
-
-fn difference_hash(pixels: &image::RgbImage) -> DifferenceHash {
-    let gray = imageops::grayscale(pixels);
-    let small = imageops::resize(&gray, HASH_SIDE + 1, HASH_SIDE, FilterType::Triangle);
-    let mut bits = [0; 4];
-    for y in 0..HASH_SIDE {
-        for x in 0..HASH_SIDE {
-            let darker = small.get_pixel(x, y).0[0] < small.get_pixel(x + 1, y).0[0];
-            let bit = (y * HASH_SIDE + x) as usize;
-            bits[bit / 64] |= u64::from(darker) << (bit % 64);
-        }
-    }
-    bits
-}
-
 impl fmt::Display for Inspection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for count in &self.classes {
@@ -147,6 +113,7 @@ impl fmt::Display for Inspection {
 #[cfg(test)]
 mod tests {
     use image::ImageFormat;
+    use image::imageops::{self, FilterType};
 
     use super::*;
     use crate::vision::decode::tests::{encode, gradient};

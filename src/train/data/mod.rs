@@ -4,3 +4,4 @@ pub mod augment;
 pub mod dataset;
 pub mod image_set;
 pub mod inspect;
+pub mod similarity;

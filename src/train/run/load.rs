@@ -1,5 +1,6 @@
 //! Stage 1: loads the training and validation sets, the network and the backbone; lists the test set.
 
+use std::convert::Infallible;
 use std::path::Path;
 
 use unicode_normalization::UnicodeNormalization;
@@ -8,13 +9,19 @@ use crate::bundle::archive::FILE_BYTES_MAX;
 use crate::system::paths::printable;
 use crate::train::data::dataset::{Dataset, DatasetError, DatasetProblem};
 use crate::train::data::image_set::{HashedImage, ImageSet};
+use crate::train::data::similarity::{self, PerceptualHash};
+use crate::train::features::cache::FeatureCache;
 use crate::train::features::compute_device::{self, Selected};
+use crate::train::parallel;
 use crate::train::run::settings::FineTune;
 use crate::train::run::{Progress, RunContext, TrainError};
 use crate::vision::{CompiledBackbone, Labels, OnnxBackbone};
 
 /// Upper bound on the size of a bundle's members besides an embedded network, in bytes.
 const OTHER_MEMBERS_MAX: u64 = 16 << 20;
+
+/// Cache key of the perceptual hashes. Raise its number when an image gets another hash.
+const HASH_CACHE: &str = "perceptual-hash-1";
 
 /// The pretrained network, and the classes to train it for.
 pub(super) struct Pretrained {
@@ -71,7 +78,7 @@ fn read_with_classes(path: &Path, labels: &Labels) -> Result<Dataset, DatasetErr
     Ok(dataset)
 }
 
-/// Returns the training and validation sets, without duplicates.
+/// Returns the training and validation sets, without duplicates; no validation image looks like a training image.
 fn load_image_sets(
     context: RunContext<'_>,
     dataset: &Dataset,
@@ -90,10 +97,44 @@ fn load_image_sets(
         }
         None => read(dataset).dedup().split(settings.val_fraction),
     };
+    let val = without_similar(context, &train, val);
     let skipped = [&train.skipped[..], &val.skipped].concat();
     context.expect_all_classes(labels, &train.kept, &settings.dataset, "training", &skipped)?;
     context.expect_all_classes(labels, &val.kept, context.val_path(), "validation", &skipped)?;
     Ok((train, val))
+}
+
+/// Leaves the images out of the validation set that look like a training image: a copy is predicted too well, and of two labels
+/// that differ one is wrong.
+fn without_similar(context: RunContext<'_>, train: &ImageSet, val: ImageSet) -> ImageSet {
+    // Without a cache, the hashes are computed again by the next run.
+    let cache = context.options.cache.as_deref().and_then(|root| FeatureCache::open(root, HASH_CACHE).ok());
+    let images: Vec<&HashedImage> = train.kept.iter().chain(&val.kept).collect();
+    let (threads, total) = (context.options.threads, images.len());
+    let hash = |(): &mut (), i: usize| Ok::<_, Infallible>(perceptual_hash(images[i], cache.as_ref()));
+    let progress = |done| (context.progress)(Progress::Compared { done, total });
+    let Ok(hashes) = parallel::map(total, threads, "compare", || Ok(()), hash, &progress);
+    let (train_hashes, val_hashes) = hashes.split_at(train.kept.len());
+    let problem = |(): &mut (), i: usize| {
+        let similar = val_hashes[i].and_then(|hash| similarity::most_similar(train_hashes, &hash));
+        Ok::<_, Infallible>(similar.map(|other| similarity::problem(&val.kept[i], &train.kept[other])))
+    };
+    let Ok(problems) = parallel::map(val.kept.len(), threads, "compare", || Ok(()), problem, &|_| {});
+    val.without(problems)
+}
+
+/// Returns the hash of an image, from the cache if it is there; `None` if the image cannot be decoded.
+fn perceptual_hash(image: &HashedImage, cache: Option<&FeatureCache>) -> Option<PerceptualHash> {
+    let cached = cache.and_then(|cache| PerceptualHash::from_bytes(&cache.read(&image.content_hash)?));
+    if cached.is_some() {
+        return cached;
+    }
+    let hash = PerceptualHash::new(&image.decode().ok()?);
+    if let Some(cache) = cache {
+        // The extraction of the features warns of a cache that cannot be written.
+        let _ = cache.write(&image.content_hash, &hash.to_bytes());
+    }
+    Some(hash)
 }
 
 impl RunContext<'_> {

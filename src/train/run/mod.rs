@@ -35,6 +35,13 @@ pub enum Progress {
         /// Number of files of the dataset.
         total: usize,
     },
+    /// Images that are decoded and compared with each other.
+    Compared {
+        /// Number of images decoded so far.
+        done: usize,
+        /// Number of images.
+        total: usize,
+    },
     /// Images whose features are extracted.
     Features {
         /// Number of images finished so far.
