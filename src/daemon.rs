@@ -31,7 +31,8 @@ use crate::update::device::agent::{AgentHandles, AgentOutputs, announce};
 use crate::update::device::model_loader::ModelError;
 use crate::update::device::store::State;
 use crate::update::device::{ActiveModel, ModelLoader, Store, UpdateAgent};
-use crate::vision::{BackboneError, FrameDiff, Labels, decode};
+use crate::vision::quality::QualityMeter;
+use crate::vision::{BackboneError, FrameDiff, FrameFilter, Labels, decode};
 use crate::vision_stage::{ActiveSettings, Commands, OnClassified, Publisher, VisionOptions, VisionStage};
 
 /// Settings that wait for the vision thread.
@@ -302,6 +303,7 @@ impl Daemon {
         };
         self.source.close();
         let picture = decode::picture(&frame.picture).map_err(|e| CameraError::Broken(e.to_string()))?;
+        let picture = self.config.camera.transform.apply(picture);
         self.active.loaded.classifier.classify(&picture)?;
         Ok(())
     }
@@ -376,8 +378,12 @@ impl Daemon {
             );
         let (publisher, events, state) = Publisher::new(&mut decider, EVENTS_MAX, counters.clone());
         let supervisor = camera.supervisor(&pace);
-        let frame_diff = FrameDiff::new(camera.still_threshold);
-        let options = VisionOptions { pace: pace.clone(), lost_after: camera.stall, frame_diff };
+        let filter = FrameFilter {
+            diff: FrameDiff::new(camera.still_threshold),
+            quality: QualityMeter::new(camera.quality_limits),
+        };
+        let transform = camera.transform;
+        let options = VisionOptions { pace: pace.clone(), lost_after: camera.stall, transform, filter };
         let (in_force, active_settings) = watch::channel(ActiveSettings::new(&decider, &pace));
         let vision_commands = Commands { settings, swaps, trial_observer, active_settings: in_force };
         let vision = VisionStage::new(mailbox, classifier, decider, publisher, vision_commands, options, on_classified);

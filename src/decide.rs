@@ -16,7 +16,7 @@ use tracing::warn;
 use crate::system::clock::Step;
 use crate::vision::head::argmax;
 use crate::vision::labels::ClassName;
-use crate::vision::{Labels, Prediction};
+use crate::vision::{Labels, Prediction, Quality};
 
 /// The most classes that an [`Observation`] lists.
 pub const TOP_MAX: usize = 5;
@@ -190,6 +190,8 @@ pub struct Observation {
     pub captured_at: SystemTime,
     /// Whether the camera delivers frames.
     pub camera_ok: bool,
+    /// Quality of the newest frame. A frame whose quality is not ok does not change the class and the scores.
+    pub quality: Quality,
     /// Whether classification is paused.
     pub paused: bool,
     /// Version of the model.
@@ -326,7 +328,13 @@ impl Decider {
         self.smooth(prediction, at);
         let target = self.target();
         let class = if self.dwell_elapsed(target, at) { target } else { self.class };
-        self.decide(class, at, true)
+        self.decide(class, at, true, Quality::Ok)
+    }
+
+    /// Takes a frame captured at `at` that cannot be judged: the class and the scores stay, dwell times restart.
+    pub fn unfit(&mut self, quality: Quality, at: SystemTime) -> Decision {
+        self.pending = None;
+        self.decide(self.class, at, true, quality)
     }
 
     /// Observes `unknown` from now on, without dwell time: before the first frame, when the camera fails, while
@@ -335,7 +343,7 @@ impl Decider {
         self.scores.fill(0.0);
         self.last_frame = None;
         self.pending = None;
-        self.decide(None, at, camera_ok)
+        self.decide(None, at, camera_ok, Quality::Ok)
     }
 
     /// Pauses or resumes classification; either observes `unknown` and publishes.
@@ -392,7 +400,7 @@ impl Decider {
         at.duration_since(since).is_ok_and(|waited| waited >= dwell)
     }
 
-    fn decide(&mut self, class: Option<usize>, at: SystemTime, camera_ok: bool) -> Decision {
+    fn decide(&mut self, class: Option<usize>, at: SystemTime, camera_ok: bool, quality: Quality) -> Decision {
         let top = self.top();
         let confidence = match class {
             Some(class) => self.scores[class],
@@ -419,6 +427,7 @@ impl Decider {
             since: self.since,
             captured_at: at,
             camera_ok,
+            quality,
             paused: self.paused,
             model: self.model,
         };
@@ -461,7 +470,8 @@ impl Decider {
             published.top.iter().find(|ranked| ranked.class == *class).map_or(0.0, |ranked| ranked.confidence)
         };
         let changed = |now: &Ranked| (now.confidence - score_before(&now.class)).abs() >= SCORE_STEP;
-        due && observation.top.iter().any(changed)
+        // A quality at its limit may change with each frame.
+        due && (observation.quality != published.quality || observation.top.iter().any(changed))
     }
 }
 
@@ -519,6 +529,24 @@ mod tests {
             }
         }
         changes
+    }
+
+    #[test]
+    fn an_unfit_frame_changes_the_quality_alone() {
+        let mut decider = decider(rules(0, 200));
+        decider.classified(&prediction(0.9, true), at(0));
+        decider.classified(&prediction(0.9, true), at(200));
+        // A change to B begins, and is interrupted.
+        decider.classified(&prediction(0.1, true), at(300));
+        let dark = decider.unfit(Quality::Dark, at(450));
+        assert_eq!((dark.event, index(&dark.observation.class)), (None, A));
+        assert_eq!((dark.observation.since, dark.observation.captured_at), (at(200), at(450)));
+        assert!(dark.observation.camera_ok && dark.observation.quality == Quality::Dark && !dark.publish);
+        assert!(decider.unfit(Quality::Dark, at(1200)).publish, "after the interval of the state");
+        assert!(!decider.unfit(Quality::Dark, at(9000)).publish, "nothing has changed");
+        let back = decider.classified(&prediction(0.1, true), at(9100));
+        assert_eq!((back.event, back.observation.quality, back.publish), (None, Quality::Ok, true));
+        assert_eq!(index(&decider.classified(&prediction(0.1, true), at(9300)).observation.class), B);
     }
 
     #[test]

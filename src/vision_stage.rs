@@ -25,7 +25,7 @@ use crate::system::paths::printable;
 use crate::system::{Counters, Heartbeat, LogLimiter};
 use crate::vision::decode::DecodeError;
 use crate::vision::labels::ClassName;
-use crate::vision::{BackboneError, Classifier, FrameDiff, Prediction, StageTimes, decode};
+use crate::vision::{BackboneError, Classifier, FrameFilter, FrameResult, Quality, StageTimes, Transform, decode};
 
 /// Interval at which commands are checked while no frame arrives.
 const IDLE: Duration = Duration::from_millis(100);
@@ -169,8 +169,10 @@ pub struct VisionOptions {
     pub pace: Pace,
     /// Time without a frame that could be classified after which `unknown` is observed.
     pub lost_after: Duration,
-    /// Detects frames that need no classification.
-    pub frame_diff: FrameDiff,
+    /// Rotation, mirroring and cropping of each frame.
+    pub transform: Transform,
+    /// Finds frames that are not classified.
+    pub filter: FrameFilter,
 }
 
 /// The vision thread's state.
@@ -184,7 +186,10 @@ pub struct VisionStage {
     on_classified: OnClassified,
     last_classified: Instant,
     clock: ClockWatch,
+    /// Quality of the last frame.
+    quality: Quality,
     skipped: LogLimiter,
+    unfit: LogLimiter,
     rejected: LogLimiter,
 }
 
@@ -254,7 +259,9 @@ impl VisionStage {
             on_classified,
             last_classified,
             clock,
+            quality: Quality::Ok,
             skipped,
+            unfit: LogLimiter::new("changes of the quality"),
             rejected: LogLimiter::new("settings rejected"),
         }
     }
@@ -265,6 +272,7 @@ impl VisionStage {
             heartbeat.beat();
             self.apply_commands();
             self.skipped.flush();
+            self.unfit.flush();
             self.rejected.flush();
             let item = self.mailbox.recv(IDLE);
             // After the wait: the times of earlier frames are moved before those of a frame that came meanwhile are used.
@@ -294,31 +302,52 @@ impl VisionStage {
             return self.observe_unknown(frame.captured_at, true);
         }
         let captured_at = frame.captured_at;
-        let (decision, class, stages) = match self.classify(&frame) {
-            Ok(classified) => classified,
+        let result = match self.classify(&frame) {
+            Ok(result) => result,
             Err(error) => {
-                self.options.frame_diff.reset();
+                self.options.filter.diff.reset();
                 return self.skip(&frame, &error);
             }
         };
         self.last_classified = Instant::now();
-        self.publisher.publish(decision);
-        let Some(stages) = stages else { return self.publisher.counters.still.add(1) };
-        self.publisher.counters.classified.add(1);
+        let counters = self.publisher.counters.clone();
+        if let FrameResult::Unfit(quality) = result {
+            counters.unfit.add(1);
+            self.log_quality(quality);
+            return self.publisher.publish(self.decider.unfit(quality, captured_at));
+        }
+        self.log_quality(Quality::Ok);
+        let prediction = self.classifier.last_prediction();
+        let class = prediction.class();
+        self.publisher.publish(self.decider.classified(prediction, captured_at));
+        let FrameResult::Classified(stages) = result else { return counters.still.add(1) };
+        counters.classified.add(1);
         (self.on_classified)(ClassifiedFrame { origin: frame.origin, captured_at, class, stages });
     }
 
-    /// Returns the decision, the predicted class, and the time of each stage; `None` for a frame that equals the previous
-    /// one and was not classified.
-    fn classify(&mut self, frame: &Frame) -> Result<(Decision, Option<usize>, Option<StageTimes>), FrameError> {
+    /// Decodes, transforms and classifies a frame.
+    fn classify(&mut self, frame: &Frame) -> Result<FrameResult, FrameError> {
         let started = Instant::now();
-        let picture = decode::picture(&frame.picture)?;
+        let picture = self.options.transform.apply(decode::picture(&frame.picture)?);
         let decode = started.elapsed();
-        let VisionStage { classifier, commands, options, decider, .. } = self;
-        let (prediction, stages) =
-            predict(classifier, &mut commands.trial_observer, &mut options.frame_diff, &picture)?;
-        let decision = decider.classified(prediction, frame.captured_at);
-        Ok((decision, prediction.class(), stages.map(|stages| StageTimes { decode, ..stages })))
+        let VisionStage { classifier, commands, options, .. } = self;
+        let result = predict(classifier, &mut commands.trial_observer, &mut options.filter, &picture)?;
+        Ok(match result {
+            FrameResult::Classified(stages) => FrameResult::Classified(StageTimes { decode, ..stages }),
+            other => other,
+        })
+    }
+
+    /// Logs a change of the frames' quality; not each change of frames at a limit.
+    fn log_quality(&mut self, quality: Quality) {
+        if quality == self.quality {
+            return;
+        }
+        self.quality = quality;
+        match quality {
+            Quality::Ok => self.unfit.warn("frames can be classified again".into()),
+            unfit => self.unfit.warn(format!("frames are {unfit} and not classified")),
+        }
     }
 
     fn skip(&mut self, frame: &Frame, error: &FrameError) {
@@ -395,7 +424,7 @@ impl VisionStage {
             self.observe_unknown(SystemTime::now(), camera_ok);
         }
         let replaced = std::mem::replace(&mut self.classifier, swap.classifier);
-        self.options.frame_diff.reset();
+        self.options.filter.diff.reset();
         self.commands.trial_observer = swap.trial_observer;
         if same_classes {
             self.decider.set_model(swap.version);
@@ -412,32 +441,41 @@ impl VisionStage {
     }
 }
 
-/// Classifies a picture unless it equals the previous one; a model on trial classifies every picture. A panic of the model is
-/// an error, as it is for the trial.
-fn predict<'a>(
-    classifier: &'a mut Classifier,
+/// Classifies a picture unless it is unfit or equals the previous one; a model on trial classifies every picture. A panic of the model
+/// is an error, as it is for the trial.
+fn predict(
+    classifier: &mut Classifier,
     trial_observer: &mut Option<FrameObserver>,
-    frame_diff: &mut FrameDiff,
+    filter: &mut FrameFilter,
     picture: &RgbImage,
-) -> Result<(&'a Prediction, Option<StageTimes>), FrameError> {
+) -> Result<FrameResult, FrameError> {
     if trial_observer.is_some() {
-        frame_diff.reset();
+        filter.diff.reset();
     }
-    let classify = || classifier.classify_if_changed(picture, frame_diff);
-    let classified = match catch_unwind(AssertUnwindSafe(classify)) {
+    let mut cpu_time = Duration::ZERO;
+    let mut classify = || -> Result<FrameResult, BackboneError> {
+        let result = classifier.classify_frame(picture, filter)?;
+        cpu_time = match result {
+            FrameResult::Classified(stages) => stages.cpu_time,
+            FrameResult::Unfit(_) if trial_observer.is_some() => classifier.classify(picture)?.1.cpu_time,
+            FrameResult::Unfit(_) | FrameResult::Unchanged => Duration::ZERO,
+        };
+        Ok(result)
+    };
+    let classified = match catch_unwind(AssertUnwindSafe(&mut classify)) {
         Ok(classified) => classified.map_err(FrameError::from),
         Err(_) => Err(FrameError::Panicked),
     };
     if let Some(report_to_trial) = trial_observer {
         let report = match &classified {
-            Ok(stages) => FrameReport::Classified(stages.map_or(Duration::ZERO, |stages| stages.cpu_time)),
+            Ok(_) => FrameReport::Classified(cpu_time),
             Err(error) => FrameReport::Failed(error.to_string()),
         };
         if !report_to_trial(report) {
             *trial_observer = None;
         }
     }
-    classified.map(|stages| (classifier.last_prediction(), stages))
+    classified
 }
 
 #[cfg(test)]

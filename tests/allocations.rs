@@ -7,9 +7,10 @@ use std::time::{Duration, SystemTime};
 
 use bloomcast::bundle::Bundle;
 use bloomcast::decide::{Decider, Rules, Thresholds};
-use bloomcast::vision::{Classifier, FrameDiff, decode, test_pattern};
+use bloomcast::vision::quality::{QualityLimits, QualityMeter};
+use bloomcast::vision::{Classifier, FrameDiff, FrameFilter, FrameResult, decode, test_pattern};
 use bloomcast_kernels::ThreadPool;
-use image::RgbImage;
+use image::{Rgb, RgbImage};
 
 #[global_allocator]
 static COUNTING: dhat::Alloc = dhat::Alloc;
@@ -20,7 +21,7 @@ const FRAMES: u32 = 20;
 struct Pipeline {
     classifier: Classifier,
     decider: Decider,
-    frame_diff: FrameDiff,
+    filter: FrameFilter,
     now: SystemTime,
 }
 
@@ -40,13 +41,16 @@ impl Pipeline {
         };
         let now = SystemTime::now();
         let decider = Decider::new(rules, classifier.labels().clone(), 1, now);
-        Pipeline { classifier, decider, frame_diff: FrameDiff::new(1.0), now }
+        let quality = QualityMeter::new(QualityLimits { dark: 16.0, blank: 4.0, blurred: 0.4 });
+        Pipeline { classifier, decider, filter: FrameFilter { diff: FrameDiff::new(1.0), quality }, now }
     }
 
     fn process(&mut self, image: &RgbImage) {
         self.now += Duration::from_millis(200);
-        self.classifier.classify_if_changed(image, &mut self.frame_diff).unwrap();
-        self.decider.classified(self.classifier.last_prediction(), self.now);
+        match self.classifier.classify_frame(image, &mut self.filter).unwrap() {
+            FrameResult::Unfit(quality) => self.decider.unfit(quality, self.now),
+            _ => self.decider.classified(self.classifier.last_prediction(), self.now),
+        };
     }
 }
 
@@ -63,17 +67,19 @@ fn main() {
     let _profiler = dhat::Profiler::builder().testing().build();
     let jpeg = test_pattern::jpeg(640, 480);
     let large = decode::encoded(&jpeg).unwrap();
-    let images = [decode::encoded(&test_pattern::jpeg(224, 224)).unwrap(), RgbImage::new(224, 224)];
+    let pattern = decode::encoded(&test_pattern::jpeg(224, 224)).unwrap();
+    let inverted = RgbImage::from_fn(224, 224, |x, y| Rgb(pattern.get_pixel(x, y).0.map(|value| 255 - value)));
+    let images = [pattern, inverted, RgbImage::new(224, 224)];
     for threads in [1, 2, 3] {
         let mut pipeline = Pipeline::with_threads(threads);
-        // Each image twice: every other frame is unchanged.
-        let mut frames = (0..).map(|frame: usize| &images[frame / 2 % 2]);
+        // Each image twice: every other frame is unchanged; the black one is unfit.
+        let mut frames = (0..).map(|frame: usize| &images[frame / 2 % 3]);
         let counted = allocations(|| pipeline.process(frames.next().unwrap()));
         println!("threads: {threads}; allocations in {FRAMES} frames from pixels to decision: {counted}");
         assert_eq!(counted, 0, "a frame allocates memory");
     }
     let mut pipeline = Pipeline::with_threads(1);
-    pipeline.frame_diff = FrameDiff::new(0.0);
+    pipeline.filter.diff = FrameDiff::new(0.0);
     let resizing = allocations(|| pipeline.process(&large));
     let decoding = allocations(|| pipeline.process(&decode::encoded(&jpeg).unwrap()));
     println!(

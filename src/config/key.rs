@@ -16,7 +16,7 @@ use crate::vision::decode::{FILE_BYTES_MAX, SIDE_MAX};
 const MS_MAX: i64 = 3_600_000;
 
 /// The ranges of the whole numbers.
-const RANGES: [(&str, RangeInclusive<i64>); 27] = [
+const RANGES: [(&str, RangeInclusive<i64>); 28] = [
     ("camera.interval_ms", 0..=MS_MAX),
     ("camera.stall_ms", 1..=MS_MAX),
     ("camera.reopen_ms_min", 1..=MS_MAX),
@@ -25,6 +25,7 @@ const RANGES: [(&str, RangeInclusive<i64>); 27] = [
     ("camera.width", 1..=SIDE_MAX as i64),
     ("camera.height", 1..=SIDE_MAX as i64),
     ("camera.fps", 1..=1000),
+    ("camera.rotate", 0..=270),
     ("model.threads", 0..=THREADS_MAX as i64),
     ("model.offer_bytes_max", 4096..=archive::FILE_BYTES_MAX as i64),
     ("model.trial_frames", 1..=1_000_000),
@@ -47,8 +48,9 @@ const RANGES: [(&str, RangeInclusive<i64>); 27] = [
 ];
 
 /// The texts that are one of a few.
-const CHOICES: [(&str, &[&str]); 4] = [
+const CHOICES: [(&str, &[&str]); 5] = [
     ("camera.source", &["v4l2", "rpicam", "replay"]),
+    ("camera.flip", &["none", "horizontal", "vertical"]),
     ("camera.format", &["auto", "mjpeg", "yuyv", "rgb"]),
     ("model.kernels", &KernelChoice::NAMES),
     ("log.level", &["error", "warn", "info", "debug"]),
@@ -141,6 +143,8 @@ pub(super) enum ValueType {
     Choice(&'static [&'static str]),
     /// A list of texts.
     Texts,
+    /// A list of this many numbers.
+    Floats(usize),
 }
 
 impl ValueType {
@@ -152,6 +156,7 @@ impl ValueType {
             item if item.is_table_like() => ValueType::Table,
             item if item.is_bool() => ValueType::Bool,
             item if item.is_float() => ValueType::Float,
+            item if item.is_array() => ValueType::Floats(item.as_array().map_or(0, toml_edit::Array::len)),
             item if item.is_integer() => ValueType::Integer(range().expect("each whole number has a range")),
             _ => choices().map_or(ValueType::Text, ValueType::Choice),
         }
@@ -173,6 +178,10 @@ impl ValueType {
                 let text = |value: &Value| value.as_str().map(|text| config::Value::new(None, text));
                 let texts: Option<Vec<_>> = list.iter().map(text).collect();
                 texts.map(ValueKind::Array).ok_or_else(|| self.into())
+            }
+            (ValueType::Floats(count), Value::Array(list)) if list.len() == *count => {
+                let number = |value: &Value| value.as_float().or_else(|| value.as_integer().map(|value| value as f64));
+                floats(list.iter().map(number)).ok_or_else(|| self.into())
             }
             _ => Err(self.into()),
         }
@@ -201,9 +210,20 @@ impl ValueType {
                 let texts = trimmed.split(',').map(|text| config::Value::new(None, text.trim()));
                 Ok(ValueKind::Array(texts.collect()))
             }
+            ValueType::Floats(count) => {
+                let numbers = trimmed.trim_start_matches('[').trim_end_matches(']').split(',');
+                let parsed = floats(numbers.clone().map(|number| number.trim().parse().ok()));
+                parsed.filter(|_| numbers.count() == *count).ok_or_else(expected)
+            }
             ValueType::Table => Err(expected()),
         }
     }
+}
+
+/// Returns a list of numbers; `None` if one is missing.
+fn floats(numbers: impl Iterator<Item = Option<f64>>) -> Option<ValueKind> {
+    let values: Option<Vec<_>> = numbers.map(|number| Some(config::Value::new(None, number?))).collect();
+    values.map(ValueKind::Array)
 }
 
 fn in_range(value: i64, range: &RangeInclusive<i64>) -> Result<ValueKind, WrongValue> {
@@ -229,6 +249,7 @@ impl fmt::Display for ValueType {
             ValueType::Text => f.write_str("expected a text in quotes"),
             ValueType::Choice(choices) => write!(f, "expected one of {}", choices.join(", ")),
             ValueType::Texts => f.write_str("expected a list of texts in quotes"),
+            ValueType::Floats(count) => write!(f, "expected a list of {count} numbers"),
         }
     }
 }

@@ -29,7 +29,10 @@ use crate::mqtt::topics::check_prefix;
 use crate::mqtt::{BrokerAccess, ConnectionOptions, DeviceName, Topics};
 use crate::update::device::{ModelFiles, UpdateOptions};
 use crate::update::protocol::TrialLimits;
+use crate::vision::Transform;
 use crate::vision::backbone::{KernelChoice, UnsupportedKernels};
+use crate::vision::quality::QualityLimits;
+use crate::vision::transform::{Flip, Region, Rotation};
 use key::Key;
 use layers::Places;
 use tables::{Source, Tables};
@@ -136,6 +139,10 @@ pub struct CameraConfig {
     pub interval_ms: u64,
     /// Difference up to which a frame equals the previous one, in grey levels; 0 classifies every frame.
     pub still_threshold: f32,
+    /// Rotation, mirroring and cropping of each frame.
+    pub transform: Transform,
+    /// Limits below which a frame is not classified.
+    pub quality_limits: QualityLimits,
     /// A camera without a frame for this long is reopened.
     pub stall: Duration,
     /// The first wait before it is reopened.
@@ -257,6 +264,8 @@ impl Config {
                 source: source(camera)?,
                 interval_ms: camera.interval_ms,
                 still_threshold: camera.still_threshold,
+                transform: transform(camera)?,
+                quality_limits: QualityLimits { dark: camera.dark, blank: camera.blank, blurred: camera.blurred },
                 stall: ms(camera.stall_ms),
                 reopen_min: ms(camera.reopen_ms_min),
                 reopen_max: ms(camera.reopen_ms_max),
@@ -315,9 +324,16 @@ fn check_ranges(tables: &Tables) -> Result<(), ConfigError> {
     if !(model.slowdown_max >= 1.0 && model.slowdown_max <= 1000.0) {
         return Err(ConfigError::invalid("model.slowdown_max", &model.slowdown_max, "expected 1 to 1000"));
     }
-    if !(0.0..=255.0).contains(&camera.still_threshold) {
-        let value = &camera.still_threshold;
-        return Err(ConfigError::invalid("camera.still_threshold", value, "expected 0 to 255 grey levels"));
+    let gray_levels = [
+        ("camera.still_threshold", camera.still_threshold),
+        ("camera.dark", camera.dark),
+        ("camera.blank", camera.blank),
+    ];
+    if let Some((key, value)) = gray_levels.iter().find(|(_, value)| !(0.0..=255.0).contains(value)) {
+        return Err(ConfigError::invalid(key, value, "expected 0 to 255 gray levels"));
+    }
+    if !(0.0..=10.0).contains(&camera.blurred) {
+        return Err(ConfigError::invalid("camera.blurred", &camera.blurred, "expected 0 to 10"));
     }
     let ordered = [
         ("camera.reopen_ms_max", camera.reopen_ms_min, camera.reopen_ms_max),
@@ -327,6 +343,19 @@ fn check_ranges(tables: &Tables) -> Result<(), ConfigError> {
         return Err(ConfigError::invalid(key, max, format!("expected at least {min}, the first wait")));
     }
     Ok(())
+}
+
+fn transform(camera: &tables::CameraTable) -> Result<Transform, ConfigError> {
+    let rotation = Rotation::from_degrees(camera.rotate)
+        .ok_or_else(|| ConfigError::invalid("camera.rotate", &camera.rotate, "expected 0, 90, 180 or 270"))?;
+    let flip = match camera.flip {
+        tables::Flip::None => Flip::None,
+        tables::Flip::Horizontal => Flip::Horizontal,
+        tables::Flip::Vertical => Flip::Vertical,
+    };
+    let region = Region::new(camera.region)
+        .map_err(|e| ConfigError::invalid("camera.region", &format!("{:?}", camera.region), e.to_string()))?;
+    Ok(Transform { rotation, flip, region })
 }
 
 /// Returns the device's topics, and a warning where its name is made of the host's and differs from it.
@@ -702,7 +731,7 @@ mod tests {
             ("[model]\nslowdown_max = 0.5\n", "b.toml:2: model.slowdown_max = 0.5: expected 1 to 1000"),
             (
                 "[camera]\nstill_threshold = -1\n",
-                "b.toml:2: camera.still_threshold = -1: expected 0 to 255 grey levels",
+                "b.toml:2: camera.still_threshold = -1: expected 0 to 255 gray levels",
             ),
             ("[model]\nthreads = 65\n", "b.toml:2: model.threads = 65: expected 0 to 64"),
             ("[decide]\nleave = 0\n", "b.toml:2: decide.leave = 0: expected a number above 0, at most 1"),

@@ -34,6 +34,12 @@ pub(super) struct CameraTable {
     pub source: Source,
     pub interval_ms: u64,
     pub still_threshold: f32,
+    pub rotate: u16,
+    pub flip: Flip,
+    pub region: [f32; 4],
+    pub dark: f32,
+    pub blank: f32,
+    pub blurred: f32,
     pub stall_ms: u64,
     pub reopen_ms_min: u64,
     pub reopen_ms_max: u64,
@@ -45,6 +51,14 @@ pub(super) struct CameraTable {
     pub format: PixelFormat,
     pub rpicam: RpicamTable,
     pub replay: ReplayTable,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Flip {
+    None,
+    Horizontal,
+    Vertical,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]

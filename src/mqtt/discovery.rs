@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::message::{OFFLINE, ONLINE};
 use super::topics::Topics;
-use crate::vision::{Labels, UNKNOWN};
+use crate::vision::{Labels, Quality, UNKNOWN};
 
 /// Options of Home Assistant's discovery.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,6 +69,18 @@ pub fn discovery_payload(topics: &Topics, labels: &Labels) -> Vec<u8> {
                 "value_template": "{{ 'ON' if value_json.camera_ok else 'OFF' }}",
                 "availability": available,
             },
+            "quality": {
+                "platform": "sensor",
+                "unique_id": id("quality"),
+                "name": "Picture quality",
+                "icon": "mdi:image-check",
+                "device_class": "enum",
+                "options": Quality::ALL.map(Quality::name),
+                "entity_category": "diagnostic",
+                "state_topic": topics.state(),
+                "value_template": "{{ value_json.quality }}",
+                "availability": available,
+            },
             // Without availability: it is "off" while the device is gone.
             "connectivity": {
                 "platform": "binary_sensor",
@@ -97,12 +109,13 @@ mod tests {
         let labels = Labels::new(vec!["daisy".into(), "tulips".into()]).unwrap();
         let message: Value = serde_json::from_slice(&discovery_payload(&topics, &labels)).unwrap();
         let components = message["components"].as_object().unwrap();
-        assert_eq!(components.len(), 4);
+        assert_eq!(components.len(), 5);
         let mut ids: Vec<_> = components.values().map(|c| c["unique_id"].as_str().unwrap()).collect();
         ids.sort_unstable();
         ids.dedup();
-        assert_eq!(ids.len(), 4, "ids are unique");
+        assert_eq!(ids.len(), 5, "ids are unique");
         assert_eq!(components["class"]["options"], json!(["daisy", "tulips", "unknown"]));
+        assert_eq!(components["quality"]["options"], json!(["ok", "dark", "blank", "blurred"]));
         assert_eq!(components["class"]["state_topic"], "bloomcast/pi/state");
         assert_eq!(components["class"]["availability"][0]["topic"], "bloomcast/pi/status");
         assert!(components["connectivity"].get("availability").is_none());

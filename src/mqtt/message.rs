@@ -48,6 +48,7 @@ struct State<'a> {
     since: String,
     captured_at: String,
     camera_ok: bool,
+    quality: &'a str,
     paused: bool,
     model: u64,
 }
@@ -102,6 +103,7 @@ impl Encoder {
             since: time(observation.since),
             captured_at: time(observation.captured_at),
             camera_ok: observation.camera_ok,
+            quality: observation.quality.name(),
             paused: observation.paused,
             model: observation.model,
         })
@@ -172,7 +174,7 @@ pub fn json(message: &impl Serialize) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::decide::Thresholds;
-    use crate::vision::Labels;
+    use crate::vision::{Labels, Quality};
 
     /// The wire format is stable: a change of these texts needs another schema number.
     #[test]
@@ -190,13 +192,14 @@ mod tests {
             since: at(1_500),
             captured_at: at(2_000),
             camera_ok: true,
+            quality: Quality::Dark,
             paused: false,
             model: 7,
         };
         let event = decide::Event { class, previous: None, confidence, top, captured_at: at(2_000), model: 7 };
         assert_eq!(
             String::from_utf8(encoder.state(&observation)).unwrap(),
-            r#"{"schema":1,"device":"pi","camera":"window","class":"tulips","confidence":0.9123,"top":[{"class":"tulips","confidence":0.9123},{"class":"daisy","confidence":0.05}],"since":"1970-01-01T00:00:01.500Z","captured_at":"1970-01-01T00:00:02.000Z","camera_ok":true,"paused":false,"model":7}"#
+            r#"{"schema":1,"device":"pi","camera":"window","class":"tulips","confidence":0.9123,"top":[{"class":"tulips","confidence":0.9123},{"class":"daisy","confidence":0.05}],"since":"1970-01-01T00:00:01.500Z","captured_at":"1970-01-01T00:00:02.000Z","camera_ok":true,"quality":"dark","paused":false,"model":7}"#
         );
         assert_eq!(
             String::from_utf8(encoder.event(Uuid::nil(), &event)).unwrap(),

@@ -33,6 +33,8 @@ pub struct Counters {
     pub classified: Counter,
     /// Frames that were not classified because they equal the previous one within `camera.still_threshold`.
     pub still: Counter,
+    /// Frames that were not classified because they are too dark, blank or blurred: `camera.dark`, `blank` and `blurred`.
+    pub unfit: Counter,
     /// Times that the camera failed and was reopened.
     pub camera_failures: Counter,
     /// Events.
@@ -50,12 +52,13 @@ impl fmt::Display for Counters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "captured={} dropped={} broken={} classified={} still={} camera_failures={} events={} acknowledged={} events_lost={} connections={}",
+            "captured={} dropped={} broken={} classified={} still={} unfit={} camera_failures={} events={} acknowledged={} events_lost={} connections={}",
             self.captured.get(),
             self.dropped.get(),
             self.broken.get(),
             self.classified.get(),
             self.still.get(),
+            self.unfit.get(),
             self.camera_failures.get(),
             self.events.get(),
             self.acknowledged.get(),

@@ -7,7 +7,8 @@ use image::{RgbImage, imageops};
 
 use super::backbone::Session;
 use super::head::argmax;
-use super::{BackboneError, CompiledBackbone, FrameDiff, Head, Labels, OodDetector, Preprocess, Preprocessor};
+use super::quality::QualityMeter;
+use super::{BackboneError, CompiledBackbone, FrameDiff, Head, Labels, OodDetector, Preprocess, Preprocessor, Quality};
 
 /// The classification of one image.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -56,6 +57,26 @@ impl StageTimes {
     pub fn frame(&self) -> Duration {
         self.decode + self.preprocess + self.backbone + self.head
     }
+}
+
+/// Finds the frames that are not classified.
+#[derive(Debug)]
+pub struct FrameFilter {
+    /// Finds frames that equal the one before.
+    pub diff: FrameDiff,
+    /// Finds frames that cannot be judged.
+    pub quality: QualityMeter,
+}
+
+/// The result of [`Classifier::classify_frame`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FrameResult {
+    /// The frame was classified: [`Classifier::last_prediction`].
+    Classified(StageTimes),
+    /// The frame equals the one before, whose prediction is still [`Classifier::last_prediction`].
+    Unchanged,
+    /// The frame cannot be judged, for this reason, which is not [`Quality::Ok`].
+    Unfit(Quality),
 }
 
 /// The parameters of a classifier without its backbone.
@@ -148,21 +169,25 @@ impl Classifier {
         self.classify_resized(started)
     }
 
-    /// Classifies an image unless `frame_diff` finds it unchanged. Returns `None` for an unchanged image, whose prediction
-    /// is still [`Classifier::last_prediction`]. in: H×W×3 u8 RGB, any size.
+    /// Classifies a frame unless `filter` finds it unfit or unchanged. in: H×W×3 u8 RGB, any size.
     ///
     /// # Errors
     /// If the backbone fails.
-    pub fn classify_if_changed(
-        &mut self,
-        image: &RgbImage,
-        frame_diff: &mut FrameDiff,
-    ) -> Result<Option<StageTimes>, BackboneError> {
+    pub fn classify_frame(&mut self, image: &RgbImage, filter: &mut FrameFilter) -> Result<FrameResult, BackboneError> {
         let started = Instant::now();
-        if frame_diff.is_unchanged(self.preprocessor.resize(image)) {
-            return Ok(None);
+        let resized = self.preprocessor.resize(image);
+        match filter.quality.assess(resized) {
+            Quality::Ok => {}
+            unfit => {
+                // The next frame that can be judged is classified.
+                filter.diff.reset();
+                return Ok(FrameResult::Unfit(unfit));
+            }
         }
-        self.classify_resized(started).map(|(_, times)| Some(times))
+        if filter.diff.is_unchanged(resized) {
+            return Ok(FrameResult::Unchanged);
+        }
+        self.classify_resized(started).map(|(_, times)| FrameResult::Classified(times))
     }
 
     fn classify_resized(&mut self, started: Instant) -> Result<(&Prediction, StageTimes), BackboneError> {

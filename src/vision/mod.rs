@@ -16,13 +16,17 @@ pub mod labels;
 pub mod last_conv;
 pub mod ood;
 pub mod preprocess;
+pub mod quality;
 pub mod test_pattern;
+pub mod transform;
 
 pub use backbone::{BackboneError, CompiledBackbone, OnnxBackbone};
-pub use classifier::{Classifier, Prediction, StageTimes};
+pub use classifier::{Classifier, FrameFilter, FrameResult, Prediction, StageTimes};
 pub use frame_diff::FrameDiff;
 pub use head::Head;
 pub use labels::{Labels, UNKNOWN};
 pub use last_conv::LastConvWeights;
 pub use ood::OodDetector;
 pub use preprocess::{Preprocess, Preprocessor};
+pub use quality::Quality;
+pub use transform::Transform;

@@ -343,7 +343,7 @@ fn counts_and_skips_broken_and_oversized_images() {
     daemon.line("3-text.png: broken frame skipped");
     daemon.line("4-giant.jpg: 4294967296 bytes, more than the 16777216 allowed; skipped");
     let counts = daemon.line(" captured=");
-    assert!(counts.contains("broken=4 classified=3 still=0 camera_failures=0 "), "{counts}");
+    assert!(counts.contains("broken=4 classified=3 still=0 unfit=0 camera_failures=0 "), "{counts}");
     assert!(!daemon.log().contains("panicked"));
 }
 
@@ -486,6 +486,53 @@ fn reads_motion_jpeg_from_a_child_process_and_restarts_it() {
         listener.wait("/event", |event| event["class"] == "unknown" && event["previous"] == "daisy");
     }
     daemon.line("ended with exit status: 1: cable pulled; reopening");
+}
+
+/// A lens is covered for a second, and a flower is seen again; the camera is mounted upside down, beside a wall.
+#[test]
+fn a_covered_lens_changes_the_quality_and_not_the_class() {
+    let broker = Mosquitto::started(None);
+    let listener = Listener::connect(broker.port);
+    let dir = tempfile::tempdir().unwrap();
+    let flower = image::open(confident_drawings("daisy", 1).remove(0)).unwrap().to_rgb8();
+    let (width, height) = flower.dimensions();
+    let mut frame = image::RgbImage::from_pixel(2 * width, height, image::Rgb([120, 110, 90]));
+    image::imageops::overlay(&mut frame, &flower, i64::from(width), 0);
+    let frames = [("seen.jpg", image::imageops::rotate180(&frame)), ("covered.jpg", image::RgbImage::new(64, 64))];
+    let [seen, covered] = frames.map(|(name, frame)| {
+        let path = dir.path().join(name);
+        frame.save(&path).unwrap();
+        path
+    });
+    let script = dir.path().join("camera.sh");
+    let play = |file: &Path| format!("for i in 1 2 3 4 5 6 7 8 9 10; do cat '{}'; sleep 0.1; done\n", file.display());
+    let text = format!("#!/bin/sh\n{}{}{}exec sleep 60\n", play(&seen), play(&covered), play(&seen));
+    std::fs::write(&script, text).unwrap();
+    assert!(Command::new("chmod").arg("+x").arg(&script).status().unwrap().success());
+    let settings = [
+        format!("model.bundle={}", drawn_flowers().bundle.display()),
+        format!("camera.rpicam.command={}", script.display()),
+        "camera.source=rpicam".into(),
+        "camera.interval_ms=50".into(),
+        "camera.rotate=180".into(),
+        "camera.region=0.5, 0, 0.5, 1".into(),
+        "decide.smoothing_ms=0".into(),
+        "decide.enter_dwell_ms=100".into(),
+        "decide.leave_dwell_ms=100".into(),
+        "decide.state_interval_ms=0".into(),
+    ];
+    let mut daemon = Process::start(&mut run_command(broker.port, settings.iter().map(String::as_str)));
+    listener.wait("/event", |event| event["class"] == "daisy");
+    let dark = listener.wait("/state", |state| state["quality"] == "dark");
+    assert_eq!((&dark["class"], &dark["camera_ok"]), (&"daisy".into(), &true.into()));
+    let seen = listener.wait("/state", |state| state["quality"] == "ok" && state["since"] == dark["since"]);
+    assert_eq!(seen["class"], "daisy");
+    daemon.line("frames are dark and not classified");
+    daemon.line("frames can be classified again");
+    daemon.signal("TERM");
+    assert!(daemon.wait_for_exit(TIMEOUT).success(), "{}", daemon.log());
+    let counts = daemon.line(" captured=");
+    assert!(!counts.contains(" unfit=0 ") && counts.contains(" events=1 "), "{counts}");
 }
 
 #[test]
