@@ -24,7 +24,7 @@ run_tests = @mkdir -p target; { $(1) 2>&1; echo $$? >target/test-status; } | tee
 venv = @[ -e $(1)/installed ] || { mkdir -p $(1) && $(PYTHON) -m venv $(1) && \
 	$(1)/bin/pip install --quiet --disable-pip-version-check $(2) && touch $(1)/installed; }
 
-.PHONY: all setup debian nightly python photographs build demo bench peers instructions model backbones backbones-keras clean
+.PHONY: all setup debian nightly python photographs build demo bench garden peers instructions model backbones backbones-keras clean
 .PHONY: test test-backbones test-backbones-keras test-tensorboard sanitize lint licences doc fuzz
 .PHONY: deb deb-arm64 deb-armhf deb-check arm64 armhf arm64-smoke armhf-smoke vm-disk vm-test
 
@@ -170,6 +170,11 @@ vm-test: vm-disk deb-arm64
 bench: setup
 	$(CARGO) bench --locked
 
+# Measures the built-in model before other flowers, other things, empty scenes and under the conditions of a camera; MODEL=FILE measures
+# another one.
+garden: photographs setup
+	$(CARGO) bench --locked --bench garden -- $(if $(MODEL),--model $(abspath $(MODEL)))
+
 # Compares the time of ONNX Runtime, LiteRT and bloomcast on the same network, in alternation; installs the former into target/peers.
 peers: python build
 	$(call venv,target/peers,-r benches/peers/requirements.txt)
@@ -181,9 +186,13 @@ instructions: debian arm64 build
 	@$(call install,valgrind qemu-user)
 	benches/instructions/run $(BIN) $(FRAME) target/cross/$(TRIPLE_arm64)/release/bloomcast /usr/$(GNU_arm64)
 
-# Trains the built-in model again, with the default recipe.
+# Trains the built-in model again, with the default recipe. The second half of the other things, and six of the other species, are for
+# measuring: `make garden`.
 model: photographs build
-	$(BIN) train ../shared/flowers/train --val ../shared/flowers/val --out runs/flowers --overwrite
+	@rm -rf target/model && mkdir -p target/model/things
+	@ls ../shared/others/*.jpg | LC_ALL=C sort | head -155 | while read -r file; do ln -s "$$(realpath "$$file")" target/model/things/; done
+	$(BIN) train ../shared/flowers/train --val ../shared/flowers/val --also ../shared/garden/known_train \
+	  --unknown ../shared/garden/other_train --unknown target/model --out runs/flowers --overwrite
 	cp runs/flowers/model.bloom models/flowers.bloom
 
 # Other backbones for the tests, in target/backbones: EfficientNet-Lite0 with its published weights, channels first and last,

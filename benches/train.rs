@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bloomcast::bench::Bench;
 use bloomcast::bundle::Bundle;
 use bloomcast::train::data::augment::Views;
-use bloomcast::train::data::image_set::HashedImage;
+use bloomcast::train::data::image_set::{HashedImage, Origin};
 use bloomcast::train::features::compute_device::ComputeDeviceChoice;
 use bloomcast::train::features::{Extractor, Features, Precision, Values};
 use bloomcast::train::optim::head::HeadLearner;
@@ -34,7 +34,7 @@ fn threads() -> usize {
 fn photograph(path: &Path, i: usize) -> HashedImage {
     let mut content_hash = [0; 32];
     content_hash[..8].copy_from_slice(&i.to_le_bytes());
-    HashedImage { path: path.into(), class: i % CLASSES, content_hash }
+    HashedImage { path: path.into(), class: i % CLASSES, content_hash, origin: Origin::File }
 }
 
 /// Returns pseudorandom features in 0–1.

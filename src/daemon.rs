@@ -278,6 +278,11 @@ impl Daemon {
         self.active.loaded.model.identity().to_string()
     }
 
+    /// Returns the reason why the active model is not the one that was installed last; `None` if it is.
+    pub fn fallback_reason(&self) -> Option<&str> {
+        self.active.state.fallback_reason.as_deref()
+    }
+
     /// Returns the classes of the active model.
     pub fn labels(&self) -> &Labels {
         self.active.loaded.classifier.labels()

@@ -1,7 +1,8 @@
 //! The container of a bundle: a canonical tar within limits, read from memory and written atomically.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 /// Largest bundle file, in bytes; a bundle with a ResNet50 inside is smaller.
@@ -113,10 +114,12 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>, ArchiveError> {
 /// there are more than [`MEMBERS_MAX`] members.
 pub fn unpack(bytes: &[u8]) -> Result<Members, ArchiveError> {
     let invalid = |e: io::Error| ArchiveError::Tar(e.to_string());
+    // The library's message quotes the bytes of the header.
+    let invalid_header = |_: io::Error| ArchiveError::Tar("invalid tar header".into());
     let mut archive = tar::Archive::new(bytes);
     let mut members: Vec<(String, Vec<u8>)> = Vec::new();
     for entry in archive.entries().map_err(invalid)? {
-        let mut entry = entry.map_err(invalid)?;
+        let mut entry = entry.map_err(invalid_header)?;
         let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
         if !entry.header().entry_type().is_file() || name.contains(['/', '\\']) || name.starts_with('.') {
             return Err(ArchiveError::Name(name));
@@ -203,8 +206,14 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), ArchiveError> {
         return Err(ArchiveError::TooLarge);
     }
     let temporary = path.with_added_extension(PART);
+    // Readable for the daemon also if root installs a model with a strict umask.
+    let readable = Permissions::from_mode(0o644);
     let written = File::create(&temporary)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+        .and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.set_permissions(readable)?;
+            file.sync_all()
+        })
         .and_then(|()| fs::rename(&temporary, path));
     if written.is_err() {
         // The returned error has the cause; a failure to remove the temporary file adds nothing.

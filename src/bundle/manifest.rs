@@ -16,15 +16,21 @@ pub const NAME: &str = "manifest.json";
 pub const SIGNATURE: &str = "manifest.json.sig";
 /// Largest manifest, in bytes; one with the most and longest class names is smaller.
 pub const BYTES_MAX: usize = 256 << 10;
-/// Version of the format that this program writes, and the only one that it reads.
-pub const FORMAT: u32 = 1;
+/// The newest version of the format. This program reads all versions from 1, and writes the oldest one that has what a model needs.
+pub const FORMAT: u32 = 2;
+/// The feature of a model with unknown classes: [`OodMeasure::CosineAndClasses`].
+const UNKNOWN_CLASSES: &str = "unknown-classes";
+/// The features that this program supports.
+const FEATURES: [&str; 1] = [UNKNOWN_CLASSES];
 
 /// The metadata of a model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// Version of the format, [`FORMAT`].
+    /// Version of the format, 1 to [`FORMAT`].
     pub format: u32,
+    /// Features that a reader must support; a reader of format 2 ignores fields that it does not know. Empty in format 1.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub requires: Vec<String>,
     /// Name of the model, as [`check_name`] allows it.
     pub name: String,
     /// Increases with every model. By default the time of training, `YYYYMMDDhhmmss` in UTC.
@@ -72,7 +78,6 @@ impl fmt::Display for Identity {
 
 /// The network that a model was trained on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct BackboneRef {
     /// Name of the network, as [`check_name`] allows it.
     pub name: String,
@@ -86,27 +91,33 @@ pub struct BackboneRef {
 
 /// The out-of-distribution detection.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct OodParams {
     /// Similarity measure.
+    #[serde(flatten)]
     pub rule: OodMeasure,
-    /// Similarity below which an image is unknown, 0–1.
+    /// Similarity below which an image is unknown.
     pub threshold: f32,
     /// Fraction of the validation images that the threshold rejects, 0–1.
     pub rejected_share: f32,
 }
 
 /// The similarity measure of the out-of-distribution detection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "rule", rename_all = "kebab-case")]
 pub enum OodMeasure {
     /// The cosine of the angle between the features and the subspace of the classes.
     CosineSubspace,
+    /// The cosine, reduced by the log-odds of learned unknown classes; from format 2 on.
+    CosineAndClasses {
+        /// Weight of the log-odds, above 0, at most 1.
+        log_odds_weight: f32,
+        /// Threshold for the cosine alone, 0–1; a bundle of format 1 has it.
+        cosine_threshold: f32,
+    },
 }
 
 /// The dataset of the training.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct DatasetRef {
     /// SHA-256 over the classes and the contents of the files, in order.
     pub sha256: String,
@@ -118,7 +129,6 @@ pub struct DatasetRef {
 
 /// The metrics of the model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Metrics {
     /// Top-1 accuracy, 0–1, without rejection of unknown images.
     pub accuracy: f64,
@@ -130,7 +140,6 @@ pub struct Metrics {
 
 /// Hash and size of a member.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Member {
     /// SHA-256 of the content, 64 lower-case hexadecimal digits.
     pub sha256: String,
@@ -150,9 +159,15 @@ pub enum ManifestError {
     /// The JSON is invalid, or a field is missing, unknown or of another type.
     #[error("{0}")]
     Json(#[from] serde_json::Error),
-    /// The format is not [`FORMAT`]; its version.
-    #[error("format {0}, this program reads {FORMAT}")]
+    /// The format is newer than [`FORMAT`], or 0; its version.
+    #[error("format {0}, this program reads 1 to {FORMAT}")]
     Format(u32),
+    /// The model needs a feature that this program does not support, or that its format does not have; its name.
+    #[error("requires {0:?}, which this program does not support; update it")]
+    Unsupported(String),
+    /// A manifest of format 1 has a field that the format does not have; its path.
+    #[error("unknown field `{0}`")]
+    UnknownField(String),
     /// The name of the model or of the network is invalid.
     #[error("{key}: expected {source}")]
     Name {
@@ -217,15 +232,40 @@ impl Manifest {
             format: u32,
         }
         let Format { format } = serde_json::from_slice(bytes)?;
-        if format != FORMAT {
+        if !(1..=FORMAT).contains(&format) {
             return Err(ManifestError::Format(format));
         }
         let manifest: Self = serde_json::from_slice(bytes)?;
+        let unsupported = manifest.requires.iter().find(|feature| !FEATURES.contains(&feature.as_str()));
+        let undeclared = manifest.features().iter().find(|feature| !manifest.requires.iter().any(|it| it == *feature));
+        if let Some(feature) = unsupported.map(String::as_str).or(undeclared.copied()) {
+            return Err(ManifestError::Unsupported(feature.into()));
+        }
+        if format == 1 {
+            let known = serde_json::to_value(&manifest)?;
+            if let Some(field) = unknown_field(&serde_json::from_slice(bytes)?, &known) {
+                return Err(ManifestError::UnknownField(field));
+            }
+        }
         for (key, name) in [("name", &manifest.name), ("backbone.name", &manifest.backbone.name)] {
             check_name(name).map_err(|source| ManifestError::Name { key, source })?;
         }
         manifest.preprocess.check()?;
         Ok(manifest)
+    }
+
+    /// Sets the oldest format that has what the model needs, and its required features.
+    pub fn set_format(&mut self) {
+        self.requires = self.features().iter().map(|feature| (*feature).to_owned()).collect();
+        self.format = if self.requires.is_empty() { 1 } else { FORMAT };
+    }
+
+    /// Returns the features that the model needs.
+    fn features(&self) -> &'static [&'static str] {
+        match self.unknown.rule {
+            OodMeasure::CosineSubspace => &[],
+            OodMeasure::CosineAndClasses { .. } => &[UNKNOWN_CLASSES],
+        }
     }
 
     /// Returns the manifest as indented JSON with a final newline.
@@ -261,4 +301,13 @@ impl Manifest {
         }
         missing.first().map_or(Ok(()), |name| Err(MemberError::Missing((*name).clone())))
     }
+}
+
+/// Returns the path of a field of `json` that `known` does not have; `None` if there is none.
+fn unknown_field(json: &serde_json::Value, known: &serde_json::Value) -> Option<String> {
+    let (json, known) = (json.as_object()?, known.as_object()?);
+    json.iter().find_map(|(name, value)| match known.get(name) {
+        None => Some(name.clone()),
+        Some(known) => unknown_field(value, known).map(|inner| format!("{name}.{inner}")),
+    })
 }

@@ -21,6 +21,7 @@ pub use signature::{Keyring, PrivateKey, PublicKey};
 
 use archive::Members;
 use manifest::{ManifestError, MemberError};
+use selftest::SelfTestError;
 use signature::{DetachedSignature, SignatureError};
 use tensors::TensorError;
 
@@ -69,6 +70,14 @@ pub enum BundleError {
         expected: String,
         /// Name and SHA-256 of the available network.
         actual: String,
+    },
+    /// The self-test cannot be recorded again.
+    #[error("model {file}: {source}")]
+    SelfTest {
+        /// Path or name of the bundle.
+        file: String,
+        /// The cause.
+        source: SelfTestError,
     },
     /// The network cannot be loaded or compiled.
     #[error(transparent)]
@@ -236,6 +245,25 @@ impl Bundle {
     pub fn write(&self, path: &Path) -> Result<(), BundleError> {
         archive::write_atomically(path, &self.to_bytes())
             .map_err(|source| BundleError::Archive { file: path.display().to_string(), source })
+    }
+
+    /// Returns the bundle in format 1, without its signature: images are unknown by the cosine alone. A bundle of format 1 is returned
+    /// as it is. `file` is the ONNX file of the network, as for [`Bundle::onnx_backbone`].
+    ///
+    /// # Errors
+    /// If the network cannot be loaded or run for the self-test.
+    pub fn to_format_1(&self, file: Option<&Path>) -> Result<Self, BundleError> {
+        let mut older = self.clone();
+        older.contents.ood = self.contents.ood.without_unknown_classes();
+        older.manifest.unknown.rule = OodMeasure::CosineSubspace;
+        older.manifest.unknown.threshold = older.contents.ood.threshold();
+        older.manifest.set_format();
+        if let Some(self_test) = older.take_self_test() {
+            let (features, images) = self_test.into_inputs();
+            let recorded = SelfTest::record(&mut older.classifier(file)?, features, images);
+            older.set_self_test(recorded.map_err(|source| BundleError::SelfTest { file: self.file.clone(), source })?);
+        }
+        Ok(older)
     }
 
     /// Returns the manifest.
@@ -433,14 +461,15 @@ fn check_backbone(manifest: &Manifest) -> Result<(), ContentError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vision::{Labels, Preprocess};
+    use crate::vision::{Labels, Preprocess, UnknownClasses};
 
     fn bundle() -> Bundle {
         let mut basis = vec![0.0; 8];
         basis[0] = 1.0;
         basis[5] = 1.0;
         let manifest = Manifest {
-            format: manifest::FORMAT,
+            format: 1,
+            requires: Vec::new(),
             name: "test".into(),
             version: 3,
             created_at: "2026-01-02T03:04:05.000Z".into(),
@@ -546,7 +575,13 @@ mod tests {
         assert!(error(|m| m.preprocess.std[1] = 0.0).contains("scale and std above 0"));
         assert!(error(|m| m.temperature = 0.0).contains("temperature 0"));
         assert!(error(|m| m.unknown.threshold = 2.0).contains("threshold 2"));
-        assert!(error(|m| m.format = 2).contains("format 2, this program reads 1"));
+        assert!(error(|m| m.format = 3).contains("format 3, this program reads 1 to 2"));
+        assert!(error(|m| m.format = 0).contains("format 0, this program reads 1 to 2"));
+        assert!(error(|m| m.requires.push("views".into())).contains("requires \"views\", which this program does not"));
+        let unknown = |m: &mut Manifest| {
+            m.unknown.rule = OodMeasure::CosineAndClasses { log_odds_weight: 0.1, cosine_threshold: 0.5 };
+        };
+        assert!(error(unknown).contains("requires \"unknown-classes\""), "a feature that is not declared");
         assert!(error(|m| m.name = "\u{1b}[31m".into()).contains("name"));
         let mut other_size = bundle();
         other_size.manifest.preprocess.size = 160;
@@ -561,6 +596,38 @@ mod tests {
         wide.contents.last_conv = Some(LastConvWeights::new(1, vec![0.0; 5], vec![0.0; 5]).unwrap());
         let error = Bundle::from_bytes("test", &wide.to_bytes()).unwrap_err().to_string();
         assert!(error.contains("tail.safetensors has 5 outputs, head.safetensors expects 4 features"), "{error}");
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored_from_format_2_on() {
+        let with_field = |format: u32| {
+            let mut json: serde_json::Value = serde_json::from_slice(&bundle().manifest.to_json()).unwrap();
+            json["format"] = format.into();
+            json["metrics"]["later"] = 1.into();
+            Manifest::from_json(&serde_json::to_vec(&json).unwrap())
+        };
+        assert_eq!(with_field(1).unwrap_err().to_string(), "unknown field `metrics.later`");
+        assert_eq!(with_field(2).unwrap().metrics, bundle().manifest.metrics);
+    }
+
+    #[test]
+    fn a_model_with_unknown_classes_has_format_2_and_can_be_written_without_them() {
+        let mut newer = bundle();
+        let head = Head::new(4, vec![0.25; 4], vec![0.5], 1.0).unwrap();
+        let unknown = UnknownClasses { head, log_odds_weight: 0.1, cosine_threshold: 0.75 };
+        newer.contents.ood = newer.contents.ood.with_unknown_classes(unknown, -0.5).unwrap();
+        newer.manifest.unknown = OodParams {
+            rule: OodMeasure::CosineAndClasses { log_odds_weight: 0.1, cosine_threshold: 0.75 },
+            threshold: -0.5,
+            rejected_share: 0.05,
+        };
+        newer.manifest.set_format();
+        let read = Bundle::from_bytes("test", &newer.to_bytes()).unwrap();
+        assert_eq!((read.manifest.format, &read.contents), (2, &newer.contents));
+        let older = Bundle::from_bytes("test", &read.to_format_1(None).unwrap().to_bytes()).unwrap();
+        assert_eq!((older.manifest.format, older.manifest.requires.len()), (1, 0));
+        assert_eq!(older.manifest.unknown.rule, OodMeasure::CosineSubspace);
+        assert_eq!((older.contents.ood.threshold(), older.contents.ood.unknown_classes()), (0.75, None));
     }
 
     #[test]

@@ -220,7 +220,7 @@ pub enum UntrustedSigner {
     #[error("the signature is missing")]
     Unsigned,
     /// The keyring is empty.
-    #[error("no key is trusted")]
+    #[error("no key is trusted: the folder of trusted keys has no *.pub file")]
     NoKeys,
     /// The key of the signer is not in the keyring.
     #[error("the signature is by the key {signer}, which is not trusted; trusted: {trusted}")]

@@ -1,13 +1,13 @@
-//! The weights of a model as safetensors, all f32: `weight`, `bias` and `subspace` of the head, `weight` and `bias` of a
-//! fine-tuned last convolution.
+//! The weights of a model as safetensors, all f32: `weight`, `bias` and `subspace` of the head, `unknown_weight` and `unknown_bias` of its
+//! unknown classes, `weight` and `bias` of a fine-tuned last convolution.
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 
-use super::Manifest;
+use super::{Manifest, OodMeasure};
 use crate::vision::head::HeadError;
 use crate::vision::last_conv::LastConvError;
 use crate::vision::ood::OodError;
-use crate::vision::{Head, LastConvWeights, OodDetector};
+use crate::vision::{Head, LastConvWeights, OodDetector, UnknownClasses};
 
 /// An error of the tensors in a member of a bundle.
 #[derive(Debug, thiserror::Error)]
@@ -51,8 +51,9 @@ pub enum TensorError {
     NotFinite,
 }
 
-/// Reads the head and the subspace: `weight` `[classes, width]`, `bias` `[classes]`, `subspace` `[rank, width]`; width, temperature
-/// and threshold are those of the manifest.
+/// Reads the head and the detector of unknown images: `weight` `[classes, width]`, `bias` `[classes]`, `subspace` `[rank, width]`, and
+/// of a model with unknown classes `unknown_weight` `[unknown classes, width]` and `unknown_bias`; width, temperature and threshold are
+/// those of the manifest.
 ///
 /// # Errors
 /// If a tensor is missing, or has another type or shape, or a value is invalid.
@@ -64,18 +65,31 @@ pub fn head_from_bytes(manifest: &Manifest, bytes: &[u8]) -> Result<(Head, OodDe
         _ => Err(wrong_shape(name, &tensors.tensor(name)?, format!("n × {width}"))),
     };
     let head = Head::new(width, matrix_of_width("weight")?, vector(&tensors, "bias")?, manifest.temperature)?;
-    let ood = OodDetector::new(width, matrix_of_width("subspace")?, manifest.unknown.threshold)?;
+    let (basis, params) = (matrix_of_width("subspace")?, &manifest.unknown);
+    let ood = match params.rule {
+        OodMeasure::CosineSubspace => OodDetector::new(width, basis, params.threshold)?,
+        OodMeasure::CosineAndClasses { log_odds_weight, cosine_threshold } => {
+            let unknown = Head::new(width, matrix_of_width("unknown_weight")?, vector(&tensors, "unknown_bias")?, 1.0)?;
+            let unknown = UnknownClasses { head: unknown, log_odds_weight, cosine_threshold };
+            OodDetector::new(width, basis, 0.0)?.with_unknown_classes(unknown, params.threshold)?
+        }
+    };
     Ok((head, ood))
 }
 
-/// Writes the head and the subspace, as [`head_from_bytes`] reads them.
+/// Writes the head and the detector, as [`head_from_bytes`] reads them.
 pub fn head_to_bytes(head: &Head, ood: &OodDetector) -> Vec<u8> {
     let width = head.width();
-    to_bytes(&[
+    let mut tensors = vec![
         ("weight", vec![head.classes(), width], head.weight()),
         ("bias", vec![head.classes()], head.bias()),
         ("subspace", vec![ood.basis().len() / width, width], ood.basis()),
-    ])
+    ];
+    if let Some(UnknownClasses { head, .. }) = ood.unknown_classes() {
+        tensors.push(("unknown_weight", vec![head.classes(), width], head.weight()));
+        tensors.push(("unknown_bias", vec![head.classes()], head.bias()));
+    }
+    to_bytes(&tensors)
 }
 
 /// Reads a last convolution: `weight` `[outputs, inputs]`, `bias` `[outputs]`.

@@ -149,18 +149,20 @@ pub fn reliability(label: &str, bins: &[(f64, f64, usize)]) -> String {
     plot.end()
 }
 
-/// Returns a histogram of similarities, which are at most 1. A line marks `threshold`; bars below it have the CSS class
+/// Returns a histogram of similarities. A line marks `threshold`; bars below it have the CSS class
 /// `wrong`. `label` describes the chart for screen readers.
 pub fn histogram(label: &str, values: &[f32], threshold: f32) -> String {
     let least = values.iter().copied().fold(threshold, f32::min);
-    let low = f64::from((least * 50.0).floor() / 50.0).clamp(0.0, 0.98);
-    let width = (1.0 - low) / BARS as f64;
+    let largest = values.iter().copied().fold(threshold, f32::max);
+    let high = f64::from((largest * 50.0).ceil() / 50.0);
+    let low = f64::from((least * 50.0).floor() / 50.0).min(high - 0.02);
+    let width = (high - low) / BARS as f64;
     let mut counts = [0usize; BARS];
     for value in values {
         counts[(((f64::from(*value) - low) / width) as usize).min(BARS - 1)] += 1;
     }
     let most = counts.iter().copied().max().unwrap_or(0).max(1);
-    let mut plot = Plot::new(label, (low, 1.0), (0.0, most as f64 * 1.05));
+    let mut plot = Plot::new(label, (low, high), (0.0, most as f64 * 1.05));
     for (i, count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {
         let (left, right) = (low + i as f64 * width, low + (i + 1) as f64 * width);
         let class = if f64::midpoint(left, right) < f64::from(threshold) { "bar wrong" } else { "bar" };
@@ -168,7 +170,7 @@ pub fn histogram(label: &str, values: &[f32], threshold: f32) -> String {
     }
     let x = plot.x_px(f64::from(threshold));
     plot.push(&format!("<line class=\"best\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{TOP}\" y2=\"{}\"/>", HEIGHT - BOTTOM));
-    plot.caption("cosine similarity to the training features; unknown below the line");
+    plot.caption("similarity to the training images; unknown below the line");
     plot.end()
 }
 

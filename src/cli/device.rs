@@ -144,6 +144,9 @@ pub fn check(args: &CheckArgs) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "configuration: valid")?;
     writeln!(out, "model: {}, {}", daemon.model(), daemon.labels().names().join(", "))?;
+    if let Some(reason) = daemon.fallback_reason() {
+        eprintln!("warning: it is not the model that was installed last: {reason}");
+    }
     if !args.no_camera {
         daemon.try_camera().map_err(Failure::config)?;
         writeln!(out, "camera: delivers frames")?;

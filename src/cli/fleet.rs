@@ -17,7 +17,7 @@ use bloomcast::update::protocol::{UpdateStatus, identity};
 use bloomcast::update::workstation::delivery::PushPayload;
 use bloomcast::update::workstation::push::{PushOptions, push};
 use bloomcast::update::workstation::rollback::rollback_device;
-use clap::Args;
+use clap::{Args, value_parser};
 
 use super::device::ConfigArgs;
 use super::progress::Devices;
@@ -46,6 +46,12 @@ pub struct SignArgs {
     /// The signed bundle to write [default: replace the bundle]
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+    /// The format to write: 1 for devices with an older version of the program, which know no unknown classes [default: as it is]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=1))]
+    format: Option<u32>,
+    /// ONNX file of the backbone, for --format with a model that was trained on another one than the built-in
+    #[arg(long, value_name = "FILE", requires = "format")]
+    backbone: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -146,7 +152,11 @@ pub fn keygen(args: &KeygenArgs) -> Result<(), Failure> {
 pub fn sign(args: &SignArgs) -> Result<(), Failure> {
     let key = args.key.read()?;
     let file = args.bundle.display().to_string();
-    let signed = bundle::sign(&file, &read(&args.bundle)?, &key)?;
+    let mut bytes = read(&args.bundle)?;
+    if args.format.is_some() {
+        bytes = Bundle::from_bytes(&file, &bytes)?.to_format_1(args.backbone.as_deref())?.to_bytes();
+    }
+    let signed = bundle::sign(&file, &bytes, &key)?;
     let out = args.out.as_ref().unwrap_or(&args.bundle);
     archive::write_atomically(out, &signed).map_err(|e| anyhow!("{}: {e}", out.display()))?;
     writeln!(std::io::stdout(), "{}: signed by {}", out.display(), key.public().id())?;
@@ -269,7 +279,10 @@ fn devices(names: &[String], groups: &[String], config: &Config) -> anyhow::Resu
     for group in groups {
         let members = config.groups.get(group).with_context(|| {
             let names: Vec<&str> = config.groups.keys().map(String::as_str).collect();
-            format!("--group {group}: not in [fleet.groups]; there: {}", names.join(", "))
+            match names[..] {
+                [] => format!("--group {group}: no groups are configured; --config names a file with [fleet.groups]"),
+                _ => format!("--group {group}: not in [fleet.groups]; there: {}", names.join(", ")),
+            }
         })?;
         all.extend(members.iter().cloned());
     }

@@ -1,5 +1,6 @@
 //! The commands of a workstation: `train`, `evaluate`, `compare` and `dataset`.
 
+use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -9,11 +10,13 @@ use bloomcast::system::paths::printable;
 use bloomcast::train::compare::Comparison;
 use bloomcast::train::data::dataset::{Dataset, DatasetProblem};
 use bloomcast::train::data::inspect;
+use bloomcast::train::evaluate::{Evaluated, Evaluation, KindAcceptance};
 use bloomcast::train::features::compute_device::ComputeDeviceChoice;
 use bloomcast::train::optim::training_loop::{Optimizer, Schedule};
 use bloomcast::train::run::settings::{DEFAULT_VAL_FRACTION, FineTune};
 use bloomcast::train::{self, Recipe, RunOptions, Settings};
 use clap::{Args, Subcommand, ValueEnum, value_parser};
+use serde::Serialize;
 
 use super::backbone::BackboneArgs;
 #[cfg(feature = "fetch")]
@@ -35,6 +38,12 @@ pub struct TrainArgs {
     /// Which layers are trained, and the default hyperparameters
     #[arg(long, value_enum, default_value_t = RecipeArg::BEST)]
     recipe: RecipeArg,
+    /// More training images, of some or all of the classes; repeatable
+    #[arg(long)]
+    also: Vec<PathBuf>,
+    /// Images of none of the classes, besides the folder unknown of the dataset: each folder in it is a kind; repeatable
+    #[arg(long)]
+    unknown: Vec<PathBuf>,
     /// Validation images of the same classes [default: a fraction of the dataset]
     #[arg(long, conflicts_with = "val_fraction")]
     val: Option<PathBuf>,
@@ -47,7 +56,7 @@ pub struct TrainArgs {
     /// Name of the model [default: flowers]
     #[arg(long)]
     name: Option<String>,
-    /// Fraction of the validation images to reject as unknown [default: 0.03]
+    /// Fraction of the validation images to reject as unknown [default: 0.04]
     #[arg(long)]
     reject: Option<f32>,
     /// Replace a finished run in --out
@@ -184,6 +193,9 @@ pub struct DatasetCheckArgs {
 pub struct EvaluateArgs {
     /// Labeled images, one folder per class
     dataset: PathBuf,
+    /// Images of none of the classes, besides the folder unknown of the dataset: each folder in it is a kind; repeatable
+    #[arg(long)]
+    unknown: Vec<PathBuf>,
     #[command(flatten)]
     model: ModelArgs,
     /// Print JSON
@@ -334,6 +346,11 @@ impl TrainArgs {
         }
         settings.val = absolute(self.val)?.or(settings.val);
         settings.test = absolute(self.test)?.or(settings.test);
+        for (folders, setting) in [(self.also, &mut settings.also), (self.unknown, &mut settings.unknown)] {
+            if !folders.is_empty() {
+                *setting = folders.into_iter().map(std::path::absolute).collect::<Result<_, _>>()?;
+            }
+        }
         set(&mut settings.val_fraction, self.val_fraction);
         set(&mut settings.name, self.name);
         set(&mut settings.reject, self.reject);
@@ -441,19 +458,36 @@ pub fn compare(args: &CompareArgs) -> Result<(), Failure> {
 pub fn evaluate(args: &EvaluateArgs) -> Result<(), Failure> {
     let bundle = args.model.bundle()?;
     let network = args.model.network(&bundle)?;
-    let dataset = Dataset::read(&args.dataset)?;
+    let mut dataset = Dataset::read(&args.dataset)?;
+    args.unknown.iter().try_for_each(|folder| dataset.add_unknown(folder))?;
     dataset.expect_classes(&bundle.manifest().classes, &args.dataset)?;
     let bars = Bars::default();
     let total = dataset.images.len();
     let progress = |done: usize| bars.show("images", done as u64, total as u64);
-    let (evaluated, skipped) =
+    let Evaluated { set, unknown_kinds, skipped } =
         train::evaluate::evaluate(&bundle, &network, &dataset, args.model.mirror, cores(), &progress)?;
     drop(bars);
     print_skipped(&skipped);
-    if evaluated.images.is_empty() {
+    if set.images.is_empty() {
         return Err(anyhow!("{}: no image could be decoded", args.dataset.display()).into());
     }
-    show(&evaluated.evaluation, args.json)
+    show(&EvaluationReport { evaluation: set.evaluation, unknown_kinds }, args.json)
+}
+
+/// The output of `evaluate`.
+#[derive(Serialize)]
+struct EvaluationReport {
+    #[serde(flatten)]
+    evaluation: Evaluation,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    unknown_kinds: Vec<KindAcceptance>,
+}
+
+impl fmt::Display for EvaluationReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.evaluation.fmt(f)?;
+        KindAcceptance::write(f, &self.unknown_kinds)
+    }
 }
 
 /// The most skipped files that are named.

@@ -55,6 +55,52 @@ pub struct ClassMetrics {
     pub f1: f64,
 }
 
+/// Images of none of the classes, of one kind, and how many of them a model takes for one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KindAcceptance {
+    /// Name of the kind.
+    pub kind: String,
+    /// Number of images.
+    pub images: usize,
+    /// Number of images that are not `unknown` to the model.
+    pub accepted: usize,
+}
+
+impl KindAcceptance {
+    /// Counts the accepted images of each of the `kinds` that has images; `kind_of` is the kind of each image.
+    pub fn count(kinds: &[String], kind_of: &[usize], accepted: impl Fn(usize) -> bool) -> Vec<Self> {
+        let count = |(kind, name): (usize, &String)| {
+            let images: Vec<usize> = (0..kind_of.len()).filter(|i| kind_of[*i] == kind).collect();
+            let accepted = images.iter().filter(|i| accepted(**i)).count();
+            KindAcceptance { kind: name.clone(), images: images.len(), accepted }
+        };
+        kinds.iter().enumerate().map(count).filter(|kind| kind.images > 0).collect()
+    }
+
+    /// Writes a table of the kinds; nothing if there are none.
+    pub fn write(f: &mut impl fmt::Write, kinds: &[Self]) -> fmt::Result {
+        if kinds.is_empty() {
+            return Ok(());
+        }
+        writeln!(f, "images of none of the classes   images   taken for one")?;
+        for KindAcceptance { kind, images, accepted } in kinds {
+            writeln!(f, "{kind:30} {images:7} {accepted:8} {:5.1} %", ratio(*accepted, *images) * 100.0)?;
+        }
+        writeln!(f)
+    }
+}
+
+/// The result of [`evaluate`].
+#[derive(Debug, Clone)]
+pub struct Evaluated {
+    /// The images of the classes.
+    pub set: EvaluatedSet,
+    /// The images of none of the classes.
+    pub unknown_kinds: Vec<KindAcceptance>,
+    /// Files that are not used.
+    pub skipped: Vec<DatasetProblem>,
+}
+
 /// Labeled images with a model's predictions and their evaluation, in the same order.
 #[derive(Debug, Clone)]
 pub struct EvaluatedSet {
@@ -83,7 +129,7 @@ impl EvaluatedSet {
     }
 }
 
-/// Evaluates a model on a dataset and also returns the skipped images. With `mirror`, a prediction is the mean over the
+/// Evaluates a model on a dataset. With `mirror`, a prediction is the mean over the
 /// image and its horizontal flip. `threads` is at least 1; `progress` is called with the number of finished images.
 ///
 /// # Errors
@@ -99,7 +145,7 @@ pub fn evaluate(
     mirror: bool,
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
-) -> Result<(EvaluatedSet, Vec<DatasetProblem>), BundleError> {
+) -> Result<Evaluated, BundleError> {
     let images = ImageSet::read(dataset, threads, &|_| {});
     let extractor = Extractor {
         network,
@@ -114,9 +160,15 @@ pub fn evaluate(
     let (features, _) = extractor.run(&images.kept, progress)?;
     let params = bundle.classifier_params();
     let predict = |i: usize| params.predict_views((0..features.views).map(|view| features.row(i, view)));
-    let predictions = (0..features.len()).map(predict).collect();
+    let predictions: Vec<Prediction> = (0..features.len()).map(predict).collect();
     let skipped = [images.skipped, features.skipped].concat();
-    Ok((EvaluatedSet::new(&params.labels, features.images, predictions), skipped))
+    let known = params.labels.names().len();
+    let (of_classes, of_none): (Vec<_>, Vec<_>) =
+        features.images.into_iter().zip(predictions).partition(|(image, _)| image.class < known);
+    let kind_of: Vec<usize> = of_none.iter().map(|(image, _)| image.class - known).collect();
+    let unknown_kinds = KindAcceptance::count(&dataset.unknown_kinds, &kind_of, |i| of_none[i].1.known);
+    let (images, predictions) = of_classes.into_iter().unzip();
+    Ok(Evaluated { set: EvaluatedSet::new(&params.labels, images, predictions), unknown_kinds, skipped })
 }
 
 impl Evaluation {

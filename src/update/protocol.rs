@@ -82,8 +82,11 @@ pub struct ModelStatus {
     pub classes: Vec<String>,
     /// Name of the backbone that it was trained on.
     pub backbone: String,
-    /// The bundle format that the device reads.
+    /// The oldest bundle format that the device reads; programs that know format 1 alone look for it here.
     pub format: u32,
+    /// The newest bundle format that it reads, if that is another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format_max: Option<u32>,
     /// The backbone that a model must be trained on unless it carries its own.
     pub network: NetworkRef,
     /// SHA-256 of the dataset that it was trained and evaluated on.
@@ -315,7 +318,8 @@ pub fn older_status(manifest: &Manifest) -> ModelStatus {
         model: Identity { version: manifest.version - 1, ..identity(manifest, "older") },
         classes: manifest.classes.names().to_vec(),
         backbone: backbone.name.clone(),
-        format: crate::bundle::manifest::FORMAT,
+        format: 1,
+        format_max: Some(crate::bundle::manifest::FORMAT),
         network: NetworkRef { name: backbone.name.clone(), sha256: backbone.sha256.clone() },
         dataset: manifest.dataset.sha256.clone(),
         metrics: manifest.metrics.clone(),
@@ -351,7 +355,10 @@ mod tests {
         );
         assert!(check(Action::Rollback, "bloomcast/pi", 7, "ac").is_err());
         let untrusted = command.check(&Keyring::default(), Action::Rollback, "bloomcast/pi", 7, "ab");
-        assert_eq!(untrusted.unwrap_err().to_string(), "the signed command: no key is trusted");
+        assert_eq!(
+            untrusted.unwrap_err().to_string(),
+            "the signed command: no key is trusted: the folder of trusted keys has no *.pub file"
+        );
     }
 
     fn expect_json<T>(value: &T, json: &str)
@@ -413,6 +420,7 @@ mod tests {
             classes: vec!["daisy".into(), "tulips".into()],
             backbone: "n".into(),
             format: 1,
+            format_max: None,
             network: NetworkRef { name: "n".into(), sha256: "cd".into() },
             dataset: "ef".into(),
             metrics: Metrics { accuracy: 0.5, loss: 0.25, ece: 0.125 },

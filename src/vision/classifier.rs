@@ -6,7 +6,7 @@ use bloomcast_kernels::LayerProfile;
 use image::{RgbImage, imageops};
 
 use super::backbone::Session;
-use super::head::argmax;
+use super::head::{argmax, softmax_in_place};
 use super::quality::QualityMeter;
 use super::{BackboneError, CompiledBackbone, FrameDiff, Head, Labels, OodDetector, Preprocess, Preprocessor, Quality};
 
@@ -15,7 +15,7 @@ use super::{BackboneError, CompiledBackbone, FrameDiff, Head, Labels, OodDetecto
 pub struct Prediction {
     /// `[classes]`, 0–1, calibrated, summing to 1; in the order of the labels.
     pub probabilities: Vec<f32>,
-    /// Cosine of the angle between the features and the subspace of the classes, 0–1.
+    /// Similarity to the training images: [`OodDetector::similarity`].
     pub similarity: f32,
     /// False if the image is out of the distribution of the classes.
     pub known: bool,
@@ -241,8 +241,9 @@ impl ClassifierParams {
 
     /// As [`Self::predict`], into an existing prediction whose buffer is reused.
     fn predict_into(&self, features: &[f32], prediction: &mut Prediction) {
-        self.head.probabilities(features, &mut prediction.probabilities);
-        prediction.similarity = self.ood.similarity(features);
+        self.head.logits_into(features, &mut prediction.probabilities);
+        prediction.similarity = self.ood.similarity(features, &prediction.probabilities);
+        softmax_in_place(&mut prediction.probabilities, self.head.temperature());
         prediction.known = self.ood.is_known(prediction.similarity);
     }
 

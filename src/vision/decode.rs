@@ -56,6 +56,12 @@ pub enum DecodeError {
     /// The file has another format; its name.
     #[error("a {0} file, expected JPEG, PNG or WebP")]
     Unsupported(&'static str),
+    /// The path is that of a folder.
+    #[error("a folder, expected an image file")]
+    Folder,
+    /// The file is of an unknown format.
+    #[error("unknown format, expected JPEG, PNG or WebP")]
+    UnknownFormat,
     /// The file has no bytes.
     #[error("empty file")]
     Empty,
@@ -93,7 +99,11 @@ pub fn file(path: &Path) -> Result<RgbImage, DecodeError> {
 /// If the file cannot be read or is too large.
 pub fn read_file(path: &Path) -> Result<Vec<u8>, DecodeError> {
     let file = File::open(path)?;
-    let length = file.metadata()?.len();
+    let metadata = file.metadata()?;
+    if metadata.is_dir() {
+        return Err(DecodeError::Folder);
+    }
+    let length = metadata.len();
     if length > FILE_BYTES_MAX {
         return Err(DecodeError::FileTooLarge(length));
     }
@@ -148,6 +158,9 @@ fn decode_other(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     limits.max_alloc = Some(DECODED_BYTES_MAX);
     let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format()?;
     reader.limits(limits);
+    if reader.format().is_none() {
+        return Err(DecodeError::UnknownFormat);
+    }
     let mut decoder = reader.into_decoder()?;
     let (width, height) = decoder.dimensions();
     check_size(width, height)?;

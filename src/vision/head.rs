@@ -92,9 +92,14 @@ impl Head {
     /// # Panics
     /// As [`Head::logits`].
     pub fn probabilities(&self, features: &[f32], out: &mut Vec<f32>) {
+        self.logits_into(features, out);
+        softmax_in_place(out, self.temperature);
+    }
+
+    /// As [`Head::logits`], into an existing buffer.
+    pub fn logits_into(&self, features: &[f32], out: &mut Vec<f32>) {
         out.clear();
         out.extend(weighted_sums(&self.weight, &self.bias, features));
-        softmax_in_place(out, self.temperature);
     }
 }
 
@@ -121,11 +126,17 @@ pub fn softmax(logits: &[f32], temperature: f32) -> Vec<f32> {
 }
 
 /// Replaces the logits by `softmax(logits / temperature)`; subtracts the largest logit first, so that `exp` does not overflow.
-fn softmax_in_place(logits: &mut [f32], temperature: f32) {
+pub(super) fn softmax_in_place(logits: &mut [f32], temperature: f32) {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     logits.iter_mut().for_each(|z| *z = ((*z - largest) / temperature).exp());
     let sum: f32 = logits.iter().sum();
     logits.iter_mut().for_each(|p| *p /= sum);
+}
+
+/// Returns the logarithm of the sum of the exponentials of at least one value.
+pub fn log_sum_exp(values: impl Iterator<Item = f32> + Clone) -> f32 {
+    let largest = values.clone().fold(f32::NEG_INFINITY, f32::max);
+    largest + values.map(|value| (value - largest).exp()).sum::<f32>().ln()
 }
 
 /// Computes the dot product. Eight partial sums stay in vector registers; the order of the additions is the same on every
@@ -167,6 +178,12 @@ mod tests {
         assert!((p[0] - 1.0 / (1.0 + (-2.0f32).exp())).abs() < 1e-6);
         assert!((p.iter().sum::<f32>() - 1.0).abs() < 1e-6);
         assert_eq!(argmax(&p), 0);
+    }
+
+    #[test]
+    fn log_sum_exp_does_not_overflow() {
+        assert!((log_sum_exp([1000.0, 1000.0].into_iter()) - (1000.0 + 2.0f32.ln())).abs() < 1e-3);
+        assert!((log_sum_exp([0.0, 1.0f32.ln(), 2.0f32.ln()].into_iter()) - 4.0f32.ln()).abs() < 1e-6);
     }
 
     #[test]

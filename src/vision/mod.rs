@@ -26,7 +26,7 @@ pub use frame_diff::FrameDiff;
 pub use head::Head;
 pub use labels::{Labels, UNKNOWN};
 pub use last_conv::LastConvWeights;
-pub use ood::OodDetector;
+pub use ood::{OodDetector, UnknownClasses};
 pub use preprocess::{Preprocess, Preprocessor};
 pub use quality::Quality;
 pub use transform::Transform;

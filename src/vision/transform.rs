@@ -52,7 +52,9 @@ pub struct Region {
 
 /// A region that is empty or not within the frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("expected left, top, width and height of a part of the frame, as fractions: 0 to 1, width and height above 0")]
+#[error(
+    "expected left, top, width and height of a part of the frame, as fractions: width and height above 0, left + width and top + height at most 1"
+)]
 pub struct InvalidRegion;
 
 impl Region {

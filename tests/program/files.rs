@@ -27,7 +27,7 @@ fn classify_reports_each_unreadable_image_and_classifies_the_others() {
     let text = String::from_utf8(result.stderr).unwrap();
     for expected in [
         "cut.jpg: the JPEG is truncated: image data is missing",
-        "text.jpg: The image format could not be determined",
+        "text.jpg: unknown format, expected JPEG, PNG or WebP",
         "empty.png: empty file",
         "giant.jpg: 4294967296 bytes, more than the 67108864 allowed",
         "none.jpg: No such file or directory",

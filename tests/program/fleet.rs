@@ -716,7 +716,30 @@ fn keygen_sign_and_verify_on_the_command_line() {
     fs::write(&path, bytes).unwrap();
     assert!(failure(&mut verify(&public)).1.contains("manifest.json.sig: does not match"));
     let unknown = failure(bloomcast().arg("push").arg(&path).args(["--group", "garden"]));
-    assert_eq!((unknown.0, unknown.1.contains("--group garden: not in [fleet.groups]")), (2, true), "{}", unknown.1);
+    assert_eq!((unknown.0, unknown.1.contains("--group garden: no groups are configured")), (2, true), "{}", unknown.1);
+}
+
+#[test]
+fn sign_writes_format_1_for_older_devices() {
+    let (trainer, dir) = (Trainer::new(), tempfile::tempdir().unwrap());
+    let (bundle, older_file) = (&drawn_flowers().bundle, dir.path().join("older.bloom"));
+    let mut sign = bloomcast();
+    sign.arg("sign").arg(bundle).arg("--key").arg(trainer.key_file()).args(["--format", "1", "--out"]).arg(&older_file);
+    let signed = output(&mut sign);
+    assert!(signed.status.success(), "{}", String::from_utf8_lossy(&signed.stderr));
+    let (newer, older) = (Bundle::read(bundle).unwrap(), Bundle::read(&older_file).unwrap());
+    assert_eq!((newer.manifest().format, older.manifest().format), (2, 1));
+    assert_eq!(newer.manifest().requires, ["unknown-classes"]);
+    assert!(older.manifest().requires.is_empty() && older.contents().ood.unknown_classes().is_none());
+    // The signature and the self-test are valid.
+    let settings = [
+        format!("model.store={}", dir.path().join("store").display()),
+        format!("model.trusted_keys={}", trainer.dir.path().display()),
+    ];
+    let mut install = bloomcast();
+    install.arg("install").arg(&older_file).args(settings.iter().flat_map(|setting| ["--set", setting]));
+    let installed = output(install.arg("--force"));
+    assert!(installed.status.success(), "{}", String::from_utf8_lossy(&installed.stderr));
 }
 
 #[test]

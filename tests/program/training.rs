@@ -119,7 +119,7 @@ fn extracts_only_new_photographs_and_replaces_a_truncated_cache_file() {
     };
     let modified = |path: &Path| fs::metadata(path).unwrap().modified().unwrap();
     let before: Vec<_> = files().iter().map(|path| modified(path)).collect();
-    assert_eq!(before.len(), 60);
+    assert!(before.len() > 100, "60 images, and generated ones: {}", before.len());
     let truncated = &files()[7];
     let content = fs::read(truncated).unwrap();
     fs::write(truncated, &content[..content.len() / 2]).unwrap();
@@ -127,9 +127,11 @@ fn extracts_only_new_photographs_and_replaces_a_truncated_cache_file() {
     fs::copy(&added, dir.path().join("train/daisy/new.jpg")).unwrap();
     succeed(&mut train(dir.path(), "two", &["--recipe", "frozen"]));
     assert_eq!(fs::read(truncated).unwrap(), content, "extracted again");
-    assert_eq!(files().len(), 61);
+    // The new image, and perhaps a degraded version of it.
+    let new = files().len() - before.len();
+    assert!((1..=2).contains(&new), "{new}");
     let untouched = files().iter().filter(|path| before.contains(&modified(path))).count();
-    assert_eq!(untouched, 59, "the other files are unchanged");
+    assert_eq!(untouched, before.len() - 1, "the other files are unchanged");
     fs::remove_file(dir.path().join("train/daisy/new.jpg")).unwrap();
     succeed(&mut train(dir.path(), "three", &["--recipe", "frozen"]));
     let model = |run: &str| fs::read(dir.path().join(run).join("model.bloom")).unwrap();

@@ -1,4 +1,4 @@
-//! Data augmentation: random views of an image (flip, crop, rotation, color jitter). A view depends only on the seed, the
+//! Data augmentation: random views of an image (flip, crop, rotation, color jitter, conditions of a camera). A view depends only on the seed, the
 //! image's content hash and the view index, so that its features can be cached like those of the image itself.
 
 use fast_image_resize::images::{TypedImage, TypedImageRef};
@@ -8,10 +8,11 @@ use image::{Rgb, RgbImage, imageops};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
+use crate::train::data::conditions;
 use crate::train::data::image_set::ContentHash;
 
 /// Part of the feature cache key. Raise it when the same seed, hash and index give another view.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Smallest fraction of the width and of the height that a crop keeps.
 const CROP_MIN: f32 = 0.6;
@@ -55,7 +56,7 @@ impl Views {
     }
 }
 
-/// Crops, flips with probability ½, rotates and jitters the colors. The order of the random draws is part of
+/// Crops, flips with probability ½, rotates and jitters the colors; every other view is under a condition of a camera. The order of the random draws is part of
 /// [`VERSION`].
 fn random_view(image: &RgbImage, rng: &mut ChaCha8Rng, size: u32) -> RgbImage {
     let (width, height) = (uniform(rng, CROP_MIN, 1.0), uniform(rng, CROP_MIN, 1.0));
@@ -66,7 +67,7 @@ fn random_view(image: &RgbImage, rng: &mut ChaCha8Rng, size: u32) -> RgbImage {
     }
     let mut view = rotate(&view, uniform(rng, -ROTATION_MAX, ROTATION_MAX));
     ColorJitter::random(rng).apply(&mut view);
-    view
+    if rng.next_u32() & 1 == 1 { conditions::apply(view, rng) } else { view }
 }
 
 /// Resizes a part of `image` to `size`×`size` pixels. The part is left, top, width and height as fractions of the image's
@@ -162,7 +163,7 @@ fn matmul(a: &[[f32; 3]; 3], b: &[[f32; 3]; 3]) -> [[f32; 3]; 3] {
 }
 
 /// Returns a uniform random value in `[low, high)` with 24 random bits.
-fn uniform(rng: &mut ChaCha8Rng, low: f32, high: f32) -> f32 {
+pub fn uniform(rng: &mut ChaCha8Rng, low: f32, high: f32) -> f32 {
     low + (high - low) * (rng.next_u32() >> 8) as f32 / (1 << 24) as f32
 }
 

@@ -1,4 +1,4 @@
-//! A dataset on disk: one folder of images per class.
+//! A dataset on disk: one folder of images per class, and optionally images of none of the classes.
 
 use std::ffi::OsString;
 use std::fs;
@@ -12,15 +12,17 @@ use unicode_normalization::UnicodeNormalization;
 use crate::frame::picture_files::{EXTENSIONS, is_picture};
 use crate::system::hash::hex;
 use crate::system::paths::printable;
-use crate::vision::Labels;
 use crate::vision::labels::LabelsError;
+use crate::vision::{Labels, UNKNOWN};
 
 /// The image files of a dataset and their classes.
 #[derive(Debug, Clone)]
 pub struct Dataset {
     /// Names of the class folders, sorted.
     pub classes: Labels,
-    /// Sorted by class, then by path.
+    /// Kinds of images of none of the classes: names of the folders in [`UNKNOWN`] and of added folders.
+    pub unknown_kinds: Vec<String>,
+    /// Sorted by class, then by path; images of none of the classes come last.
     pub images: Vec<LabeledImage>,
     /// Files and folders that are not read and may have been meant as images, sorted by path.
     pub ignored: Vec<DatasetProblem>,
@@ -40,7 +42,7 @@ pub struct DatasetProblem {
 pub struct LabeledImage {
     /// Path of the file.
     pub path: PathBuf,
-    /// Index of the class in [`Dataset::classes`].
+    /// Index of the class in [`Dataset::classes`]; of an image of none of the classes, their number plus the index of its kind.
     pub class: usize,
 }
 
@@ -80,15 +82,17 @@ pub enum DatasetError {
 
 impl Dataset {
     /// Lists the images below `path`. Each folder is a class with the folder's name, in Unicode's composed form (NFC); the images in
-    /// its subfolders belong to it. Hidden files and folders are skipped; what else is not read is in [`Dataset::ignored`].
+    /// its subfolders belong to it. A folder [`UNKNOWN`] holds images of none of the classes, as [`Dataset::add_unknown`] reads them.
+    /// Hidden files and folders are skipped; what else is not read is in [`Dataset::ignored`].
     ///
     /// # Errors
     /// Fails if a folder cannot be read, if the class names are not valid [`Labels`], or if a class has no images.
     pub fn read(path: &Path) -> Result<Self, DatasetError> {
-        let (mut folders, mut ignored) = (Vec::new(), Vec::new());
+        let (mut folders, mut ignored, mut unknown) = (Vec::new(), Vec::new(), None);
         for entry in entries(path)? {
             match entry.metadata() {
                 Ok(metadata) if metadata.is_dir() => match entry.name.to_str() {
+                    Some(UNKNOWN) => unknown = Some(entry.path),
                     Some(name) => folders.push((name.nfc().collect::<String>(), entry.path)),
                     None => entry.ignore(NOT_UTF8, &mut ignored),
                 },
@@ -104,18 +108,109 @@ impl Dataset {
         let classes = Labels::new(names).map_err(|source| DatasetError::Classes { path: path.into(), source })?;
         let mut images = Vec::new();
         for (class, (_, folder)) in folders.iter().enumerate() {
-            let (mut paths, ignored_before) = (Vec::new(), ignored.len());
-            collect(folder, 0, &mut paths, &mut ignored)?;
-            if paths.is_empty() {
-                let example = ignored.get(ignored_before);
-                let hint = |example: &DatasetProblem| format!("; {}: {}", printable(&example.file), example.problem);
-                return Err(DatasetError::EmptyClass(folder.clone(), example.map_or(String::new(), hint)));
-            }
-            paths.sort();
+            let paths = images_in(folder, &mut ignored)?;
             images.extend(paths.into_iter().map(|path| LabeledImage { path, class }));
         }
         ignored.sort_by(|a, b| a.file.cmp(&b.file));
-        Ok(Dataset { classes, images, ignored })
+        let mut dataset = Dataset { classes, unknown_kinds: Vec::new(), images, ignored };
+        if let Some(folder) = unknown {
+            dataset.add_unknown(&folder)?;
+        }
+        Ok(dataset)
+    }
+
+    /// Adds the images of another dataset, which has some or all of the classes.
+    ///
+    /// # Errors
+    /// As [`Dataset::read`], and if it has a class that this dataset does not have.
+    pub fn add(&mut self, path: &Path) -> Result<(), DatasetError> {
+        let other = Dataset::read(path)?.with_kinds_of(self);
+        let known = other.classes.names().len();
+        let positions: Option<Vec<usize>> =
+            other.classes.names().iter().map(|name| self.classes.position(name)).collect();
+        let Some(positions) = positions else {
+            return Err(DatasetError::OtherClasses {
+                path: path.into(),
+                found: other.classes.names().to_vec(),
+                expected: self.classes.names().to_vec(),
+            });
+        };
+        let class = |class: usize| match positions.get(class) {
+            Some(position) => *position,
+            None => class - known + self.classes.names().len(),
+        };
+        let added: Vec<_> =
+            other.images.into_iter().map(|image| LabeledImage { class: class(image.class), ..image }).collect();
+        self.images.extend(added);
+        self.images.sort_by_key(|image| image.class);
+        self.ignored.extend(other.ignored);
+        Ok(())
+    }
+
+    /// Adds images of none of the classes. Each folder in `folder` is a kind of its own; other images in it are a kind with its name.
+    ///
+    /// # Errors
+    /// Fails if a folder cannot be read, or has no images.
+    pub fn add_unknown(&mut self, folder: &Path) -> Result<(), DatasetError> {
+        let (mut kinds, mut loose) = (Vec::new(), Vec::new());
+        for entry in entries(folder)? {
+            match entry.metadata() {
+                Ok(metadata) if metadata.is_dir() => kinds.push(entry.path),
+                Ok(metadata) if metadata.is_file() && is_picture(&entry.path) => loose.push(entry.path),
+                Ok(_) => entry.ignore_unless_text(&mut self.ignored),
+                Err(error) => entry.ignore(&error.to_string(), &mut self.ignored),
+            }
+        }
+        kinds.sort();
+        loose.sort();
+        if kinds.is_empty() && loose.is_empty() {
+            return Err(DatasetError::EmptyClass(folder.into(), String::new()));
+        }
+        for kind in kinds {
+            let paths = images_in(&kind, &mut self.ignored)?;
+            self.add_kind(&kind, paths);
+        }
+        if !loose.is_empty() {
+            self.add_kind(folder, loose);
+        }
+        Ok(())
+    }
+
+    /// Adds images of a kind with the folder's name, or to the kind that has this name.
+    fn add_kind(&mut self, folder: &Path, paths: Vec<PathBuf>) {
+        let name: String = folder.file_name().unwrap_or(folder.as_os_str()).to_string_lossy().nfc().collect();
+        let kind = self.unknown_kinds.iter().position(|kind| *kind == name).unwrap_or_else(|| {
+            self.unknown_kinds.push(name);
+            self.unknown_kinds.len() - 1
+        });
+        let class = self.classes.names().len() + kind;
+        self.images.extend(paths.into_iter().map(|path| LabeledImage { path, class }));
+    }
+
+    /// Returns the dataset with the kinds of `other`, in the same order, and with its own others, which `other` gets as well.
+    pub fn with_kinds_of(mut self, other: &mut Dataset) -> Self {
+        let known = self.classes.names().len();
+        let position = |name: &String| {
+            other.unknown_kinds.iter().position(|kind| kind == name).unwrap_or_else(|| {
+                other.unknown_kinds.push(name.clone());
+                other.unknown_kinds.len() - 1
+            })
+        };
+        let positions: Vec<usize> = self.unknown_kinds.iter().map(position).collect();
+        for image in self.images.iter_mut().filter(|image| image.class >= known) {
+            image.class = known + positions[image.class - known];
+        }
+        self.unknown_kinds.clone_from(&other.unknown_kinds);
+        self
+    }
+
+    /// Returns the name of a class or kind.
+    ///
+    /// # Panics
+    /// Panics if there is no such class.
+    pub fn class_name(&self, class: usize) -> &str {
+        let names = self.classes.names();
+        names.get(class).unwrap_or_else(|| &self.unknown_kinds[class - names.len()])
     }
 
     /// Checks that the classes equal `labels`, in the same order. `path` names the dataset in the error.
@@ -177,6 +272,19 @@ fn entries(folder: &Path) -> Result<Vec<Entry>, DatasetError> {
         }
     }
     Ok(entries)
+}
+
+/// Returns the image files in a folder and in its subfolders, sorted; at least one.
+fn images_in(folder: &Path, ignored: &mut Vec<DatasetProblem>) -> Result<Vec<PathBuf>, DatasetError> {
+    let (mut paths, ignored_before) = (Vec::new(), ignored.len());
+    collect(folder, 0, &mut paths, ignored)?;
+    if paths.is_empty() {
+        let example = ignored.get(ignored_before);
+        let hint = |example: &DatasetProblem| format!("; {}: {}", printable(&example.file), example.problem);
+        return Err(DatasetError::EmptyClass(folder.into(), example.map_or(String::new(), hint)));
+    }
+    paths.sort();
+    Ok(paths)
 }
 
 /// Appends the image files in a folder of a class and in its subfolders.
@@ -285,6 +393,47 @@ mod tests {
                 "top.jpg: an image outside of the folders of the classes".into(),
             ]
         );
+    }
+
+    #[test]
+    fn reads_images_of_none_of_the_classes_and_other_datasets() {
+        let dir = folder(&[
+            "a/daisy/1.jpg",
+            "a/tulips/2.jpg",
+            "a/unknown/bees/3.jpg",
+            "a/unknown/4.jpg",
+            "b/tulips/5.jpg",
+            "b/roses/6.jpg",
+            "c/tulips/7.jpg",
+            "c/daisy/8.jpg",
+            "c/unknown/grass/9.jpg",
+            "more/bees/10.jpg",
+            "more/cats/x/11.jpg",
+            "empty/readme.txt",
+        ]);
+        let mut dataset = Dataset::read(&dir.path().join("a")).unwrap();
+        assert_eq!(
+            (dataset.classes.names(), &dataset.unknown_kinds[..]),
+            (&["daisy".into(), "tulips".into()][..], &["bees".into(), "unknown".into()][..])
+        );
+        dataset.add(&dir.path().join("c")).unwrap();
+        dataset.add_unknown(&dir.path().join("more")).unwrap();
+        assert_eq!(dataset.unknown_kinds, ["bees", "unknown", "grass", "cats"]);
+        let mut found: Vec<(&str, &str)> = dataset
+            .images
+            .iter()
+            .map(|image| (image.path.file_stem().unwrap().to_str().unwrap(), dataset.class_name(image.class)))
+            .collect();
+        found.sort_by_key(|(name, _)| name.parse::<u32>().unwrap());
+        let expected = ["daisy", "tulips", "bees", "unknown", "tulips", "daisy", "grass", "bees", "cats"];
+        assert_eq!(found.iter().map(|(_, class)| *class).collect::<Vec<_>>(), expected);
+        let error = dataset.add(&dir.path().join("b")).unwrap_err().to_string();
+        assert!(error.contains("the classes are [\"roses\", \"tulips\"], expected [\"daisy\", \"tulips\"]"), "{error}");
+        let error = dataset.add_unknown(&dir.path().join("empty")).unwrap_err().to_string();
+        assert!(error.ends_with("empty: no images of this class"), "{error}");
+        // The kinds of a validation set get the indices of those of the training set.
+        let val = Dataset::read(&dir.path().join("c")).unwrap().with_kinds_of(&mut dataset);
+        assert_eq!(val.class_name(val.images.last().unwrap().class), "grass");
     }
 
     #[test]

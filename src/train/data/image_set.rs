@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::system::paths::printable;
 use crate::train::data::dataset::{Dataset, DatasetProblem};
+use crate::train::data::generated;
 use crate::train::parallel;
 use crate::vision::decode::{self, DecodeError};
 
@@ -18,15 +19,30 @@ pub const SIDE_MIN: u32 = 32;
 /// SHA-256 of a file's bytes.
 pub type ContentHash = [u8; 32];
 
-/// An image file, its class and its content hash.
+/// An image, its class and its content hash.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HashedImage {
     /// Path of the file.
     pub path: PathBuf,
     /// Index of the class in the labels.
     pub class: usize,
-    /// SHA-256 of the file's bytes.
+    /// SHA-256 of the file's bytes; of a generated image, a hash of what it is made of.
     pub content_hash: ContentHash,
+    /// The source of its pixels.
+    pub origin: Origin,
+}
+
+/// The source of an image's pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The file.
+    File,
+    /// [`generated::nothing`].
+    Nothing,
+    /// The file, by [`generated::degraded`].
+    Degraded,
+    /// The file, by [`generated::part`].
+    Part,
 }
 
 /// Error of an image that cannot be used.
@@ -46,17 +62,24 @@ pub enum ImageError {
 }
 
 impl HashedImage {
-    /// Decodes the file. out: H×W×3 u8 RGB.
+    /// Decodes the file, or generates the image. out: H×W×3 u8 RGB.
     ///
     /// # Errors
     /// Fails if the file cannot be read or decoded, or if a side is shorter than [`SIDE_MIN`].
     pub fn decode(&self) -> Result<RgbImage, ImageError> {
+        if self.origin == Origin::Nothing {
+            return Ok(generated::nothing(&self.content_hash));
+        }
         let pixels = decode::file(&self.path)?;
         let (width, height) = pixels.dimensions();
         if width.min(height) < SIDE_MIN {
             return Err(ImageError::TooSmall { width, height });
         }
-        Ok(pixels)
+        Ok(match self.origin {
+            Origin::Degraded => generated::degraded(&pixels, &self.content_hash),
+            Origin::Part => generated::part(&pixels, &self.content_hash),
+            Origin::File | Origin::Nothing => pixels,
+        })
     }
 }
 
@@ -88,7 +111,10 @@ impl ImageSet {
         for (image, hash) in dataset.images.iter().zip(hashes) {
             let path = image.path.clone();
             match hash {
-                Ok(content_hash) => set.kept.push(HashedImage { path, class: image.class, content_hash }),
+                Ok(content_hash) => {
+                    let (class, origin) = (image.class, Origin::File);
+                    set.kept.push(HashedImage { path, class, content_hash, origin });
+                }
                 Err(error) => set.skipped.push(DatasetProblem { file: path, problem: error.to_string() }),
             }
         }
@@ -123,6 +149,13 @@ impl ImageSet {
         let mut problems: Vec<Option<String>> = (0..all.len()).map(duplicate).collect();
         let val_problems = problems.split_off(train_len);
         (self.without(problems), val.without(val_problems))
+    }
+
+    /// Removes the images for which `unwanted` is true and returns them; the skipped files stay.
+    pub fn take(&mut self, unwanted: impl Fn(&HashedImage) -> bool) -> Vec<HashedImage> {
+        let (taken, kept) = std::mem::take(&mut self.kept).into_iter().partition(unwanted);
+        self.kept = kept;
+        taken
     }
 
     /// Skips the images that have a problem; `problems` has an entry for each kept image.
@@ -182,6 +215,7 @@ mod tests {
             path: format!("{i}.jpg").into(),
             class: *class,
             content_hash: Sha256::digest([*content]).into(),
+            origin: Origin::File,
         };
         ImageSet { kept: rows.iter().enumerate().map(image).collect(), skipped: Vec::new() }
     }

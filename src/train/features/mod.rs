@@ -56,6 +56,12 @@ impl Features {
         self.images.len()
     }
 
+    /// Removes all images but the first `len` and returns them.
+    pub fn truncate(&mut self, len: usize) -> Vec<HashedImage> {
+        self.values.truncate(len);
+        self.images.split_off(len)
+    }
+
     /// Returns whether there are no images.
     pub fn is_empty(&self) -> bool {
         self.images.is_empty()
@@ -310,6 +316,7 @@ mod tests {
     use image::ImageFormat;
 
     use super::*;
+    use crate::train::data::image_set::Origin;
     use crate::vision::decode::tests::{encode, gradient};
 
     /// The folders of a cache that an earlier version filled: with another key, all features would be extracted again.
@@ -326,14 +333,18 @@ mod tests {
                 .cache_key()
         };
         let keys = [key(6, Precision::Half), key(1, Precision::Single)];
-        assert_eq!(keys, ["map-25cd34cf43e9ff37", "map-bd646a444bd9951e"]);
+        assert_eq!(keys, ["map-d1aea29679c08527", "map-bd646a444bd9951e"]);
     }
 
     #[test]
     fn extends_cached_views_and_gives_the_same_values_with_and_without_cache() {
         let dir = tempfile::tempdir().unwrap();
-        let photograph =
-            |name: &str, hash: u8| HashedImage { path: dir.path().join(name), class: 0, content_hash: [hash; 32] };
+        let photograph = |name: &str, hash: u8| HashedImage {
+            path: dir.path().join(name),
+            class: 0,
+            content_hash: [hash; 32],
+            origin: Origin::File,
+        };
         fs::write(dir.path().join("a.png"), encode(&gradient(60, 40), ImageFormat::Png)).unwrap();
         fs::write(dir.path().join("b.png"), encode(&gradient(40, 90), ImageFormat::Png)).unwrap();
         fs::write(dir.path().join("cut.png"), &encode(&gradient(40, 90), ImageFormat::Png)[..60]).unwrap();
@@ -390,7 +401,8 @@ mod tests {
             cache: Some(&dir.path().join("cache")),
             threads: 1,
         };
-        let image = HashedImage { path: dir.path().join("a.png"), class: 0, content_hash: [1; 32] };
+        let image =
+            HashedImage { path: dir.path().join("a.png"), class: 0, content_hash: [1; 32], origin: Origin::File };
         let (features, cache_error) = extractor.run(&[image], &|_| {}).unwrap();
         assert!(features.len() == 1 && cache_error.is_some());
     }

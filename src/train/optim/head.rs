@@ -17,7 +17,7 @@ pub struct HeadLearner<'a> {
 }
 
 impl<'a> HeadLearner<'a> {
-    /// Creates a learner with all weights and biases zero.
+    /// Creates a learner with all weights and biases zero. `classes`: with the unknown classes, which come last.
     pub fn new(train: &'a Features, val: &'a Features, classes: usize, hyperparams: &Hyperparams) -> Self {
         let groups = head_groups(classes, train.width);
         HeadLearner { train, val, targets: SoftTargets::new(&train.classes(), classes, hyperparams), groups }
@@ -78,15 +78,18 @@ impl Learner for HeadLearner<'_> {
     }
 }
 
-/// Returns the mean cross-entropy at the fitted temperature, and the accuracy, of `logits` (`[images][classes]`).
+/// Returns the mean cross-entropy at the fitted temperature, and the accuracy, of `logits` (`[images][classes]`). The validation set
+/// has images of each of the model's classes; further logits, of unknown classes, are left out.
 ///
 /// # Panics
 /// Panics if a class index is not below the number of logits.
 pub fn val_metrics(logits: &[Vec<f32>], classes: &[usize]) -> ValMetrics {
+    let known = classes.iter().max().map_or(0, |last| last + 1);
+    let logits: Vec<Vec<f32>> = logits.iter().map(|logits| logits[..known].to_vec()).collect();
     let correct = logits.iter().zip(classes).filter(|(logits, class)| argmax(logits) == **class).count();
-    let temperature = temperature::fit(logits, classes);
+    let temperature = temperature::fit(&logits, classes);
     ValMetrics {
-        loss: temperature::cross_entropy(logits, classes, temperature),
+        loss: temperature::cross_entropy(&logits, classes, temperature),
         accuracy: correct as f64 / classes.len() as f64,
     }
 }
@@ -138,7 +141,7 @@ mod tests {
     use super::super::training_loop::tests::{expect_gradient, hyperparams};
     use super::super::training_loop::{Optimizer, fit};
     use super::*;
-    use crate::train::data::image_set::HashedImage;
+    use crate::train::data::image_set::{HashedImage, Origin};
     use crate::train::features::Values;
 
     /// Features of three classes in four dimensions: coordinate `class` is raised, with uniform noise; two views each.
@@ -151,7 +154,12 @@ mod tests {
             values[class] += 1.0;
             values[4 + class] += 1.0;
             features.values.push(Values::Single(values));
-            features.images.push(HashedImage { path: i.to_string().into(), class, content_hash: [0; 32] });
+            features.images.push(HashedImage {
+                path: i.to_string().into(),
+                class,
+                content_hash: [0; 32],
+                origin: Origin::File,
+            });
         }
         features
     }

@@ -62,7 +62,7 @@ struct Sample {
 
 impl<'a> LastConvLearner<'a> {
     /// `train` and `val` hold feature maps `[positions, channels]`; `pretrained` is the network's last convolution.
-    /// `threads` is at least 1.
+    /// `classes` includes the unknown classes, which come last; `threads` is at least 1.
     pub fn new(
         train: &'a Features,
         val: &'a Features,
@@ -284,7 +284,7 @@ mod tests {
     use super::super::training_loop::tests::{expect_gradient, hyperparams};
     use super::super::training_loop::{Optimizer, fit};
     use super::*;
-    use crate::train::data::image_set::HashedImage;
+    use crate::train::data::image_set::{HashedImage, Origin};
     use crate::train::features::Values;
 
     /// Feature maps of two positions and three channels; channel `class` is raised at one of the positions.
@@ -299,7 +299,12 @@ mod tests {
                 values[view * 6 + 3 * random_below(&mut rng, 2) + class] += 2.0;
             }
             maps.values.push(Values::Single(values));
-            maps.images.push(HashedImage { path: i.to_string().into(), class, content_hash: [0; 32] });
+            maps.images.push(HashedImage {
+                path: i.to_string().into(),
+                class,
+                content_hash: [0; 32],
+                origin: Origin::File,
+            });
         }
         maps
     }

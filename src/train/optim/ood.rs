@@ -102,8 +102,8 @@ mod tests {
         assert_eq!(basis.len(), 2 * 4, "the rows span two dimensions");
         let plane = OodDetector::new(4, basis.clone(), 0.5).unwrap();
         assert!(dot(&basis[..4], &basis[4..]).abs() < 1e-5);
-        assert!(plane.similarity(&[2.0, 2.0, 1.0, -1.0]) > 0.9999);
-        assert!(plane.similarity(&[1.0, -1.0, 1.0, 1.0]) < 1e-3);
+        assert!(plane.cosine(&[2.0, 2.0, 1.0, -1.0]) > 0.9999);
+        assert!(plane.cosine(&[1.0, -1.0, 1.0, 1.0]) < 1e-3);
         assert_eq!(
             principal_directions(rows.iter().map(Vec::as_slice), 4, 4, 1),
             basis,

@@ -16,7 +16,7 @@ use image::codecs::jpeg::JpegEncoder;
 pub use gallery::{Gallery, GalleryImage};
 
 use crate::chart;
-use crate::train::evaluate::{EvaluatedSet, Evaluation, reliability};
+use crate::train::evaluate::{EvaluatedSet, Evaluation, KindAcceptance, reliability};
 use crate::train::optim::training_loop::Epoch;
 use crate::train::run::outcome::{Trained, with_separators};
 use crate::train::run::settings::Settings;
@@ -220,12 +220,28 @@ fn unknown(trained: &Trained) -> String {
     let similarities: Vec<f32> = trained.val.predictions.iter().map(|prediction| prediction.similarity).collect();
     let threshold = trained.ood.threshold();
     format!(
-        "<h2>Out-of-distribution detection</h2>\n<p>An image is <i>unknown</i> if the cosine similarity of its features to the \
-         subspace of the training features is below the threshold, for any confidence. The threshold {threshold:.4} rejects \
-         {:.1} % of the validation images.</p>\n\
-         <div class=\"panel chart\">{}</div>\n",
+        "<h2>Out-of-distribution detection</h2>\n<p>An image is <i>unknown</i> if its similarity to the training images is below the \
+         threshold, for any confidence: the cosine of its features to their subspace, less the weighted log-odds of the unknown \
+         classes. The threshold {threshold:.4} rejects {:.1} % of the validation images; fitted on other images, it rejects \
+         {:.1} %.</p>\n{}<div class=\"panel chart\">{}</div>\n",
         trained.val.evaluation.unknown * 100.0,
+        trained.rejected_cross_fitted * 100.0,
+        unknown_kinds(trained),
         chart::histogram("similarities", &similarities, threshold)
+    )
+}
+
+/// The validation images of none of the classes, by kind; empty if there are none.
+fn unknown_kinds(trained: &Trained) -> String {
+    if trained.unknown_kinds.is_empty() {
+        return String::new();
+    }
+    let row = |kind: &KindAcceptance| {
+        format!("<tr><th>{}</th><td>{}</td><td>{}</td></tr>\n", escaped(&kind.kind), kind.images, kind.accepted)
+    };
+    let rows: String = trained.unknown_kinds.iter().map(row).collect();
+    format!(
+        "<table><tr><th>images of none of the classes</th><th>images</th><th>taken for one</th></tr>\n{rows}</table>\n"
     )
 }
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::bundle::DatasetRef;
 use crate::train::data::augment::Views;
 use crate::train::data::dataset::fingerprint;
-use crate::train::data::image_set::{HashedImage, ImageSet};
-use crate::train::evaluate::EvaluatedSet;
+use crate::train::data::image_set::{HashedImage, ImageSet, Origin};
+use crate::train::evaluate::{EvaluatedSet, KindAcceptance};
 use crate::train::features::{Features, Precision};
 use crate::train::optim::{ood, temperature};
 use crate::train::parallel;
@@ -21,36 +21,52 @@ use crate::train::run::{Progress, RunContext, TrainError};
 use crate::vision::classifier::ClassifierParams;
 use crate::vision::head::{argmax, linear};
 use crate::vision::ood::OodError;
-use crate::vision::{Head, Labels, LastConvWeights, OnnxBackbone, OodDetector, Prediction};
+use crate::vision::{Head, Labels, LastConvWeights, OnnxBackbone, OodDetector, Prediction, UnknownClasses};
 
 /// Directions of the OOD detector's subspace. With fewer, it accepts more out-of-distribution images; more only enlarge the
 /// bundle.
 const RANK: usize = 128;
 
+/// Weight of the log-odds of the unknown classes in the similarity. Measured with images of thirteen other species, seven of them in
+/// the training: a larger weight rejects more of them, and more images of the classes that another collection has.
+const LOG_ODDS_WEIGHT: f32 = 0.04;
+
 /// Fits the temperature and the threshold of the OOD detector on the validation set, and evaluates the result on it.
 pub(super) fn calibrate(
     context: RunContext<'_>,
     pretrained: &Pretrained,
+    datasets: &Datasets,
     features: ExtractedFeatures,
     fitted: FittedModel,
 ) -> Result<Trained, TrainError> {
-    let FittedModel { last_conv, head_weight, head_bias, history } = fitted;
-    let ExtractedFeatures { train, val, skipped } = features;
+    let FittedModel { last_conv, mut head_weight, mut head_bias, history } = fitted;
+    let ExtractedFeatures { mut train, val, val_unknown, skipped } = features;
+    let known = pretrained.labels.names().len();
+    let unknown_bias = head_bias.split_off(known);
+    let unknown_weight = head_weight.split_off(head_weight.len() / (known + unknown_bias.len()) * known);
+    let unknown = Head::new(unknown_weight.len() / unknown_bias.len(), unknown_weight, unknown_bias, 1.0)?;
+    let unknown_images = train.truncate(train.classes().iter().filter(|class| **class < known).count());
     let train_rows = final_features(context, &train, last_conv.as_ref());
     let val_rows = final_features(context, &val, last_conv.as_ref());
     let val_classes = val.classes();
+    let val_unknown_rows = final_features(context, &val_unknown, last_conv.as_ref());
     let head = fit_temperature(head_weight, head_bias, &val_rows, &val_classes)?;
-    let ood = fit_ood_detector(context, &train_rows, &val_rows)?;
+    let ood = fit_ood_detector(context, &head, unknown, &train_rows, &val_rows)?;
     let (labels, preprocess) = (pretrained.labels.clone(), context.settings.preprocess());
     let params = ClassifierParams { labels, head, ood, preprocess };
     let val = evaluate(&params, &val_rows, val.images);
+    let accepted = |i: usize| params.predict(&val_unknown_rows[i]).known;
+    let unknown_kinds = KindAcceptance::count(&datasets.unknown_kinds, &val_unknown.classes(), accepted);
     let self_test_features = choose_self_test_features(&val_rows, &val.predictions, &val_classes);
+    let rejected_cross_fitted = cross_fitted_rejection(&val, context.settings.reject);
     let ClassifierParams { labels, head, ood, .. } = params;
     Ok(Trained {
         parameters: count_parameters(context.settings.fine_tune, &pretrained.network, &head),
-        dataset: describe_dataset(&labels, &train.images, &val.images),
+        dataset: describe_dataset(&labels, &[&train.images[..], &unknown_images].concat(), &val.images),
         train_images: images_per_class(&labels, &train.classes()),
         labels,
+        unknown_kinds,
+        rejected_cross_fitted,
         val,
         test: None,
         history,
@@ -75,7 +91,8 @@ pub(super) fn evaluate_test_set(
     let used = [&datasets.train.kept[..], &datasets.val.kept].concat();
     let used = ImageSet { kept: used, skipped: Vec::new() };
     let images = ImageSet::read(dataset, context.options.threads, &|_| {});
-    let images = images.separate(used).0;
+    let mut images = images.separate(used).0;
+    images.take(|image| image.class >= trained.labels.names().len());
     let total = images.kept.len();
     let progress = |done| (context.progress)(Progress::Features { done, total });
     let (mut features, _) = extract_set(context, pretrained, &images.kept, Views::ONE, Precision::Single, &progress)?;
@@ -117,16 +134,29 @@ fn fit_temperature(
 
 /// Returns the OOD detector with the subspace of the training set, and the threshold that rejects the fraction
 /// [`Settings::reject`](crate::train::Settings::reject) of the validation set.
-fn fit_ood_detector(context: RunContext<'_>, train: &[Vec<f32>], val: &[Vec<f32>]) -> Result<OodDetector, OodError> {
+fn fit_ood_detector(
+    context: RunContext<'_>,
+    head: &Head,
+    unknown: Head,
+    train: &[Vec<f32>],
+    val: &[Vec<f32>],
+) -> Result<OodDetector, OodError> {
     let width = train.first().map_or(0, Vec::len);
     // A subspace of nearly all dimensions contains nearly every feature vector.
     let rank = RANK.min(width / 2).max(1);
     let rows = train.iter().map(Vec::as_slice);
     let basis = ood::principal_directions(rows, width, rank, context.settings.hyperparams.seed);
-    let detector = OodDetector::new(width, basis, 0.0)?;
-    let mut similarities: Vec<f32> = val.iter().map(|row| detector.similarity(row)).collect();
-    similarities.sort_by(f32::total_cmp);
-    detector.with_threshold(threshold(&similarities, context.settings.reject))
+    let subspace = OodDetector::new(width, basis, 0.0)?;
+    let threshold_of = |similarity: &dyn Fn(&[f32]) -> f32| {
+        let mut similarities: Vec<f32> = val.iter().map(|row| similarity(row)).collect();
+        similarities.sort_by(f32::total_cmp);
+        threshold(&similarities, context.settings.reject)
+    };
+    let cosine_threshold = threshold_of(&|row| subspace.cosine(row)).max(0.0);
+    let unknown = UnknownClasses { head: unknown, log_odds_weight: LOG_ODDS_WEIGHT, cosine_threshold };
+    let detector = subspace.with_unknown_classes(unknown, 0.0)?;
+    let similarity_threshold = threshold_of(&|row| detector.similarity(row, &head.logits(row)));
+    detector.with_threshold(similarity_threshold)
 }
 
 /// Returns a threshold that rejects the fraction `reject` (0–1) of `similarities` (sorted, at least one). It is the midpoint
@@ -134,8 +164,27 @@ fn fit_ood_detector(context: RunContext<'_>, train: &[Vec<f32>], val: &[Vec<f32>
 fn threshold(similarities: &[f32], reject: f32) -> f32 {
     let rejected = ((reject * similarities.len() as f32) as usize).min(similarities.len() - 1);
     let first_accepted = similarities[rejected];
-    let last_rejected = rejected.checked_sub(1).map_or(first_accepted * 0.98, |last| similarities[last]);
+    let last_rejected = rejected.checked_sub(1).map_or(first_accepted - 0.02, |last| similarities[last]);
     f32::midpoint(last_rejected, first_accepted)
+}
+
+/// Returns the fraction of the validation images that are rejected by the thresholds of the other half each: an estimate for images
+/// that the threshold was not fitted on.
+fn cross_fitted_rejection(val: &EvaluatedSet, reject: f32) -> f64 {
+    let half = |of: u8| {
+        let images = val.images.iter().zip(&val.predictions);
+        let images = images.filter(move |(image, _)| image.content_hash[30] & 1 == of);
+        let mut similarities: Vec<f32> = images.map(|(_, prediction)| prediction.similarity).collect();
+        similarities.sort_by(f32::total_cmp);
+        similarities
+    };
+    let halves = [half(0), half(1)];
+    if halves.iter().any(Vec::is_empty) {
+        return val.evaluation.unknown;
+    }
+    let below = |threshold: f32, of: &[f32]| of.iter().filter(|similarity| **similarity < threshold).count();
+    let rejected = below(threshold(&halves[0], reject), &halves[1]) + below(threshold(&halves[1], reject), &halves[0]);
+    rejected as f64 / val.images.len() as f64
 }
 
 /// Returns `images` with the predictions for their feature vectors `rows` (`[width]` each, in the same order), and the metrics.
@@ -159,9 +208,10 @@ fn choose_self_test_features(features: &[Vec<f32>], predictions: &[Prediction], 
     chosen.into_iter().map(|i| features[i].clone()).collect()
 }
 
-/// Returns the fingerprint and the sizes of the training and validation sets.
+/// Returns the fingerprint and the sizes without generated images of the training and validation sets.
 fn describe_dataset(labels: &Labels, train: &[HashedImage], val: &[HashedImage]) -> DatasetRef {
-    let contents = train.iter().chain(val).map(|image| (image.class, &image.content_hash));
+    let train: Vec<&HashedImage> = train.iter().filter(|image| image.origin == Origin::File).collect();
+    let contents = train.iter().copied().chain(val).map(|image| (image.class, &image.content_hash));
     DatasetRef { sha256: fingerprint(labels, contents), train_images: train.len(), val_images: val.len() }
 }
 

@@ -17,6 +17,8 @@ use crate::vision::BackboneError;
 pub(super) struct ExtractedFeatures {
     pub train: Features,
     pub val: Features,
+    /// Of the validation images of none of the classes; the class of an image is its kind.
+    pub val_unknown: Features,
     /// All image files that are not used so far.
     pub skipped: Vec<DatasetProblem>,
 }
@@ -29,7 +31,7 @@ pub(super) fn extract(
     datasets: &Datasets,
 ) -> Result<ExtractedFeatures, TrainError> {
     let (settings, labels) = (context.settings, &pretrained.labels);
-    let Datasets { train, val, .. } = datasets;
+    let Datasets { train, val, val_unknown, .. } = datasets;
     let views = Views { count: settings.views, seed: settings.hyperparams.seed };
     let precision = match settings.fine_tune {
         FineTune::None => Precision::Single,
@@ -37,18 +39,22 @@ pub(super) fn extract(
     };
     let bytes = train.kept.len() * views.count * precision.bytes() + val.kept.len() * Precision::Single.bytes();
     expect_memory((bytes * pretrained.backbone.width()) as u64)?;
-    let total = train.kept.len() + val.kept.len();
+    let total = train.kept.len() + val.kept.len() + val_unknown.len();
     let progress =
         |before: usize| move |done: usize| (context.progress)(Progress::Features { done: before + done, total });
     let (mut train_features, cache_error) =
         extract_set(context, pretrained, &train.kept, views, precision, &progress(0))?;
     let (mut val_features, val_cache_error) =
         extract_set(context, pretrained, &val.kept, Views::ONE, Precision::Single, &progress(train.kept.len()))?;
+    let before = train.kept.len() + val.kept.len();
+    let (mut val_unknown, _) =
+        extract_set(context, pretrained, val_unknown, Views::ONE, Precision::Single, &progress(before))?;
     let skipped = [
         train.skipped.clone(),
         take(&mut train_features.skipped),
         val.skipped.clone(),
         take(&mut val_features.skipped),
+        take(&mut val_unknown.skipped),
     ]
     .concat();
     context.expect_all_classes(labels, &train_features.images, &settings.dataset, "training", &skipped)?;
@@ -56,7 +62,7 @@ pub(super) fn extract(
     if let Some(error) = cache_error.or(val_cache_error) {
         (context.progress)(Progress::Warning(format!("features are not cached: {error}")));
     }
-    Ok(ExtractedFeatures { train: train_features, val: val_features, skipped })
+    Ok(ExtractedFeatures { train: train_features, val: val_features, val_unknown, skipped })
 }
 
 /// Fails if fewer than `bytes` of memory are available.

@@ -14,7 +14,7 @@ use crate::vision::LastConvWeights;
 pub(super) struct FittedModel {
     /// The fine-tuned last convolution; `None` if it is frozen.
     pub last_conv: Option<LastConvWeights>,
-    /// `[classes, width]`
+    /// `[classes, width]`; the unknown classes come last.
     pub head_weight: Vec<f32>,
     /// `[classes]`
     pub head_bias: Vec<f32>,
@@ -28,7 +28,8 @@ pub(super) fn fit(
     features: &ExtractedFeatures,
     writer: &mut RunWriter,
 ) -> Result<FittedModel, TrainError> {
-    let (classes, hyperparams) = (pretrained.labels.names().len(), &context.settings.hyperparams);
+    let classes = pretrained.labels.names().len() + pretrained.unknown_classes;
+    let hyperparams = &context.settings.hyperparams;
     let mut on_epoch = |epoch: &Epoch, groups: &[ParamGroup]| {
         (context.progress)(Progress::Epoch { epoch: *epoch, total: hyperparams.epochs });
         writer.epoch(epoch, groups)

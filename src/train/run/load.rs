@@ -8,6 +8,7 @@ use unicode_normalization::UnicodeNormalization;
 use crate::bundle::archive::FILE_BYTES_MAX;
 use crate::system::paths::printable;
 use crate::train::data::dataset::{Dataset, DatasetError, DatasetProblem};
+use crate::train::data::generated;
 use crate::train::data::image_set::{HashedImage, ImageSet};
 use crate::train::data::similarity::{self, PerceptualHash};
 use crate::train::features::cache::FeatureCache;
@@ -26,6 +27,9 @@ const HASH_CACHE: &str = "perceptual-hash-1";
 /// The pretrained network, and the classes to train it for.
 pub(super) struct Pretrained {
     pub labels: Labels,
+    /// Number of unknown classes, which follow the model's classes in the head: one of the dataset's images of none of the classes,
+    /// if there are any, and one of generated images.
+    pub unknown_classes: usize,
     pub network: OnnxBackbone,
     /// The frozen layers: up to the features, or up to the last convolution if that is fine-tuned.
     pub backbone: CompiledBackbone,
@@ -33,8 +37,14 @@ pub(super) struct Pretrained {
 
 /// The datasets of a run, all with the same classes. The training and validation sets have no image in common.
 pub(super) struct Datasets {
+    /// The images of the model's classes, and after them those of the unknown classes.
     pub train: ImageSet,
+    /// Images of the model's classes.
     pub val: ImageSet,
+    /// Images of none of the classes; each has the index of its kind as its class.
+    pub val_unknown: Vec<HashedImage>,
+    /// Names of the kinds.
+    pub unknown_kinds: Vec<String>,
     /// The listed files; [`evaluate_test_set`](super::calibrate::evaluate_test_set) reads, hashes and extracts them after training.
     pub test: Option<Dataset>,
 }
@@ -43,15 +53,28 @@ pub(super) struct Datasets {
 /// files are listed; see [`Datasets::test`].
 pub(super) fn load(context: RunContext<'_>) -> Result<(Pretrained, Datasets), TrainError> {
     let settings = context.settings;
-    let dataset = Dataset::read(&settings.dataset)?;
-    let pretrained = load_network(context, dataset.classes.clone())?;
+    let mut dataset = Dataset::read(&settings.dataset)?;
+    settings.also.iter().try_for_each(|folder| dataset.add(folder))?;
+    settings.unknown.iter().try_for_each(|folder| dataset.add_unknown(folder))?;
+    let unknown_classes = 1 + usize::from(!dataset.unknown_kinds.is_empty());
+    let pretrained = load_network(context, dataset.classes.clone(), unknown_classes)?;
     let labels = &pretrained.labels;
     let test = settings.test.as_deref().map(|path| read_with_classes(path, labels)).transpose()?;
-    let (train, val) = load_image_sets(context, &dataset, labels)?;
-    Ok((pretrained, Datasets { train, val, test }))
+    let val = settings.val.as_deref().map(|path| read_with_classes(path, labels)).transpose()?;
+    let val = val.map(|val| val.with_kinds_of(&mut dataset));
+    let (mut train, mut val) = load_image_sets(context, &dataset, val.as_ref(), labels)?;
+    let known = labels.names().len();
+    let mut val_unknown = val.take(|image| image.class >= known);
+    val_unknown.iter_mut().for_each(|image| image.class -= known);
+    let mut unknown = train.take(|image| image.class >= known);
+    unknown.iter_mut().for_each(|image| image.class = known);
+    unknown.extend(generated::parts(&unknown, settings.hyperparams.seed));
+    train.kept.extend(unknown);
+    train.kept.extend(generated::images(&train.kept, settings.hyperparams.seed, known + unknown_classes - 1));
+    Ok((pretrained, Datasets { train, val, val_unknown, unknown_kinds: dataset.unknown_kinds, test }))
 }
 
-fn load_network(context: RunContext<'_>, labels: Labels) -> Result<Pretrained, TrainError> {
+fn load_network(context: RunContext<'_>, labels: Labels, unknown_classes: usize) -> Result<Pretrained, TrainError> {
     let settings = context.settings;
     let network = match &settings.backbone {
         None => OnnxBackbone::built_in()?,
@@ -68,7 +91,7 @@ fn load_network(context: RunContext<'_>, labels: Labels) -> Result<Pretrained, T
     if let Some(reason) = fallback {
         (context.progress)(Progress::Warning(reason.to_string()));
     }
-    Ok(Pretrained { labels, network, backbone })
+    Ok(Pretrained { labels, unknown_classes, network, backbone })
 }
 
 /// Reads the dataset at `path`, which must have the classes `labels`.
@@ -82,6 +105,7 @@ fn read_with_classes(path: &Path, labels: &Labels) -> Result<Dataset, DatasetErr
 fn load_image_sets(
     context: RunContext<'_>,
     dataset: &Dataset,
+    val: Option<&Dataset>,
     labels: &Labels,
 ) -> Result<(ImageSet, ImageSet), TrainError> {
     let settings = context.settings;
@@ -90,9 +114,9 @@ fn load_image_sets(
         let progress = |done| (context.progress)(Progress::Read { done, total });
         ImageSet::read(set, context.options.threads, &progress)
     };
-    let (train, val) = match &settings.val {
-        Some(path) => {
-            let val = read(&read_with_classes(path, labels)?);
+    let (train, val) = match val {
+        Some(val) => {
+            let val = read(val);
             read(dataset).separate(val)
         }
         None => read(dataset).dedup().split(settings.val_fraction),

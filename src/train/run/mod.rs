@@ -184,7 +184,7 @@ pub fn train(
     let mut writer = RunWriter::begin(settings, options)?;
     let features = extract::extract(context, &pretrained, &datasets)?;
     let fitted = fit::fit(context, &pretrained, &features, &mut writer)?;
-    let mut trained = calibrate::calibrate(context, &pretrained, features, fitted)?;
+    let mut trained = calibrate::calibrate(context, &pretrained, &datasets, features, fitted)?;
     calibrate::evaluate_test_set(context, &pretrained, &datasets, &mut trained)?;
     trained.elapsed = started.elapsed();
     writer.finish(&pretrained.network, &trained)?;

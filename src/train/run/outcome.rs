@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle::DatasetRef;
 use crate::train::data::dataset::DatasetProblem;
-use crate::train::evaluate::EvaluatedSet;
+use crate::train::evaluate::{EvaluatedSet, KindAcceptance};
 use crate::train::optim::training_loop::Epoch;
 use crate::vision::{Head, Labels, LastConvWeights, OodDetector};
 
@@ -22,6 +22,10 @@ pub struct Trained {
     pub train_images: Vec<usize>,
     /// Fingerprint and sizes of the training and validation sets.
     pub dataset: DatasetRef,
+    /// Validation images of none of the classes that the model takes for one, for each kind.
+    pub unknown_kinds: Vec<KindAcceptance>,
+    /// Fraction of the validation images that a threshold rejects which was fitted on other ones, 0–1.
+    pub rejected_cross_fitted: f64,
     /// Evaluation on the validation set.
     pub val: EvaluatedSet,
     /// Evaluation on the test set, if there is one.
@@ -66,6 +70,9 @@ impl fmt::Display for Trained {
         writeln!(f, "{total} parameters, {trained} trained, {frozen} frozen")?;
         writeln!(f, "trained on {images} images in {seconds:.1} s; evaluation on the validation set:\n")?;
         self.val.evaluation.fmt(f)?;
+        let rejected = self.rejected_cross_fitted * 100.0;
+        writeln!(f, "{rejected:.1} % rejected as unknown with a threshold that was fitted on other images\n")?;
+        KindAcceptance::write(f, &self.unknown_kinds)?;
         if let Some(test) = &self.test {
             writeln!(f, "evaluation on the test set:\n")?;
             test.evaluation.fmt(f)?;

@@ -33,6 +33,12 @@ pub struct Settings {
     /// Fraction of the dataset that is split off for validation, above 0 and below 1. The assignment depends on the content
     /// of an image alone.
     pub val_fraction: f64,
+    /// More training images, of some or all of the classes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also: Vec<PathBuf>,
+    /// Folders of images of none of the classes, besides the folder `unknown` of the dataset.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unknown: Vec<PathBuf>,
     /// Test images of the same classes, evaluated once after training.
     pub test: Option<PathBuf>,
     /// Which layers are trained besides the head.
@@ -218,10 +224,12 @@ impl Recipe {
             dataset,
             val: None,
             val_fraction: DEFAULT_VAL_FRACTION,
+            also: Vec::new(),
+            unknown: Vec::new(),
             test: None,
             fine_tune,
             views,
-            reject: 0.03,
+            reject: 0.04,
             embed_backbone: false,
             backbone: None,
             hyperparams,

@@ -13,7 +13,7 @@ use crate::bundle::manifest::FORMAT;
 use crate::bundle::selftest::SelfTestError;
 use crate::bundle::tensors;
 use crate::bundle::{BackboneRef, Bundle, BundleError, Contents, Manifest, Metrics, OodMeasure, OodParams, SelfTest};
-use crate::train::evaluate::Evaluation;
+use crate::train::evaluate::{Evaluation, KindAcceptance};
 use crate::train::optim::training_loop::{Epoch, ParamGroup};
 use crate::train::report::tensorboard::{self, EventWriter};
 use crate::train::report::tensorboard_images;
@@ -22,7 +22,7 @@ use crate::train::run::options::RunOptions;
 use crate::train::run::outcome::{Parameters, Trained};
 use crate::train::run::settings::{Recipe, Settings};
 use crate::vision::backbone::ComputeDevice;
-use crate::vision::{BackboneError, Classifier, OnnxBackbone, test_pattern};
+use crate::vision::{BackboneError, Classifier, OnnxBackbone, UnknownClasses, test_pattern};
 
 /// The bundle in the folder of a run.
 pub const MODEL: &str = "model.bloom";
@@ -96,6 +96,9 @@ pub struct RunMetrics {
     pub val: Evaluation,
     /// Metrics on the test set, if there is one.
     pub test: Option<Evaluation>,
+    /// Validation images of none of the classes that the model takes for one, for each kind.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unknown_kinds: Vec<KindAcceptance>,
     /// Metrics of each finished epoch, in order.
     pub epochs: Vec<Epoch>,
 }
@@ -193,6 +196,7 @@ impl RunWriter {
             val_sha256: trained.val.fingerprint(&trained.labels),
             val: trained.val.evaluation.clone(),
             test: trained.test.as_ref().map(|test| test.evaluation.clone()),
+            unknown_kinds: trained.unknown_kinds.clone(),
             epochs: trained.history.clone(),
         };
         let json = serde_json::to_string_pretty(&metrics).expect("metrics serialize to JSON");
@@ -240,8 +244,10 @@ impl RunWriter {
 fn manifest(settings: &Settings, created_at: SystemTime, network: &OnnxBackbone, trained: &Trained) -> Manifest {
     let evaluation = &trained.val.evaluation;
     let created_at = format_rfc3339_millis(created_at).to_string();
-    Manifest {
+    let mut manifest = Manifest {
+        // Both are set below.
         format: FORMAT,
+        requires: Vec::new(),
         name: settings.name.clone(),
         version: version(&created_at),
         created_at,
@@ -255,7 +261,13 @@ fn manifest(settings: &Settings, created_at: SystemTime, network: &OnnxBackbone,
         preprocess: settings.preprocess(),
         temperature: trained.head.temperature(),
         unknown: OodParams {
-            rule: OodMeasure::CosineSubspace,
+            rule: match trained.ood.unknown_classes() {
+                None => OodMeasure::CosineSubspace,
+                Some(UnknownClasses { log_odds_weight, cosine_threshold, .. }) => OodMeasure::CosineAndClasses {
+                    log_odds_weight: *log_odds_weight,
+                    cosine_threshold: *cosine_threshold,
+                },
+            },
             threshold: trained.ood.threshold(),
             rejected_share: evaluation.unknown as f32,
         },
@@ -264,7 +276,9 @@ fn manifest(settings: &Settings, created_at: SystemTime, network: &OnnxBackbone,
         seed: settings.hyperparams.seed,
         program: format!("bloomcast {}", env!("CARGO_PKG_VERSION")),
         members: Default::default(),
-    }
+    };
+    manifest.set_format();
+    manifest
 }
 
 /// Returns the digits of the date and time: `2026-01-02T03:04:05.678Z` → 20260102030405.

@@ -1,15 +1,14 @@
 //! Checks before a push: rejects a model that a device cannot use, or that would be a downgrade there.
 
 use crate::bundle::Manifest;
-use crate::bundle::manifest::FORMAT;
 use crate::update::protocol::ModelStatus;
 
 /// Reason not to send a model to a device.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum Incompatible {
-    /// The device reads this bundle format, not [`FORMAT`].
-    #[error("the device reads bundle format {0}, the bundle has format {FORMAT}")]
-    Format(u32),
+    /// The newest bundle format that the device reads, and that of the bundle.
+    #[error("the device reads bundle formats up to {0}, the bundle has format {1}")]
+    Format(u32, u32),
     /// The model requires a backbone that neither the bundle nor the device has.
     #[error(
         "the model requires the backbone {required}, the device has {found}; a bundle can include its own (train --embed-backbone)"
@@ -64,8 +63,9 @@ pub enum Downgrade {
 /// # Errors
 /// The first reason not to send the model; `force` suppresses only [`Incompatible::Downgrade`].
 pub fn check(model: &Manifest, has_backbone: bool, status: &ModelStatus, force: bool) -> Result<(), Incompatible> {
-    if status.format != FORMAT {
-        return Err(Incompatible::Format(status.format));
+    let format_max = status.format_max.unwrap_or(status.format);
+    if format_max < model.format {
+        return Err(Incompatible::Format(format_max, model.format));
     }
     if !has_backbone && model.backbone.sha256 != status.network.sha256 {
         let describe = |name: &str, sha256: &str| format!("{name} ({sha256:.12}…)");
@@ -142,7 +142,9 @@ mod tests {
         let error = check(&model, false, &status, true).unwrap_err().to_string();
         assert!(error.contains("requires the backbone mobilenet_v2") && error.contains("(0123456789ab…)"), "{error}");
         assert_eq!(check(&model, true, &status, false), Ok(()), "the bundle includes its backbone");
-        status.format = 2;
-        assert_eq!(check(&model, true, &status, true), Err(Incompatible::Format(2)));
+        // The status of a device that reads format 1 alone.
+        status.format_max = None;
+        let model = Manifest { format: 2, ..model };
+        assert_eq!(check(&model, true, &status, true), Err(Incompatible::Format(1, 2)));
     }
 }
