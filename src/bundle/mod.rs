@@ -77,7 +77,7 @@ pub enum BundleError {
         /// Path or name of the bundle.
         file: String,
         /// The cause.
-        source: SelfTestError,
+        source: Box<SelfTestError>,
     },
     /// The network cannot be loaded or compiled.
     #[error(transparent)]
@@ -261,7 +261,8 @@ impl Bundle {
         if let Some(self_test) = older.take_self_test() {
             let (features, images) = self_test.into_inputs();
             let recorded = SelfTest::record(&mut older.classifier(file)?, features, images);
-            older.set_self_test(recorded.map_err(|source| BundleError::SelfTest { file: self.file.clone(), source })?);
+            let failed = |source| BundleError::SelfTest { file: self.file.clone(), source: Box::new(source) };
+            older.set_self_test(recorded.map_err(failed)?);
         }
         Ok(older)
     }

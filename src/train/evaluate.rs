@@ -78,6 +78,9 @@ impl KindAcceptance {
     }
 
     /// Writes a table of the kinds; nothing if there are none.
+    ///
+    /// # Errors
+    /// Fails if `f` fails.
     pub fn write(f: &mut impl fmt::Write, kinds: &[Self]) -> fmt::Result {
         if kinds.is_empty() {
             return Ok(());
