@@ -236,6 +236,8 @@ pub struct Decider {
     /// Moving average of each class's probability.
     scores: Vec<f32>,
     last_frame: Option<SystemTime>,
+    /// Time of the last frame, also of one that could not be judged.
+    last_seen: Option<SystemTime>,
     class: Option<usize>,
     since: SystemTime,
     /// A change that has not lasted for its dwell time, and its first frame's time.
@@ -257,6 +259,7 @@ impl Decider {
             labels,
             model,
             last_frame: None,
+            last_seen: None,
             class: None,
             since: now,
             pending: None,
@@ -299,6 +302,7 @@ impl Decider {
     pub fn clock_set(&mut self, step: Step) {
         self.since = step.apply(self.since);
         self.last_frame = self.last_frame.map(|time| step.apply(time));
+        self.last_seen = self.last_seen.map(|time| step.apply(time));
         self.pending = self.pending.map(|(class, since)| (class, step.apply(since)));
     }
 
@@ -331,9 +335,12 @@ impl Decider {
         self.decide(class, at, true, Quality::Ok)
     }
 
-    /// Takes a frame captured at `at` that cannot be judged: the class and the scores stay, dwell times restart.
+    /// Takes a frame captured at `at` that cannot be judged: the class and the scores stay, and the time up to it does not count as
+    /// dwell time.
     pub fn unfit(&mut self, quality: Quality, at: SystemTime) -> Decision {
-        self.pending = None;
+        let waited = self.last_seen.and_then(|last| at.duration_since(last).ok()).unwrap_or_default();
+        self.pending = self.pending.map(|(class, since)| (class, since + waited));
+        self.last_seen = Some(at);
         self.decide(self.class, at, true, quality)
     }
 
@@ -371,7 +378,7 @@ impl Decider {
             let observed = if prediction.known { *probability } else { 0.0 };
             *score += weight * (observed - *score);
         }
-        self.last_frame = Some(at);
+        (self.last_frame, self.last_seen) = (Some(at), Some(at));
     }
 
     /// Returns the class that the scores and thresholds select.
@@ -536,7 +543,7 @@ mod tests {
         let mut decider = decider(rules(0, 200));
         decider.classified(&prediction(0.9, true), at(0));
         decider.classified(&prediction(0.9, true), at(200));
-        // A change to B begins, and is interrupted.
+        // A change to B begins; the time before dark frames does not count.
         decider.classified(&prediction(0.1, true), at(300));
         let dark = decider.unfit(Quality::Dark, at(450));
         assert_eq!((dark.event, index(&dark.observation.class)), (None, A));
@@ -546,7 +553,22 @@ mod tests {
         assert!(!decider.unfit(Quality::Dark, at(9000)).publish, "nothing has changed");
         let back = decider.classified(&prediction(0.1, true), at(9100));
         assert_eq!((back.event, back.observation.quality, back.publish), (None, Quality::Ok, true));
-        assert_eq!(index(&decider.classified(&prediction(0.1, true), at(9300)).observation.class), B);
+        assert_eq!(index(&decider.classified(&prediction(0.1, true), at(9200)).observation.class), B);
+    }
+
+    #[test]
+    fn unfit_frames_in_between_delay_a_change_and_do_not_prevent_it() {
+        let mut decider = decider(rules(0, 400));
+        let changed_at = (0..20).find(|i| {
+            let at = at(100 * i);
+            let decision = match i % 3 {
+                2 => decider.unfit(Quality::Blurred, at),
+                _ => decider.classified(&prediction(0.9, true), at),
+            };
+            decision.event.is_some()
+        });
+        // Of each 300 ms, 200 count.
+        assert_eq!(changed_at, Some(6));
     }
 
     #[test]

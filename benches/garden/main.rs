@@ -2,8 +2,8 @@
 //! by default.
 //!
 //! `cargo bench --bench garden -- [--model FILE] [--seed N] [--photographs DIR]`. The photographs are not part of the project; the folder
-//! holds `flowers/val`, `garden/known_val`, `garden/other_val` and `others`, whose second half by name is used. Scenes are made with masks
-//! and grounds that the training does not use.
+//! holds `flowers/val`, `garden/known_val`, `garden/other_val` and `others`, whose second half by name is used. No photograph of a scene
+//! is one of the training of the built-in model.
 
 mod scenes;
 

@@ -242,6 +242,9 @@ impl Manifest {
             return Err(ManifestError::Unsupported(feature.into()));
         }
         if format == 1 {
+            if let Some(feature) = manifest.requires.first() {
+                return Err(ManifestError::Unsupported(feature.clone()));
+            }
             let known = serde_json::to_value(&manifest)?;
             if let Some(field) = unknown_field(&serde_json::from_slice(bytes)?, &known) {
                 return Err(ManifestError::UnknownField(field));

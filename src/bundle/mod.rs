@@ -254,6 +254,9 @@ impl Bundle {
     /// If the network cannot be loaded or run for the self-test.
     pub fn to_format_1(&self, file: Option<&Path>) -> Result<Self, BundleError> {
         let mut older = self.clone();
+        if self.manifest.format == 1 {
+            return Ok(older);
+        }
         older.contents.ood = self.contents.ood.without_unknown_classes();
         older.manifest.unknown.rule = OodMeasure::CosineSubspace;
         older.manifest.unknown.threshold = older.contents.ood.threshold();
@@ -583,6 +586,7 @@ mod tests {
             m.unknown.rule = OodMeasure::CosineAndClasses { log_odds_weight: 0.1, cosine_threshold: 0.5 };
         };
         assert!(error(unknown).contains("requires \"unknown-classes\""), "a feature that is not declared");
+        assert!(error(|m| m.requires.push("unknown-classes".into())).contains("requires"), "format 1 has no features");
         assert!(error(|m| m.name = "\u{1b}[31m".into()).contains("name"));
         let mut other_size = bundle();
         other_size.manifest.preprocess.size = 160;

@@ -181,6 +181,12 @@ pub struct DatasetCheckArgs {
     /// Validation images of the same classes [default: a fraction of the dataset]
     #[arg(long, conflicts_with = "val_fraction")]
     val: Option<PathBuf>,
+    /// More training images, as for train; repeatable
+    #[arg(long)]
+    also: Vec<PathBuf>,
+    /// Images of none of the classes, as for train; repeatable
+    #[arg(long)]
+    unknown: Vec<PathBuf>,
     /// Fraction of the dataset to split off for validation, as in `train`
     #[arg(long, default_value_t = DEFAULT_VAL_FRACTION)]
     val_fraction: f64,
@@ -434,11 +440,14 @@ impl CacheArgs {
 }
 
 pub fn dataset_check(args: &DatasetCheckArgs) -> Result<(), Failure> {
-    let dataset = Dataset::read(&args.dataset)?;
+    let mut dataset = Dataset::read(&args.dataset)?;
+    args.also.iter().try_for_each(|folder| dataset.add(folder))?;
+    args.unknown.iter().try_for_each(|folder| dataset.add_unknown(folder))?;
     let val = args.val.as_deref().map(Dataset::read).transpose()?;
     if let (Some(val), Some(path)) = (&val, &args.val) {
         val.expect_classes(&dataset.classes, path)?;
     }
+    let val = val.map(|val| val.with_kinds_of(&mut dataset));
     let total = dataset.images.len() + val.as_ref().map_or(0, |val| val.images.len());
     let bars = Bars::default();
     let progress = |done: usize| bars.show("images", done as u64, total as u64);

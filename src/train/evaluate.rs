@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::{Bundle, BundleError};
+use crate::system::paths::without_controls;
 use crate::train::data::augment::Views;
 use crate::train::data::dataset::{Dataset, DatasetProblem, fingerprint};
 use crate::train::data::image_set::{HashedImage, ImageSet};
@@ -87,6 +88,7 @@ impl KindAcceptance {
         }
         writeln!(f, "images of none of the classes   images   taken for one")?;
         for KindAcceptance { kind, images, accepted } in kinds {
+            let kind = without_controls(kind);
             writeln!(f, "{kind:30} {images:7} {accepted:8} {:5.1} %", ratio(*accepted, *images) * 100.0)?;
         }
         writeln!(f)

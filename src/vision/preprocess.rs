@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 /// The parameters of the preprocessing. A bundle contains them, since a head is valid only for the preprocessing that it
 /// was trained with.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Preprocess {
     /// Width and height of the input, in pixels.
     pub size: u32,

@@ -6,9 +6,10 @@ use std::fmt;
 
 /// Cells of a row and of a column, if the image has a multiple of it in pixels.
 const CELLS: usize = 56;
-/// Fraction of the cells that are at most as bright as the measured brightness, and that have at most the measured contrast to a
-/// neighbor.
-const QUANTILES: [f32; 2] = [0.95, 0.99];
+/// Quantile of the cells' gray levels that is the brightness.
+const BRIGHTNESS_QUANTILE: f32 = 0.95;
+/// Quantile of the differences of neighboring cells that is the edge of the sharpness.
+const EDGE_QUANTILE: f32 = 0.99;
 
 /// The quality of a frame.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -116,14 +117,14 @@ impl QualityMeter {
             (0..3).map(|channel| deviation(self.cells.iter().map(|cell| cell[channel]))).fold(0.0, f32::max);
         let gray_deviation = deviation_of(&self.gray);
         self.sorted.clone_from(&self.gray);
-        let brightness = quantile(&mut self.sorted, QUANTILES[0]);
+        let brightness = quantile(&mut self.sorted, BRIGHTNESS_QUANTILE);
         self.sorted.clear();
         for (y, row) in self.gray.chunks_exact(cells_per_row).enumerate() {
             self.sorted.extend(row.windows(2).map(|pair| (pair[0] - pair[1]).abs()));
             let below = self.gray.chunks_exact(cells_per_row).nth(y + 1).unwrap_or_default();
             self.sorted.extend(row.iter().zip(below).map(|(a, b)| (a - b).abs()));
         }
-        let edge = if self.sorted.is_empty() { 0.0 } else { quantile(&mut self.sorted, QUANTILES[1]) };
+        let edge = if self.sorted.is_empty() { 0.0 } else { quantile(&mut self.sorted, EDGE_QUANTILE) };
         let sharpness = if gray_deviation > 0.0 { edge / gray_deviation } else { 0.0 };
         Statistics { brightness, deviation, sharpness }
     }

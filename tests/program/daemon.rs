@@ -653,6 +653,8 @@ fn reload_applies_a_valid_configuration_without_losing_events_and_rejects_an_inv
     daemon.line("as window");
 
     let listener = Listener::connect(port);
+    // It is published after the subscriptions.
+    listener.wait("window/status", |status| status == "online");
     publish(port, "bloomcast/window/set/pause", "true");
     listener.wait("window/state", |state| state["paused"] == true);
     // Nothing has changed.

@@ -8,7 +8,7 @@ use bloomcast::mqtt::client::Client;
 use serde_json::Value;
 
 use super::broker::Mosquitto;
-use super::tools::{TIMEOUT, bloomcast, drawn_flowers, json, of_class, output};
+use super::tools::{TIMEOUT, bloomcast, confident_drawings, drawn_flowers, json, of_class, output};
 
 /// Returns the command of an example, which Cargo builds with the tests.
 fn example(name: &str) -> Command {
@@ -19,7 +19,7 @@ fn example(name: &str) -> Command {
 #[test]
 fn classify_file_prints_the_class_and_every_probability() {
     let drawn = drawn_flowers();
-    let image = of_class(&drawn.folder, "roses", 1).remove(0);
+    let image = confident_drawings("roses", 1).remove(0);
     let result = output(example("classify_file").arg(&image).arg(&drawn.bundle));
     let text = String::from_utf8(result.stdout).unwrap();
     assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));

@@ -88,31 +88,16 @@ impl Dataset {
     /// # Errors
     /// Fails if a folder cannot be read, if the class names are not valid [`Labels`], or if a class has no images.
     pub fn read(path: &Path) -> Result<Self, DatasetError> {
-        let (mut folders, mut ignored, mut unknown) = (Vec::new(), Vec::new(), None);
-        for entry in entries(path)? {
-            match entry.metadata() {
-                Ok(metadata) if metadata.is_dir() => match entry.name.to_str() {
-                    Some(UNKNOWN) => unknown = Some(entry.path),
-                    Some(name) => folders.push((name.nfc().collect::<String>(), entry.path)),
-                    None => entry.ignore(NOT_UTF8, &mut ignored),
-                },
-                Ok(_) if is_picture(&entry.path) => {
-                    entry.ignore("an image outside of the folders of the classes", &mut ignored);
-                }
-                Ok(_) => entry.ignore_unless_text(&mut ignored),
-                Err(error) => entry.ignore(&error.to_string(), &mut ignored),
-            }
-        }
-        folders.sort();
-        let names = folders.iter().map(|(name, _)| name.clone()).collect();
-        let classes = Labels::new(names).map_err(|source| DatasetError::Classes { path: path.into(), source })?;
+        let Folders { classes, unknown, mut ignored } = Folders::list(path)?;
+        let names = classes.iter().map(|(name, _)| name.clone()).collect();
+        let labels = Labels::new(names).map_err(|source| DatasetError::Classes { path: path.into(), source })?;
         let mut images = Vec::new();
-        for (class, (_, folder)) in folders.iter().enumerate() {
+        for (class, (_, folder)) in classes.iter().enumerate() {
             let paths = images_in(folder, &mut ignored)?;
             images.extend(paths.into_iter().map(|path| LabeledImage { path, class }));
         }
         ignored.sort_by(|a, b| a.file.cmp(&b.file));
-        let mut dataset = Dataset { classes, unknown_kinds: Vec::new(), images, ignored };
+        let mut dataset = Dataset { classes: labels, unknown_kinds: Vec::new(), images, ignored };
         if let Some(folder) = unknown {
             dataset.add_unknown(&folder)?;
         }
@@ -122,28 +107,27 @@ impl Dataset {
     /// Adds the images of another dataset, which has some or all of the classes.
     ///
     /// # Errors
-    /// As [`Dataset::read`], and if it has a class that this dataset does not have.
+    /// If a folder cannot be read, a class is not one of this dataset's, or a class has no images.
     pub fn add(&mut self, path: &Path) -> Result<(), DatasetError> {
-        let other = Dataset::read(path)?.with_kinds_of(self);
-        let known = other.classes.names().len();
-        let positions: Option<Vec<usize>> =
-            other.classes.names().iter().map(|name| self.classes.position(name)).collect();
-        let Some(positions) = positions else {
-            return Err(DatasetError::OtherClasses {
-                path: path.into(),
-                found: other.classes.names().to_vec(),
-                expected: self.classes.names().to_vec(),
-            });
+        let Folders { classes, unknown, mut ignored } = Folders::list(path)?;
+        let other_classes = || DatasetError::OtherClasses {
+            path: path.into(),
+            found: classes.iter().map(|(name, _)| name.clone()).collect(),
+            expected: self.classes.names().to_vec(),
         };
-        let class = |class: usize| match positions.get(class) {
-            Some(position) => *position,
-            None => class - known + self.classes.names().len(),
-        };
-        let added: Vec<_> =
-            other.images.into_iter().map(|image| LabeledImage { class: class(image.class), ..image }).collect();
+        if classes.is_empty() && unknown.is_none() {
+            return Err(other_classes());
+        }
+        let mut added = Vec::new();
+        for (name, folder) in &classes {
+            let class = self.classes.position(name).ok_or_else(other_classes)?;
+            let paths = images_in(folder, &mut ignored)?;
+            added.extend(paths.into_iter().map(|path| LabeledImage { path, class }));
+        }
         self.images.extend(added);
+        self.ignored.extend(ignored);
+        unknown.map_or(Ok(()), |folder| self.add_unknown(&folder))?;
         self.images.sort_by_key(|image| image.class);
-        self.ignored.extend(other.ignored);
         Ok(())
     }
 
@@ -155,6 +139,7 @@ impl Dataset {
         let (mut kinds, mut loose) = (Vec::new(), Vec::new());
         for entry in entries(folder)? {
             match entry.metadata() {
+                _ if entry.name.to_str().is_none() => entry.ignore(NOT_UTF8, &mut self.ignored),
                 Ok(metadata) if metadata.is_dir() => kinds.push(entry.path),
                 Ok(metadata) if metadata.is_file() && is_picture(&entry.path) => loose.push(entry.path),
                 Ok(_) => entry.ignore_unless_text(&mut self.ignored),
@@ -226,6 +211,38 @@ impl Dataset {
             found: self.classes.names().to_vec(),
             expected: labels.names().to_vec(),
         })
+    }
+}
+
+/// The folders of a dataset.
+struct Folders {
+    /// Names and paths of the classes, sorted.
+    classes: Vec<(String, PathBuf)>,
+    /// The folder [`UNKNOWN`].
+    unknown: Option<PathBuf>,
+    ignored: Vec<DatasetProblem>,
+}
+
+impl Folders {
+    fn list(path: &Path) -> Result<Self, DatasetError> {
+        let mut folders = Folders { classes: Vec::new(), unknown: None, ignored: Vec::new() };
+        for entry in entries(path)? {
+            let ignored = &mut folders.ignored;
+            match entry.metadata() {
+                Ok(metadata) if metadata.is_dir() => match entry.name.to_str() {
+                    Some(UNKNOWN) => folders.unknown = Some(entry.path),
+                    Some(name) => folders.classes.push((name.nfc().collect(), entry.path)),
+                    None => entry.ignore(NOT_UTF8, ignored),
+                },
+                Ok(_) if is_picture(&entry.path) => {
+                    entry.ignore("an image outside of the folders of the classes", ignored);
+                }
+                Ok(_) => entry.ignore_unless_text(ignored),
+                Err(error) => entry.ignore(&error.to_string(), ignored),
+            }
+        }
+        folders.classes.sort();
+        Ok(folders)
     }
 }
 
@@ -407,6 +424,7 @@ mod tests {
             "c/tulips/7.jpg",
             "c/daisy/8.jpg",
             "c/unknown/grass/9.jpg",
+            "d/tulips/12.jpg",
             "more/bees/10.jpg",
             "more/cats/x/11.jpg",
             "empty/readme.txt",
@@ -417,6 +435,7 @@ mod tests {
             (&["daisy".into(), "tulips".into()][..], &["bees".into(), "unknown".into()][..])
         );
         dataset.add(&dir.path().join("c")).unwrap();
+        dataset.add(&dir.path().join("d")).unwrap();
         dataset.add_unknown(&dir.path().join("more")).unwrap();
         assert_eq!(dataset.unknown_kinds, ["bees", "unknown", "grass", "cats"]);
         let mut found: Vec<(&str, &str)> = dataset
@@ -425,7 +444,7 @@ mod tests {
             .map(|image| (image.path.file_stem().unwrap().to_str().unwrap(), dataset.class_name(image.class)))
             .collect();
         found.sort_by_key(|(name, _)| name.parse::<u32>().unwrap());
-        let expected = ["daisy", "tulips", "bees", "unknown", "tulips", "daisy", "grass", "bees", "cats"];
+        let expected = ["daisy", "tulips", "bees", "unknown", "tulips", "daisy", "grass", "bees", "cats", "tulips"];
         assert_eq!(found.iter().map(|(_, class)| *class).collect::<Vec<_>>(), expected);
         let error = dataset.add(&dir.path().join("b")).unwrap_err().to_string();
         assert!(error.contains("the classes are [\"roses\", \"tulips\"], expected [\"daisy\", \"tulips\"]"), "{error}");

@@ -122,13 +122,14 @@ impl ImageSet {
     }
 
     /// Skips duplicates, as [`ImageSet::separate`] does within one set.
-    pub fn dedup(self) -> Self {
-        self.separate(ImageSet::default()).0
+    pub fn dedup(self, known: usize) -> Self {
+        self.separate(ImageSet::default(), known).0
     }
 
     /// Returns a training set and a validation set without duplicates. Of equal files of one class in a set, the first is kept; a
-    /// file that is in both sets is kept in the validation set; of equal files with conflicting labels, none is kept.
-    pub fn separate(self, val: ImageSet) -> (Self, Self) {
+    /// file that is in both sets is kept in the validation set; of equal files with conflicting labels, none is kept. `known` is the
+    /// number of the model's classes: images of none of them have no conflict with each other.
+    pub fn separate(self, val: ImageSet, known: usize) -> (Self, Self) {
         let train_len = self.kept.len();
         let all: Vec<&HashedImage> = self.kept.iter().chain(&val.kept).collect();
         let mut by_content: HashMap<ContentHash, Vec<usize>> = HashMap::new();
@@ -139,7 +140,8 @@ impl ImageSet {
         let duplicate = |i: usize| -> Option<String> {
             let equal = &by_content[&all[i].content_hash];
             let same = |other: usize| format!("the same file as {}", printable(&all[other].path));
-            if let Some(mislabeled) = equal.iter().find(|other| all[**other].class != all[i].class) {
+            let label = |i: usize| all[i].class.min(known);
+            if let Some(mislabeled) = equal.iter().find(|other| label(**other) != label(i)) {
                 return Some(format!("conflicting labels: {}, of another class", same(*mislabeled)));
             }
             let original = equal.iter().find(|other| is_val(**other)).filter(|_| !is_val(i));
@@ -233,7 +235,7 @@ mod tests {
         let train = image_set(&[(1, 0), (2, 0), (1, 0), (3, 0), (3, 1), (4, 1), (5, 0)]);
         let mut val = image_set(&[(2, 0), (5, 1), (6, 1), (6, 1)]);
         val.kept.iter_mut().for_each(|image| image.path = Path::new("val").join(&image.path));
-        let (train, val) = train.separate(val);
+        let (train, val) = train.separate(val, 2);
         assert_eq!((files(&train), files(&val)), (vec!["0.jpg", "5.jpg"], vec!["val/0.jpg", "val/2.jpg"]));
         assert_eq!(
             problems(&train),

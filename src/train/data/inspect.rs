@@ -10,13 +10,15 @@ use crate::train::data::dataset::{Dataset, DatasetProblem};
 use crate::train::data::image_set::ImageSet;
 use crate::train::data::similarity::{self, PerceptualHash};
 use crate::train::parallel;
+use crate::vision::UNKNOWN;
 
 /// The result of [`inspect`].
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Inspection {
     /// Number of image files in all sets.
     pub images: usize,
-    /// Number of image files of each class in all sets, in the order of the labels.
+    /// Number of image files of each class in all sets, in the order of the labels, then of each kind of images of none of the classes,
+    /// as `unknown/kind`.
     pub classes: Vec<ClassCount>,
     /// Sorted by file.
     #[serde(rename = "findings")]
@@ -34,7 +36,7 @@ pub struct ClassCount {
 
 /// Decodes every image of `dataset` and `val` on `threads` threads and returns what should be fixed before training:
 /// files that are not read, images that cannot be used, duplicates, images that look like another one, conflicting labels, and
-/// classes with too few images to be trained. Without `val`, a `val_fraction` (0–1) of the dataset is split off as
+/// classes with too few images to be trained. `val` has the kinds of `dataset`: [`Dataset::with_kinds_of`]. Without `val`, a `val_fraction` (0–1) of the dataset is split off as
 /// [`ImageSet::split`] does. `progress` is called with the number
 /// of images decoded.
 ///
@@ -47,10 +49,11 @@ pub fn inspect(
     threads: usize,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Inspection {
+    let known = dataset.classes.names().len();
     let read = |set: &Dataset| ImageSet::read(set, threads, &|_| {});
     let (train, val_images) = match val.map(read) {
-        Some(val) => read(dataset).separate(val),
-        None => read(dataset).dedup().split(val_fraction),
+        Some(val) => read(dataset).separate(val, known),
+        None => read(dataset).dedup(known).split(val_fraction),
     };
     let (train_len, val_kept) = (train.kept.len(), val_images.kept);
     let images: Vec<_> = train.kept.iter().chain(&val_kept).collect();
@@ -67,7 +70,7 @@ pub fn inspect(
     for (i, (decoded, similar)) in decoded.iter().zip(similar).enumerate() {
         let problem = match decoded {
             Err(error) => Some(error.to_string()),
-            Ok(_) => similar.map(|other| similarity::problem(images[i], images[other])),
+            Ok(_) => similar.map(|other| similarity::problem(images[i], images[other], known)),
         };
         problems.extend(problem.map(|problem| DatasetProblem { file: images[i].path.clone(), problem }));
     }
@@ -86,15 +89,13 @@ pub fn inspect(
     }
     problems.sort_by(|a, b| a.file.cmp(&b.file));
     let all = || dataset.images.iter().chain(val.iter().flat_map(|val| &val.images));
-    let count = |(class, name): (usize, &String)| ClassCount {
-        class: name.clone(),
+    let kinds = dataset.unknown_kinds.iter().map(|kind| format!("{UNKNOWN}/{kind}"));
+    let names = dataset.classes.names().iter().cloned().chain(kinds);
+    let count = |(class, name): (usize, String)| ClassCount {
+        class: name,
         images: all().filter(|image| image.class == class).count(),
     };
-    Inspection {
-        images: all().count(),
-        classes: dataset.classes.names().iter().enumerate().map(count).collect(),
-        problems,
-    }
+    Inspection { images: all().count(), classes: names.enumerate().map(count).collect(), problems }
 }
 
 impl fmt::Display for Inspection {

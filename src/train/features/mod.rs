@@ -16,7 +16,7 @@ use image::RgbImage;
 use crate::system::hash::sha256_hex;
 use crate::train::data::augment::{self, Views};
 use crate::train::data::dataset::DatasetProblem;
-use crate::train::data::image_set::{HashedImage, ImageError};
+use crate::train::data::image_set::{HashedImage, ImageError, Origin};
 use crate::train::features::cache::FeatureCache;
 use crate::train::parallel;
 use crate::vision::backbone::{Session, channels_last};
@@ -207,6 +207,8 @@ impl Extractor<'_> {
                     features.values.push(values);
                     features.images.push(image.clone());
                 }
+                // A generated image that needs the file is not named as well.
+                Err(_) if image.origin != Origin::File => {}
                 Err(error) => {
                     features.skipped.push(DatasetProblem { file: image.path.clone(), problem: error.to_string() });
                 }
@@ -316,7 +318,6 @@ mod tests {
     use image::ImageFormat;
 
     use super::*;
-    use crate::train::data::image_set::Origin;
     use crate::vision::decode::tests::{encode, gradient};
 
     /// The folders of a cache that an earlier version filled: with another key, all features would be extracted again.

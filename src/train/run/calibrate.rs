@@ -62,7 +62,7 @@ pub(super) fn calibrate(
     let ClassifierParams { labels, head, ood, .. } = params;
     Ok(Trained {
         parameters: count_parameters(context.settings.fine_tune, &pretrained.network, &head),
-        dataset: describe_dataset(&labels, &[&train.images[..], &unknown_images].concat(), &val.images),
+        dataset: describe_dataset(&labels, &train.images, &unknown_images, &val.images),
         train_images: images_per_class(&labels, &train.classes()),
         labels,
         unknown_kinds,
@@ -80,7 +80,7 @@ pub(super) fn calibrate(
 }
 
 /// Reads and hashes the test images, extracts their features and evaluates the model on them, if there is a test set. Images
-/// that are also in the training or validation set are skipped.
+/// that are also in the training or validation set are skipped; images of none of the classes are not evaluated.
 pub(super) fn evaluate_test_set(
     context: RunContext<'_>,
     pretrained: &Pretrained,
@@ -88,11 +88,12 @@ pub(super) fn evaluate_test_set(
     trained: &mut Trained,
 ) -> Result<(), TrainError> {
     let (Some(dataset), Some(path)) = (&datasets.test, &context.settings.test) else { return Ok(()) };
+    let known = trained.labels.names().len();
     let used = [&datasets.train.kept[..], &datasets.val.kept].concat();
     let used = ImageSet { kept: used, skipped: Vec::new() };
-    let images = ImageSet::read(dataset, context.options.threads, &|_| {});
-    let mut images = images.separate(used).0;
-    images.take(|image| image.class >= trained.labels.names().len());
+    let mut images = ImageSet::read(dataset, context.options.threads, &|_| {});
+    images.take(|image| image.class >= known);
+    let images = images.separate(used, known).0;
     let total = images.kept.len();
     let progress = |done| (context.progress)(Progress::Features { done, total });
     let (mut features, _) = extract_set(context, pretrained, &images.kept, Views::ONE, Precision::Single, &progress)?;
@@ -208,10 +209,16 @@ fn choose_self_test_features(features: &[Vec<f32>], predictions: &[Prediction], 
     chosen.into_iter().map(|i| features[i].clone()).collect()
 }
 
-/// Returns the fingerprint and the sizes without generated images of the training and validation sets.
-fn describe_dataset(labels: &Labels, train: &[HashedImage], val: &[HashedImage]) -> DatasetRef {
-    let train: Vec<&HashedImage> = train.iter().filter(|image| image.origin == Origin::File).collect();
-    let contents = train.iter().copied().chain(val).map(|image| (image.class, &image.content_hash));
+/// Returns the fingerprint of the training and validation sets, and their sizes without images of none of the classes (`unknown`), whose
+/// files are part of the fingerprint.
+fn describe_dataset(
+    labels: &Labels,
+    train: &[HashedImage],
+    unknown: &[HashedImage],
+    val: &[HashedImage],
+) -> DatasetRef {
+    let unknown = unknown.iter().filter(|image| image.origin == Origin::File);
+    let contents = train.iter().chain(unknown).chain(val).map(|image| (image.class, &image.content_hash));
     DatasetRef { sha256: fingerprint(labels, contents), train_images: train.len(), val_images: val.len() }
 }
 

@@ -37,7 +37,8 @@ pub(super) fn extract(
         FineTune::None => Precision::Single,
         FineTune::LastConv => Precision::Half,
     };
-    let bytes = train.kept.len() * views.count * precision.bytes() + val.kept.len() * Precision::Single.bytes();
+    let bytes = train.kept.len() * views.count * precision.bytes()
+        + (val.kept.len() + val_unknown.len()) * Precision::Single.bytes();
     expect_memory((bytes * pretrained.backbone.width()) as u64)?;
     let total = train.kept.len() + val.kept.len() + val_unknown.len();
     let progress =
@@ -47,7 +48,7 @@ pub(super) fn extract(
     let (mut val_features, val_cache_error) =
         extract_set(context, pretrained, &val.kept, Views::ONE, Precision::Single, &progress(train.kept.len()))?;
     let before = train.kept.len() + val.kept.len();
-    let (mut val_unknown, _) =
+    let (mut val_unknown, unknown_cache_error) =
         extract_set(context, pretrained, val_unknown, Views::ONE, Precision::Single, &progress(before))?;
     let skipped = [
         train.skipped.clone(),
@@ -59,7 +60,7 @@ pub(super) fn extract(
     .concat();
     context.expect_all_classes(labels, &train_features.images, &settings.dataset, "training", &skipped)?;
     context.expect_all_classes(labels, &val_features.images, context.val_path(), "validation", &skipped)?;
-    if let Some(error) = cache_error.or(val_cache_error) {
+    if let Some(error) = cache_error.or(val_cache_error).or(unknown_cache_error) {
         (context.progress)(Progress::Warning(format!("features are not cached: {error}")));
     }
     Ok(ExtractedFeatures { train: train_features, val: val_features, val_unknown, skipped })

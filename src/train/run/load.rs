@@ -22,7 +22,7 @@ use crate::vision::{CompiledBackbone, Labels, OnnxBackbone};
 const OTHER_MEMBERS_MAX: u64 = 16 << 20;
 
 /// Cache key of the perceptual hashes. Raise its number when an image gets another hash.
-const HASH_CACHE: &str = "perceptual-hash-1";
+const HASH_CACHE: &str = "perceptual-hash-2";
 
 /// The pretrained network, and the classes to train it for.
 pub(super) struct Pretrained {
@@ -108,7 +108,7 @@ fn load_image_sets(
     val: Option<&Dataset>,
     labels: &Labels,
 ) -> Result<(ImageSet, ImageSet), TrainError> {
-    let settings = context.settings;
+    let (settings, known) = (context.settings, labels.names().len());
     let read = |set: &Dataset| {
         let total = set.images.len();
         let progress = |done| (context.progress)(Progress::Read { done, total });
@@ -117,11 +117,11 @@ fn load_image_sets(
     let (train, val) = match val {
         Some(val) => {
             let val = read(val);
-            read(dataset).separate(val)
+            read(dataset).separate(val, known)
         }
-        None => read(dataset).dedup().split(settings.val_fraction),
+        None => read(dataset).dedup(known).split(settings.val_fraction),
     };
-    let val = without_similar(context, &train, val);
+    let val = without_similar(context, &train, val, known);
     let skipped = [&train.skipped[..], &val.skipped].concat();
     context.expect_all_classes(labels, &train.kept, &settings.dataset, "training", &skipped)?;
     context.expect_all_classes(labels, &val.kept, context.val_path(), "validation", &skipped)?;
@@ -129,8 +129,8 @@ fn load_image_sets(
 }
 
 /// Leaves the images out of the validation set that look like a training image: a copy is predicted too well, and of two labels
-/// that differ one is wrong.
-fn without_similar(context: RunContext<'_>, train: &ImageSet, val: ImageSet) -> ImageSet {
+/// that differ one is wrong. `known` is the number of the model's classes.
+fn without_similar(context: RunContext<'_>, train: &ImageSet, val: ImageSet, known: usize) -> ImageSet {
     // Without a cache, the hashes are computed again by the next run.
     let cache = context.options.cache.as_deref().and_then(|root| FeatureCache::open(root, HASH_CACHE).ok());
     let images: Vec<&HashedImage> = train.kept.iter().chain(&val.kept).collect();
@@ -141,7 +141,7 @@ fn without_similar(context: RunContext<'_>, train: &ImageSet, val: ImageSet) -> 
     let (train_hashes, val_hashes) = hashes.split_at(train.kept.len());
     let problem = |(): &mut (), i: usize| {
         let similar = val_hashes[i].and_then(|hash| similarity::most_similar(train_hashes, &hash));
-        Ok::<_, Infallible>(similar.map(|other| similarity::problem(&val.kept[i], &train.kept[other])))
+        Ok::<_, Infallible>(similar.map(|other| similarity::problem(&val.kept[i], &train.kept[other], known)))
     };
     let Ok(problems) = parallel::map(val.kept.len(), threads, "compare", || Ok(()), problem, &|_| {});
     val.without(problems)

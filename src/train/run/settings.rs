@@ -272,7 +272,8 @@ impl Settings {
         }
         let paths =
             [Some(&self.dataset), self.val.as_ref(), self.test.as_ref(), self.backbone.as_ref().map(|b| &b.file)];
-        if let Some(path) = paths.into_iter().flatten().find(|path| path.to_str().is_none()) {
+        let paths = paths.into_iter().flatten().chain(&self.also).chain(&self.unknown);
+        if let Some(path) = { paths }.find(|path| path.to_str().is_none()) {
             return invalid("path", &path.display().to_string(), "UTF-8".into());
         }
         if let Some(named) = &self.backbone {
