@@ -488,7 +488,7 @@ fn reads_motion_jpeg_from_a_child_process_and_restarts_it() {
     daemon.line("ended with exit status: 1: cable pulled; reopening");
 }
 
-/// A lens is covered for a second, and a flower is seen again; the camera is mounted upside down, beside a wall.
+/// A lens is covered, and a flower is seen again; the camera is mounted upside down, beside a wall.
 #[test]
 fn a_covered_lens_changes_the_quality_and_not_the_class() {
     let broker = Mosquitto::started(None);
@@ -505,8 +505,17 @@ fn a_covered_lens_changes_the_quality_and_not_the_class() {
         path
     });
     let script = dir.path().join("camera.sh");
-    let play = |file: &Path| format!("for i in 1 2 3 4 5 6 7 8 9 10; do cat '{}'; sleep 0.1; done\n", file.display());
-    let text = format!("#!/bin/sh\n{}{}{}exec sleep 60\n", play(&seen), play(&covered), play(&seen));
+    // Each picture is played until the test creates a file.
+    let (cover, uncover) = (dir.path().join("cover"), dir.path().join("uncover"));
+    let play = |file: &Path, until: &Path| {
+        format!("until [ -e '{}' ]; do cat '{}'; sleep 0.1; done\n", until.display(), file.display())
+    };
+    let text = format!(
+        "#!/bin/sh\n{}{}{}",
+        play(&seen, &cover),
+        play(&covered, &uncover),
+        play(&seen, &dir.path().join("never"))
+    );
     std::fs::write(&script, text).unwrap();
     assert!(Command::new("chmod").arg("+x").arg(&script).status().unwrap().success());
     let settings = [
@@ -523,7 +532,9 @@ fn a_covered_lens_changes_the_quality_and_not_the_class() {
     ];
     let mut daemon = Process::start(&mut run_command(broker.port, settings.iter().map(String::as_str)));
     listener.wait("/event", |event| event["class"] == "daisy");
+    std::fs::write(&cover, "").unwrap();
     let dark = listener.wait("/state", |state| state["quality"] == "dark");
+    std::fs::write(&uncover, "").unwrap();
     assert_eq!((&dark["class"], &dark["camera_ok"]), (&"daisy".into(), &true.into()));
     let seen = listener.wait("/state", |state| state["quality"] == "ok" && state["since"] == dark["since"]);
     assert_eq!(seen["class"], "daisy");

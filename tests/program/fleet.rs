@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -736,10 +737,16 @@ fn sign_writes_format_1_for_older_devices() {
         format!("model.store={}", dir.path().join("store").display()),
         format!("model.trusted_keys={}", trainer.dir.path().display()),
     ];
-    let mut install = bloomcast();
-    install.arg("install").arg(&older_file).args(settings.iter().flat_map(|setting| ["--set", setting]));
-    let installed = output(install.arg("--force"));
+    let mut install = Command::new("sh");
+    install.args(["-c", "umask 077; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_bloomcast"), "install", "--force"]);
+    install.arg(&older_file).args(settings.iter().flat_map(|setting| ["--set", setting]));
+    let installed = output(&mut install);
     assert!(installed.status.success(), "{}", String::from_utf8_lossy(&installed.stderr));
+    // The daemon, another user, can read what root installs.
+    let slot = fs::read_dir(dir.path().join("store/slots")).unwrap().next().unwrap().unwrap().path();
+    for file in [dir.path().join("store/state.json"), slot] {
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o644, "{}", file.display());
+    }
 }
 
 #[test]
