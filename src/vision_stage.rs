@@ -310,9 +310,8 @@ impl VisionStage {
             }
         };
         self.last_classified = Instant::now();
-        let counters = self.publisher.counters.clone();
         if let FrameResult::Unfit(quality) = result {
-            counters.unfit.add(1);
+            self.publisher.counters.unfit.add(1);
             self.log_quality(quality);
             return self.publisher.publish(self.decider.unfit(quality, captured_at));
         }
@@ -320,8 +319,8 @@ impl VisionStage {
         let prediction = self.classifier.last_prediction();
         let class = prediction.class();
         self.publisher.publish(self.decider.classified(prediction, captured_at));
-        let FrameResult::Classified(stages) = result else { return counters.still.add(1) };
-        counters.classified.add(1);
+        let FrameResult::Classified(stages) = result else { return self.publisher.counters.still.add(1) };
+        self.publisher.counters.classified.add(1);
         (self.on_classified)(ClassifiedFrame { origin: frame.origin, captured_at, class, stages });
     }
 

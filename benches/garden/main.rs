@@ -120,10 +120,13 @@ impl Garden {
             rng.set_stream(i as u64);
             let image = frame(i, &mut rng);
             let class = match classifier.classify_frame(&image, filter).unwrap() {
-                FrameResult::Unfit(_) => None,
+                FrameResult::Unfit(_) => {
+                    // For the best class.
+                    classifier.classify(&image).unwrap();
+                    None
+                }
                 _ => classifier.last_prediction().class(),
             };
-            classifier.classify(&image).unwrap();
             let best = bloomcast::vision::head::argmax(&classifier.last_prediction().probabilities);
             let name = |class| classifier.labels().name(class).to_owned();
             Ok(Judged { class: name(class), best: name(Some(best)) })

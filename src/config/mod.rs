@@ -32,7 +32,7 @@ use crate::update::protocol::TrialLimits;
 use crate::vision::Transform;
 use crate::vision::backbone::{KernelChoice, UnsupportedKernels};
 use crate::vision::quality::QualityLimits;
-use crate::vision::transform::{Flip, Region, Rotation};
+use crate::vision::transform::{Region, Rotation};
 use key::Key;
 use layers::Places;
 use tables::{Source, Tables};
@@ -348,14 +348,9 @@ fn check_ranges(tables: &Tables) -> Result<(), ConfigError> {
 fn transform(camera: &tables::CameraTable) -> Result<Transform, ConfigError> {
     let rotation = Rotation::from_degrees(camera.rotate)
         .ok_or_else(|| ConfigError::invalid("camera.rotate", &camera.rotate, "expected 0, 90, 180 or 270"))?;
-    let flip = match camera.flip {
-        tables::Flip::None => Flip::None,
-        tables::Flip::Horizontal => Flip::Horizontal,
-        tables::Flip::Vertical => Flip::Vertical,
-    };
     let region = Region::new(camera.region)
         .map_err(|e| ConfigError::invalid("camera.region", &format!("{:?}", camera.region), e.to_string()))?;
-    Ok(Transform { rotation, flip, region })
+    Ok(Transform { rotation, flip: camera.flip, region })
 }
 
 /// Returns the device's topics, and a warning where its name is made of the host's and differs from it.

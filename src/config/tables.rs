@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use crate::camera::PixelFormat;
 use crate::vision::backbone::KernelChoice;
+use crate::vision::transform::Flip;
 
 /// The tables of `systemd/bloomcast.toml`, where each setting has its default and its reason.
 #[derive(Debug, Clone, Deserialize)]
@@ -51,14 +52,6 @@ pub(super) struct CameraTable {
     pub format: PixelFormat,
     pub rpicam: RpicamTable,
     pub replay: ReplayTable,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) enum Flip {
-    None,
-    Horizontal,
-    Vertical,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]

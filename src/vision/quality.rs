@@ -114,8 +114,8 @@ impl QualityMeter {
         self.gray.clear();
         self.gray.extend(self.cells.iter().map(gray));
         let deviation =
-            (0..3).map(|channel| deviation(self.cells.iter().map(|cell| cell[channel]))).fold(0.0, f32::max);
-        let gray_deviation = deviation_of(&self.gray);
+            (0..3).map(|channel| standard_deviation(self.cells.iter().map(|cell| cell[channel]))).fold(0.0, f32::max);
+        let gray_deviation = standard_deviation(self.gray.iter().copied());
         self.sorted.clone_from(&self.gray);
         let brightness = quantile(&mut self.sorted, BRIGHTNESS_QUANTILE);
         self.sorted.clear();
@@ -152,12 +152,8 @@ impl QualityMeter {
     }
 }
 
-fn deviation_of(values: &[f32]) -> f32 {
-    deviation(values.iter().copied())
-}
-
 /// Returns the standard deviation of at least one value.
-fn deviation(values: impl ExactSizeIterator<Item = f32> + Clone) -> f32 {
+fn standard_deviation(values: impl ExactSizeIterator<Item = f32> + Clone) -> f32 {
     let count = values.len() as f32;
     let mean = values.clone().sum::<f32>() / count;
     (values.map(|value| (value - mean).powi(2)).sum::<f32>() / count).sqrt()

@@ -1,6 +1,7 @@
 //! The part of a frame that is looked at, upright: rotation, mirroring and cropping, before everything else.
 
 use image::{RgbImage, imageops};
+use serde::Deserialize;
 
 /// A rotation by quarter turns, clockwise.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -29,8 +30,9 @@ impl Rotation {
     }
 }
 
-/// A mirroring of the rotated frame.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// A mirroring of the rotated frame (`camera.flip`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Flip {
     /// Not mirrored.
     #[default]

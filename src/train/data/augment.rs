@@ -1,5 +1,5 @@
-//! Data augmentation: random views of an image (flip, crop, rotation, color jitter, conditions of a camera). A view depends only on the seed, the
-//! image's content hash and the view index, so that its features can be cached like those of the image itself.
+//! Data augmentation: random views of an image (flip, crop, rotation, color jitter, conditions of a camera). A view depends only on
+//! the seed, the image's content hash and the view index, so that its features can be cached like those of the image itself.
 
 use fast_image_resize::images::{TypedImage, TypedImageRef};
 use fast_image_resize::pixels::U8x3;
@@ -56,8 +56,8 @@ impl Views {
     }
 }
 
-/// Crops, flips with probability ½, rotates and jitters the colors; every other view is under a condition of a camera. The order of the random draws is part of
-/// [`VERSION`].
+/// Crops, flips with probability ½, rotates and jitters the colors; every other view is under a condition of a camera. The order of the
+/// random draws is part of [`VERSION`].
 fn random_view(image: &RgbImage, rng: &mut ChaCha8Rng, size: u32) -> RgbImage {
     let (width, height) = (uniform(rng, CROP_MIN, 1.0), uniform(rng, CROP_MIN, 1.0));
     let (left, top) = (uniform(rng, 0.0, 1.0 - width), uniform(rng, 0.0, 1.0 - height));

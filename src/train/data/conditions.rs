@@ -111,7 +111,8 @@ impl Condition {
     }
 }
 
-fn map(image: &mut RgbImage, value: impl Fn(f32) -> f32) {
+/// Replaces each value; the results are cut off at 0 and 255.
+pub fn map(image: &mut RgbImage, value: impl Fn(f32) -> f32) {
     image.iter_mut().for_each(|old| *old = value(f32::from(*old)) as u8);
 }
 

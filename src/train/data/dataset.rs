@@ -189,15 +189,6 @@ impl Dataset {
         self
     }
 
-    /// Returns the name of a class or kind.
-    ///
-    /// # Panics
-    /// Panics if there is no such class.
-    pub fn class_name(&self, class: usize) -> &str {
-        let names = self.classes.names();
-        names.get(class).unwrap_or_else(|| &self.unknown_kinds[class - names.len()])
-    }
-
     /// Checks that the classes equal `labels`, in the same order. `path` names the dataset in the error.
     ///
     /// # Errors
@@ -360,6 +351,12 @@ mod tests {
         dir
     }
 
+    /// Returns the name of a class or kind.
+    fn class_name(dataset: &Dataset, class: usize) -> &str {
+        let names = dataset.classes.names();
+        names.get(class).unwrap_or_else(|| &dataset.unknown_kinds[class - names.len()])
+    }
+
     #[test]
     fn reads_folders_as_classes_sorted_by_name() {
         let dir =
@@ -441,7 +438,7 @@ mod tests {
         let mut found: Vec<(&str, &str)> = dataset
             .images
             .iter()
-            .map(|image| (image.path.file_stem().unwrap().to_str().unwrap(), dataset.class_name(image.class)))
+            .map(|image| (image.path.file_stem().unwrap().to_str().unwrap(), class_name(&dataset, image.class)))
             .collect();
         found.sort_by_key(|(name, _)| name.parse::<u32>().unwrap());
         let expected = ["daisy", "tulips", "bees", "unknown", "tulips", "daisy", "grass", "bees", "cats", "tulips"];
@@ -452,7 +449,7 @@ mod tests {
         assert!(error.ends_with("empty: no images of this class"), "{error}");
         // The kinds of a validation set get the indices of those of the training set.
         let val = Dataset::read(&dir.path().join("c")).unwrap().with_kinds_of(&mut dataset);
-        assert_eq!(val.class_name(val.images.last().unwrap().class), "grass");
+        assert_eq!(class_name(&val, val.images.last().unwrap().class), "grass");
     }
 
     #[test]

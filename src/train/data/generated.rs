@@ -10,7 +10,7 @@ use rand_chacha::rand_core::SeedableRng;
 use sha2::{Digest, Sha256};
 
 use crate::train::data::augment::uniform;
-use crate::train::data::conditions::{add_noise, normal};
+use crate::train::data::conditions::{add_noise, map, normal};
 use crate::train::data::image_set::{ContentHash, HashedImage, Origin};
 use crate::train::optim::training_loop::random_below;
 
@@ -71,8 +71,8 @@ pub fn nothing(hash: &ContentHash) -> RgbImage {
             with_some_noise(RgbImage::from_pixel(SIZE, SIZE, color), rng)
         }
         1 => {
-            let image = gradient(rng);
-            with_some_noise(image, rng)
+            let gradient = gradient(rng);
+            with_some_noise(gradient, rng)
         }
         2 => noise(rng),
         _ => patches(rng),
@@ -96,7 +96,7 @@ pub fn degraded(image: &RgbImage, hash: &ContentHash) -> RgbImage {
     match random_below(rng, 3) {
         0 => {
             let light = uniform(rng, 0.005, 0.05);
-            image.iter_mut().for_each(|value| *value = (f32::from(*value) * light) as u8);
+            map(&mut image, |value| value * light);
             with_some_noise(image, rng)
         }
         1 => imageops::fast_blur(&image, uniform(rng, 10.0, 22.0)),

@@ -155,9 +155,7 @@ impl ImageSet {
 
     /// Removes the images for which `unwanted` is true and returns them; the skipped files stay.
     pub fn take(&mut self, unwanted: impl Fn(&HashedImage) -> bool) -> Vec<HashedImage> {
-        let (taken, kept) = std::mem::take(&mut self.kept).into_iter().partition(unwanted);
-        self.kept = kept;
-        taken
+        self.kept.extract_if(.., |image| unwanted(image)).collect()
     }
 
     /// Skips the images that have a problem; `problems` has an entry for each kept image.

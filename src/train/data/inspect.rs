@@ -36,9 +36,8 @@ pub struct ClassCount {
 
 /// Decodes every image of `dataset` and `val` on `threads` threads and returns what should be fixed before training:
 /// files that are not read, images that cannot be used, duplicates, images that look like another one, conflicting labels, and
-/// classes with too few images to be trained. `val` has the kinds of `dataset`: [`Dataset::with_kinds_of`]. Without `val`, a `val_fraction` (0–1) of the dataset is split off as
-/// [`ImageSet::split`] does. `progress` is called with the number
-/// of images decoded.
+/// classes with too few images to be trained. `val` has the kinds of `dataset`: [`Dataset::with_kinds_of`]. Without `val`, a
+/// `val_fraction` (0–1) of the dataset is split off as [`ImageSet::split`] does. `progress` is called with the number of images decoded.
 ///
 /// # Panics
 /// Panics if a thread cannot be started.
