@@ -70,6 +70,7 @@ fn extraction(c: &mut Criterion) {
         precision: Precision::Single,
         views: Views::ONE,
         cache: None,
+        canvas: None,
         threads,
     };
     for threads in [1, threads()] {

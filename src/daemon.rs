@@ -32,7 +32,7 @@ use crate::update::device::model_loader::ModelError;
 use crate::update::device::store::State;
 use crate::update::device::{ActiveModel, ModelLoader, Store, UpdateAgent};
 use crate::vision::quality::QualityMeter;
-use crate::vision::{BackboneError, FrameDiff, FrameFilter, Labels, decode};
+use crate::vision::{BackboneError, FrameDiff, FrameFilter, Labels, View, decode};
 use crate::vision_stage::{ActiveSettings, Commands, OnClassified, Publisher, VisionOptions, VisionStage};
 
 /// Settings that wait for the vision thread.
@@ -211,7 +211,7 @@ impl Daemon {
         let thread_pool = ThreadPool::with_threads(config.threads);
         let thread_pool = thread_pool.map_err(|source| DaemonError::Thread { name: "kernels", source })?;
         // Last: an error in the configuration must not end a model's trial.
-        let loader = ModelLoader::new(&config.models, isa, open).with_thread_pool(thread_pool);
+        let loader = ModelLoader::new(&config.models, isa, open).with_thread_pool(thread_pool).with_view(config.view);
         let active = loader.load_at_start()?;
         let labels = active.loaded.classifier.labels().clone();
         // A device with a used store may switch between models: thresholds for classes of another one are not an error.
@@ -283,6 +283,11 @@ impl Daemon {
         self.active.state.fallback_reason.as_deref()
     }
 
+    /// Returns how the active model classifies frames.
+    pub fn view(&self) -> View {
+        self.active.loaded.classifier.view()
+    }
+
     /// Returns the classes of the active model.
     pub fn labels(&self) -> &Labels {
         self.active.loaded.classifier.labels()
@@ -309,7 +314,7 @@ impl Daemon {
         self.source.close();
         let picture = decode::picture(&frame.picture).map_err(|e| CameraError::Broken(e.to_string()))?;
         let picture = self.config.camera.transform.apply(picture);
-        self.active.loaded.classifier.classify(&picture)?;
+        self.active.loaded.classifier.classify_by_view(&picture)?;
         Ok(())
     }
 
@@ -444,6 +449,7 @@ pub fn run_with_reloads(
     }
     loop {
         info!("ready: the model {} has the classes {}", daemon.model(), daemon.labels().names().join(", "));
+        info!("frames are {}", if daemon.view() == View::Scan { "scanned" } else { "classified as a whole" });
         let running = daemon.announcement.subscribe();
         let stop = async {
             loop {

@@ -16,7 +16,7 @@ use tracing::warn;
 use crate::system::clock::Step;
 use crate::vision::head::argmax;
 use crate::vision::labels::ClassName;
-use crate::vision::{Labels, Prediction, Quality};
+use crate::vision::{Labels, Prediction, Quality, Region};
 
 /// The most classes that an [`Observation`] lists.
 pub const TOP_MAX: usize = 5;
@@ -24,6 +24,9 @@ pub const TOP_MAX: usize = 5;
 const GAP_MAX: Duration = Duration::from_secs(60);
 /// An observation is published again when a score has changed by at least this since the last publication.
 const SCORE_STEP: f32 = 0.05;
+/// An observation is published again when the place of its class overlaps that of the last publication by less than this:
+/// intersection over union.
+const MOVED_BELOW: f32 = 0.5;
 
 /// Hysteresis thresholds of a class, 0–1, `leave` at most `enter`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -175,6 +178,23 @@ pub struct Ranked {
 /// The best classes with their scores, best first.
 pub type Top = SmallVec<[Ranked; TOP_MAX]>;
 
+/// The most places that an [`Observation`] lists.
+pub const FOUND_MAX: usize = 8;
+
+/// A place in the frame where a class was found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Found {
+    /// The class.
+    pub class: ClassName,
+    /// Its probability in this frame, 0–1.
+    pub confidence: f32,
+    /// The part of the rotated and mirrored frame.
+    pub region: Region,
+}
+
+/// The places in the newest frame, the most similar to the training images first.
+pub type AllFound = SmallVec<[Found; FOUND_MAX]>;
+
 /// The present state of the camera's view.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Observation {
@@ -184,6 +204,8 @@ pub struct Observation {
     pub confidence: f32,
     /// The best classes.
     pub top: Top,
+    /// Where classes were found in the newest frame; empty if it was not scanned.
+    pub found: AllFound,
     /// Capture time of the frame that made it this class.
     pub since: SystemTime,
     /// Capture time of the newest frame.
@@ -209,10 +231,17 @@ pub struct Event {
     pub confidence: f32,
     /// The best classes.
     pub top: Top,
+    /// Where classes were found in the frame that caused the change; empty if it was not scanned.
+    pub found: AllFound,
     /// Capture time of the frame that caused the change.
     pub captured_at: SystemTime,
     /// Version of the model.
     pub model: u64,
+}
+
+/// Returns the first place where `class` was found.
+pub fn region_of(found: &AllFound, class: Option<&ClassName>) -> Option<Region> {
+    found.iter().find(|found| Some(&found.class) == class).map(|found| found.region)
 }
 
 /// The result of one frame.
@@ -243,6 +272,9 @@ pub struct Decider {
     /// A change that has not lasted for its dwell time, and its first frame's time.
     pending: Option<(Option<usize>, SystemTime)>,
     paused: bool,
+    /// The part of the rotated and mirrored frame that is classified.
+    frame_region: Region,
+    found: AllFound,
     published: Option<Observation>,
 }
 
@@ -264,8 +296,15 @@ impl Decider {
             since: now,
             pending: None,
             paused: false,
+            frame_region: Region::WHOLE,
+            found: AllFound::new(),
             published: None,
         }
+    }
+
+    /// Sets the part of the rotated and mirrored frame that the predictions are of.
+    pub fn set_frame_region(&mut self, region: Region) {
+        self.frame_region = region;
     }
 
     /// The classes that are decided among.
@@ -330,6 +369,12 @@ impl Decider {
     /// Takes the prediction of a frame captured at `at`.
     pub fn classified(&mut self, prediction: &Prediction, at: SystemTime) -> Decision {
         self.smooth(prediction, at);
+        let found = prediction.found.iter().map(|found| Found {
+            class: self.labels.class_name(found.class),
+            confidence: found.confidence,
+            region: found.region.within(&self.frame_region),
+        });
+        self.found = found.take(FOUND_MAX).collect();
         let target = self.target();
         let class = if self.dwell_elapsed(target, at) { target } else { self.class };
         self.decide(class, at, true, Quality::Ok)
@@ -341,6 +386,7 @@ impl Decider {
         let waited = self.last_seen.and_then(|last| at.duration_since(last).ok()).unwrap_or_default();
         self.pending = self.pending.map(|(class, since)| (class, since + waited));
         self.last_seen = Some(at);
+        self.found.clear();
         self.decide(self.class, at, true, quality)
     }
 
@@ -348,6 +394,7 @@ impl Decider {
     /// classification is paused.
     pub fn observe_unknown(&mut self, at: SystemTime, camera_ok: bool) -> Decision {
         self.scores.fill(0.0);
+        self.found.clear();
         self.last_frame = None;
         self.pending = None;
         self.decide(None, at, camera_ok, Quality::Ok)
@@ -419,6 +466,7 @@ impl Decider {
             previous: name(self.class),
             confidence,
             top: top.clone(),
+            found: self.found.clone(),
             captured_at: at,
             model: self.model,
         });
@@ -431,6 +479,7 @@ impl Decider {
             class: name(class),
             confidence,
             top,
+            found: self.found.clone(),
             since: self.since,
             captured_at: at,
             camera_ok,
@@ -477,14 +526,21 @@ impl Decider {
             published.top.iter().find(|ranked| ranked.class == *class).map_or(0.0, |ranked| ranked.confidence)
         };
         let changed = |now: &Ranked| (now.confidence - score_before(&now.class)).abs() >= SCORE_STEP;
+        let [region, region_before] =
+            [observation, published].map(|observation| region_of(&observation.found, observation.class.as_ref()));
+        let moved = match (region, region_before) {
+            (Some(now), Some(before)) => now.intersection_over_union(&before) < MOVED_BELOW,
+            (now, before) => now.is_some() != before.is_some(),
+        };
         // A quality at its limit may change with each frame.
-        due && (observation.quality != published.quality || observation.top.iter().any(changed))
+        due && (moved || observation.quality != published.quality || observation.top.iter().any(changed))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vision::Detection;
 
     const A: Option<usize> = Some(0);
     const B: Option<usize> = Some(1);
@@ -518,7 +574,7 @@ mod tests {
     }
 
     fn prediction(a: f32, known: bool) -> Prediction {
-        Prediction { probabilities: vec![a, 1.0 - a], similarity: 0.0, known }
+        Prediction { probabilities: vec![a, 1.0 - a], known, ..Prediction::default() }
     }
 
     /// Returns the events of a trace: milliseconds, the probability of A (the rest is B's), or `None` for an unknown frame.
@@ -773,5 +829,25 @@ mod tests {
         let error = policy.rules(&labels()).unwrap_err().to_string();
         assert_eq!(error, "the model has no class \"orchid\"; its classes are daisy, tulips");
         assert_eq!(policy.rules_for_known(&labels()).thresholds, [thresholds, own]);
+    }
+
+    #[test]
+    fn places_are_those_of_the_whole_frame_and_a_moved_one_is_published() {
+        let mut decider = decider(Rules { state_interval: Duration::from_millis(100), ..rules(0, 0) });
+        decider.set_frame_region(Region::new([0.5, 0.0, 0.5, 1.0]).unwrap());
+        let found = |class: usize, bounds| Detection { class, confidence: 0.9, region: Region::new(bounds).unwrap() };
+        let mut frame =
+            |ms, found: Vec<Detection>| decider.classified(&Prediction { found, ..prediction(1.0, true) }, at(ms));
+        let first = frame(0, vec![found(1, [0.0, 0.0, 0.2, 0.2]), found(0, [0.5, 0.5, 0.5, 0.5])]);
+        let observation = &first.observation;
+        assert_eq!(observation.found.iter().map(|found| &*found.class).collect::<Vec<_>>(), ["tulips", "daisy"]);
+        let class = labels().class_name(0);
+        assert_eq!(region_of(&observation.found, Some(&class)), Region::new([0.75, 0.5, 0.25, 0.5]).ok());
+        assert_eq!(region_of(&observation.found, None), None);
+        frame(1000, vec![found(0, [0.5, 0.5, 0.5, 0.5])]);
+        assert!(!frame(2000, vec![found(0, [0.5, 0.45, 0.5, 0.5])]).publish, "about the same place");
+        assert!(frame(3000, vec![found(0, [0.0, 0.0, 0.5, 0.5])]).publish, "another place");
+        assert!(!frame(3050, vec![]).publish, "too soon");
+        assert!(frame(4000, vec![]).publish, "no place any more");
     }
 }

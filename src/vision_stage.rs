@@ -240,12 +240,13 @@ impl VisionStage {
     pub fn new(
         mailbox: latest::Receiver,
         classifier: Classifier,
-        decider: Decider,
+        mut decider: Decider,
         publisher: Publisher,
         commands: Commands,
         options: VisionOptions,
         on_classified: OnClassified,
     ) -> Self {
+        decider.set_frame_region(options.transform.region);
         let last_classified = Instant::now();
         let clock = ClockWatch::start();
         let skipped = LogLimiter::new("frames skipped");
@@ -285,7 +286,10 @@ impl VisionStage {
                     let captured_at = self.clock.corrected(frame.captured_at);
                     self.process(Frame { captured_at, ..frame });
                 }
-                RecvResult::Item(MailboxItem::Lost { at }) => self.observe_unknown(self.clock.corrected(at), false),
+                RecvResult::Item(MailboxItem::Lost { at }) => {
+                    self.classifier.reset_scan();
+                    self.observe_unknown(self.clock.corrected(at), false);
+                }
                 RecvResult::Timeout => {}
                 RecvResult::Closed => {
                     info!("the source has no more frames");
@@ -306,6 +310,7 @@ impl VisionStage {
             Ok(result) => result,
             Err(error) => {
                 self.options.filter.diff.reset();
+                self.classifier.reset_scan();
                 return self.skip(&frame, &error);
             }
         };
@@ -410,6 +415,7 @@ impl VisionStage {
             return;
         }
         self.last_classified = Instant::now();
+        self.classifier.reset_scan();
         let decision = self.decider.set_paused(paused, SystemTime::now());
         self.publisher.publish(decision);
     }
@@ -503,6 +509,7 @@ mod tests {
             previous: None,
             confidence,
             top: first.top.clone(),
+            found: first.found.clone(),
             captured_at: first.captured_at,
             model: 1,
         };

@@ -8,7 +8,10 @@ use std::time::{Duration, SystemTime};
 use bloomcast::bundle::Bundle;
 use bloomcast::decide::{Decider, Rules, Thresholds};
 use bloomcast::vision::quality::{QualityLimits, QualityMeter};
-use bloomcast::vision::{Classifier, FrameDiff, FrameFilter, FrameResult, decode, test_pattern};
+use bloomcast::vision::{
+    Classifier, FrameDiff, FrameFilter, FrameResult, Preprocess, Preprocessor, ScanBudget, ScanParams, decode,
+    test_pattern,
+};
 use bloomcast_kernels::ThreadPool;
 use image::{Rgb, RgbImage};
 
@@ -26,11 +29,21 @@ struct Pipeline {
 }
 
 impl Pipeline {
-    fn with_threads(threads: usize) -> Self {
+    fn with_threads(threads: usize, scan_budget: Option<ScanBudget>) -> Self {
         let bundle = Bundle::built_in().unwrap();
         let network = bundle.onnx_backbone(None).unwrap().with_thread_pool(ThreadPool::with_threads(threads).unwrap());
-        let classifier =
-            Classifier::new(&bundle.compile_backbone(&network).unwrap(), bundle.classifier_params()).unwrap();
+        let backbone = bundle.compile_backbone(&network).unwrap();
+        let classifier = Classifier::new(&backbone, bundle.classifier_params()).unwrap();
+        let classifier = match scan_budget {
+            Some(budget) => {
+                // Windows are judged as whole images.
+                let (head, ood) = (classifier.params().head.clone(), &classifier.params().ood);
+                let unknown = ood.unknown_classes().unwrap().head.clone();
+                let params = ScanParams { head, unknown, offsets: [0.0; 2] };
+                classifier.with_scanner(&backbone, params, budget).unwrap()
+            }
+            None => classifier,
+        };
         let rules = Rules {
             smoothing: Duration::from_millis(400),
             enter_dwell: Duration::from_millis(600),
@@ -63,6 +76,27 @@ fn allocations(mut frame: impl FnMut()) -> u64 {
     count() - before
 }
 
+/// Scanned frames allocate as much as resizing them does: to the network's input and to the coarse canvas; a frame of the size of the
+/// fine canvas is not resized to it.
+fn scanned_frames() {
+    let frame = decode::encoded(&test_pattern::jpeg(800, 448)).unwrap();
+    let preprocess = Preprocess::mobilenet_v2();
+    let mut whole = Preprocessor::new(preprocess.clone());
+    let mut coarse = Preprocessor::for_input(preprocess, [224, 416]);
+    let resizing = allocations(|| {
+        whole.resize(&frame);
+        coarse.resize(&frame);
+    });
+    for threads in [1, 2] {
+        // Both scales in each frame.
+        let mut pipeline = Pipeline::with_threads(threads, Some(ScanBudget { mean: 100.0 }));
+        pipeline.filter.diff = FrameDiff::new(0.0);
+        let counted = allocations(|| pipeline.process(&frame));
+        println!("threads: {threads}; allocations in {FRAMES} scanned frames: {counted}, by resizing: {resizing}");
+        assert_eq!(counted, resizing, "a scanned frame allocates memory");
+    }
+}
+
 fn main() {
     let _profiler = dhat::Profiler::builder().testing().build();
     let jpeg = test_pattern::jpeg(640, 480);
@@ -71,14 +105,15 @@ fn main() {
     let inverted = RgbImage::from_fn(224, 224, |x, y| Rgb(pattern.get_pixel(x, y).0.map(|value| 255 - value)));
     let images = [pattern, inverted, RgbImage::new(224, 224)];
     for threads in [1, 2, 3] {
-        let mut pipeline = Pipeline::with_threads(threads);
+        let mut pipeline = Pipeline::with_threads(threads, None);
         // Each image twice: every other frame is unchanged; the black one is unfit.
         let mut frames = (0..).map(|frame: usize| &images[frame / 2 % 3]);
         let counted = allocations(|| pipeline.process(frames.next().unwrap()));
         println!("threads: {threads}; allocations in {FRAMES} frames from pixels to decision: {counted}");
         assert_eq!(counted, 0, "a frame allocates memory");
     }
-    let mut pipeline = Pipeline::with_threads(1);
+    scanned_frames();
+    let mut pipeline = Pipeline::with_threads(1, None);
     pipeline.filter.diff = FrameDiff::new(0.0);
     let resizing = allocations(|| pipeline.process(&large));
     let decoding = allocations(|| pipeline.process(&decode::encoded(&jpeg).unwrap()));

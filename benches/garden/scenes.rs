@@ -2,6 +2,7 @@
 
 use std::io::Cursor;
 
+use bloomcast::vision::Region;
 use image::codecs::jpeg::JpegEncoder;
 use image::imageops::{self, FilterType};
 use image::{GrayImage, Luma, Rgb, RgbImage};
@@ -24,7 +25,7 @@ fn uniform(rng: &mut ChaCha8Rng, low: f32, high: f32) -> f32 {
 }
 
 /// Adds about normally distributed noise.
-fn add_noise(image: &mut RgbImage, deviation: f32, rng: &mut ChaCha8Rng) {
+pub fn add_noise(image: &mut RgbImage, deviation: f32, rng: &mut ChaCha8Rng) {
     for value in image.iter_mut() {
         let sum: f32 = (0..6).map(|_| uniform(rng, -0.5, 0.5)).sum();
         *value = (f32::from(*value) + deviation * sum * std::f32::consts::SQRT_2) as u8;
@@ -35,23 +36,31 @@ fn map(image: &mut RgbImage, value: impl Fn(f32) -> f32) {
     image.iter_mut().for_each(|old| *old = value(f32::from(*old)) as u8);
 }
 
-/// Returns a scene of 1280×720 pixels: `ground` fills it, and the flower covers the given share of its height, behind a mask of one of
-/// three kinds.
-pub fn scene(ground: &RgbImage, flower: Option<(RgbImage, f32)>, rng: &mut ChaCha8Rng) -> RgbImage {
+/// Returns a scene of 1280×720 pixels: `background` fills it, and the flower covers the given share of its height, behind a mask of one of
+/// three kinds. The second value is the place of the flower.
+pub fn scene(
+    background: &RgbImage,
+    flower: Option<(RgbImage, f32)>,
+    rng: &mut ChaCha8Rng,
+) -> (RgbImage, Option<Region>) {
     let (width, height) = FRAME;
-    let scale = (width as f32 / ground.width() as f32).max(height as f32 / ground.height() as f32);
+    let scale = (width as f32 / background.width() as f32).max(height as f32 / background.height() as f32);
     let covering = |side: u32, least: u32| ((side as f32 * scale).ceil() as u32).max(least);
-    let (full_width, full_height) = (covering(ground.width(), width), covering(ground.height(), height));
-    let full = imageops::resize(ground, full_width, full_height, FilterType::CatmullRom);
+    let (full_width, full_height) = (covering(background.width(), width), covering(background.height(), height));
+    let full = imageops::resize(background, full_width, full_height, FilterType::CatmullRom);
     let left = uniform(rng, 0.0, (full_width - width + 1) as f32) as u32;
     let top = uniform(rng, 0.0, (full_height - height + 1) as f32) as u32;
     let mut frame = imageops::crop_imm(&full, left, top, width, height).to_image();
+    let mut place = None;
     if let Some((flower, size)) = flower {
         let side = (size * height as f32) as u32;
         let flower = imageops::resize(&flower, side, side, FilterType::CatmullRom);
         let mask = mask(side, rng);
         let left = uniform(rng, 0.0, (width - side + 1) as f32) as u32;
         let top = uniform(rng, 0.0, (height - side + 1) as f32) as u32;
+        let bounds = [left as f32 / width as f32, top as f32 / height as f32];
+        let sides = [side as f32 / width as f32, side as f32 / height as f32];
+        place = Some(Region::new([bounds[0], bounds[1], sides[0], sides[1]]).unwrap());
         for (x, y, Luma([share])) in mask.enumerate_pixels() {
             let (below, above) = (*frame.get_pixel(left + x, top + y), *flower.get_pixel(x, y));
             let share = f32::from(*share) / 255.0;
@@ -59,7 +68,7 @@ pub fn scene(ground: &RgbImage, flower: Option<(RgbImage, f32)>, rng: &mut ChaCh
             frame.put_pixel(left + x, top + y, Rgb([0, 1, 2].map(|c| mix(c) as u8)));
         }
     }
-    frame
+    (frame, place)
 }
 
 /// A star with rounded corners, a superellipse, or a rectangle without a corner; with a soft edge.

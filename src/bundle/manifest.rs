@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::system::hash::sha256_hex;
 use crate::vision::labels::NAME_BYTES_MAX;
 use crate::vision::preprocess::PreprocessError;
+use crate::vision::scan::SCALES;
 use crate::vision::{Labels, Preprocess};
 
 /// Name of the member with the manifest.
@@ -47,6 +48,9 @@ pub struct Manifest {
     pub temperature: f32,
     /// Parameters of the out-of-distribution detection.
     pub unknown: OodParams,
+    /// Parameters of scanning; a model with them scans frames by default. A reader that does not know them looks at whole frames.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scan: Option<ScanRef>,
     /// The dataset of the training.
     pub dataset: DatasetRef,
     /// Metrics on the validation set.
@@ -116,6 +120,15 @@ pub enum OodMeasure {
     },
 }
 
+/// The parameters of scanning besides its weights.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct ScanRef {
+    /// Divisor of the logits of a window, above 0.
+    pub temperature: f32,
+    /// [`ScanParams::offsets`](crate::vision::ScanParams::offsets).
+    pub offsets: [f32; SCALES],
+}
+
 /// The dataset of the training.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DatasetRef {
@@ -179,6 +192,9 @@ pub enum ManifestError {
     /// A parameter of the preprocessing is out of range.
     #[error("{0}")]
     Preprocess(#[from] PreprocessError),
+    /// An offset of scanning is not in −100–100; its value.
+    #[error("scan.offsets: {0}, expected -100 to 100")]
+    ScanOffset(f32),
 }
 
 /// A difference between the members of a bundle and the manifest's list.
@@ -245,7 +261,7 @@ impl Manifest {
             if let Some(feature) = manifest.requires.first() {
                 return Err(ManifestError::Unsupported(feature.clone()));
             }
-            let known = serde_json::to_value(&manifest)?;
+            let known = serde_json::to_value(Manifest { scan: None, ..manifest.clone() })?;
             if let Some(field) = unknown_field(&serde_json::from_slice(bytes)?, &known) {
                 return Err(ManifestError::UnknownField(field));
             }
@@ -254,7 +270,11 @@ impl Manifest {
             check_name(name).map_err(|source| ManifestError::Name { key, source })?;
         }
         manifest.preprocess.check()?;
-        Ok(manifest)
+        let offsets = manifest.scan.iter().flat_map(|scan| scan.offsets);
+        match offsets.into_iter().find(|offset| !(-100.0..=100.0).contains(offset)) {
+            Some(offset) => Err(ManifestError::ScanOffset(offset)),
+            None => Ok(manifest),
+        }
     }
 
     /// Sets the oldest format that has what the model needs, and its required features.

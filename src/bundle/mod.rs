@@ -15,7 +15,7 @@ use std::borrow::Cow;
 use std::path::Path;
 
 pub use archive::ArchiveError;
-pub use manifest::{BackboneRef, DatasetRef, Identity, Manifest, Metrics, OodMeasure, OodParams};
+pub use manifest::{BackboneRef, DatasetRef, Identity, Manifest, Metrics, OodMeasure, OodParams, ScanRef};
 pub use selftest::SelfTest;
 pub use signature::{Keyring, PrivateKey, PublicKey};
 
@@ -28,7 +28,10 @@ use tensors::TensorError;
 use crate::system::hash::sha256_hex;
 use crate::vision::backbone;
 use crate::vision::classifier::ClassifierParams;
-use crate::vision::{BackboneError, Classifier, CompiledBackbone, Head, LastConvWeights, OnnxBackbone, OodDetector};
+use crate::vision::{
+    BackboneError, Classifier, CompiledBackbone, Head, LastConvWeights, OnnxBackbone, OodDetector, ScanBudget,
+    ScanParams, View,
+};
 
 /// The bundle inside this program: a model of five flowers.
 pub static BUILT_IN: &[u8] = include_bytes!("../../models/flowers.bloom");
@@ -78,6 +81,14 @@ pub enum BundleError {
         file: String,
         /// The cause.
         source: Box<SelfTestError>,
+    },
+    /// The view is to be a scan, for which the model was not trained.
+    #[error(
+        "model {file}: was not trained to scan frames: set model.view or --view to \"whole\", or train it with images in unknown/"
+    )]
+    CannotScan {
+        /// Path or name of the bundle.
+        file: String,
     },
     /// The network cannot be loaded or compiled.
     #[error(transparent)]
@@ -165,12 +176,29 @@ pub struct Contents {
     pub head: Head,
     /// The out-of-distribution detector.
     pub ood: OodDetector,
+    /// The parameters of scanning; `None` if the model looks at whole frames.
+    pub scan: Option<ScanParams>,
     /// A fine-tuned last convolution; `None` for the backbone's own.
     pub last_conv: Option<LastConvWeights>,
     /// The ONNX file of the backbone; `None` if devices have it.
     pub backbone: Option<Vec<u8>>,
     /// The self-test; `None` if the bundle has no such member.
     pub self_test: Option<SelfTest>,
+}
+
+/// How a model looks at frames, other than it was trained for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ViewOptions {
+    /// The view; `None` for the model's own.
+    pub view: Option<View>,
+    /// Limits the cost of scanning.
+    pub scan_budget: ScanBudget,
+}
+
+impl Default for ViewOptions {
+    fn default() -> Self {
+        ViewOptions { view: None, scan_budget: ScanBudget::DEFAULT }
+    }
 }
 
 /// An error of reading a bundle, without the name of its file.
@@ -225,7 +253,8 @@ impl Bundle {
 
     /// Returns the bytes of the bundle file, without a signature.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let head = tensors::head_to_bytes(&self.contents.head, &self.contents.ood);
+        let Contents { head, ood, scan, .. } = &self.contents;
+        let head = tensors::head_to_bytes(head, ood, scan.as_ref());
         let last_conv = self.contents.last_conv.as_ref().map(tensors::last_conv_to_bytes);
         let self_test = self.contents.self_test.as_ref().map(SelfTest::to_bytes);
         let optional = [
@@ -259,6 +288,7 @@ impl Bundle {
         }
         older.contents.ood = self.contents.ood.without_unknown_classes();
         older.manifest.unknown.rule = OodMeasure::CosineSubspace;
+        (older.manifest.scan, older.contents.scan) = (None, None);
         older.manifest.unknown.threshold = older.contents.ood.threshold();
         older.manifest.set_format();
         if let Some(self_test) = older.take_self_test() {
@@ -303,9 +333,28 @@ impl Bundle {
     /// Creates a classifier on the network that [`Bundle::onnx_backbone`] selects.
     ///
     /// # Errors
-    /// As [`Bundle::onnx_backbone`] and [`Bundle::compile_backbone`].
+    /// As [`Bundle::onnx_backbone`], [`Bundle::compile_backbone`] and [`Bundle::classifier_on`].
     pub fn classifier(&self, file: Option<&Path>) -> Result<Classifier, BundleError> {
-        Ok(Classifier::new(&self.compile_backbone(&self.onnx_backbone(file)?)?, self.classifier_params())?)
+        self.classifier_on(&self.compile_backbone(&self.onnx_backbone(file)?)?, ViewOptions::default())
+    }
+
+    /// Creates a classifier on a backbone that [`Bundle::compile_backbone`] compiled.
+    ///
+    /// # Errors
+    /// If the model or the backbone cannot scan and `view` demands it.
+    pub fn classifier_on(&self, backbone: &CompiledBackbone, view: ViewOptions) -> Result<Classifier, BundleError> {
+        let classifier = Classifier::new(backbone, self.classifier_params())?;
+        let wanted = view.view.unwrap_or(self.view());
+        match (wanted, &self.contents.scan) {
+            (View::Whole, _) => Ok(classifier),
+            (View::Scan, Some(scan)) => Ok(classifier.with_scanner(backbone, scan.clone(), view.scan_budget)?),
+            (View::Scan, None) => Err(BundleError::CannotScan { file: self.file.clone() }),
+        }
+    }
+
+    /// Returns the view that the model was trained for.
+    pub fn view(&self) -> View {
+        if self.contents.scan.is_some() { View::Scan } else { View::Whole }
     }
 
     /// Compiles the network with the bundle's last convolution, up to the features.
@@ -365,14 +414,16 @@ impl Contents {
         let (last_conv, backbone) = (members.take(LAST_CONV), members.take(BACKBONE));
         let self_test = members.take(SELF_TEST);
         let in_member = |member| move |source| ContentError::Tensors { member, source };
-        let (head, ood) = tensors::head_from_bytes(manifest, &head).map_err(in_member(HEAD))?;
+        let bytes = head;
+        let (head, ood) = tensors::head_from_bytes(manifest, &bytes).map_err(in_member(HEAD))?;
+        let scan = tensors::scan_from_bytes(manifest, &bytes, head.classes()).map_err(in_member(HEAD))?;
         let last_conv = last_conv.map(|bytes| tensors::last_conv_from_bytes(&bytes)).transpose();
         let last_conv = last_conv.map_err(in_member(LAST_CONV))?;
         check_shapes(manifest, &head, last_conv.as_ref())?;
         check_backbone(manifest)?;
         let self_test = self_test.map(|bytes| SelfTest::from_bytes(&bytes, head.classes(), head.width())).transpose();
         let self_test = self_test.map_err(in_member(SELF_TEST))?;
-        Ok(Contents { head, ood, last_conv, backbone, self_test })
+        Ok(Contents { head, ood, scan, last_conv, backbone, self_test })
     }
 }
 
@@ -482,6 +533,7 @@ mod tests {
             preprocess: Preprocess::mobilenet_v2(),
             temperature: 1.5,
             unknown: OodParams { rule: OodMeasure::CosineSubspace, threshold: 0.5, rejected_share: 0.05 },
+            scan: None,
             dataset: DatasetRef { sha256: "1".repeat(64), train_images: 10, val_images: 5 },
             metrics: Metrics { accuracy: 0.9, loss: 0.3, ece: 0.02 },
             seed: 7,
@@ -490,7 +542,7 @@ mod tests {
         };
         let head = Head::new(4, vec![0.5; 8], vec![0.1, 0.2], 1.5).unwrap();
         let ood = OodDetector::new(4, basis, 0.5).unwrap();
-        Bundle::new(manifest, Contents { head, ood, last_conv: None, backbone: None, self_test: None })
+        Bundle::new(manifest, Contents { head, ood, scan: None, last_conv: None, backbone: None, self_test: None })
     }
 
     /// Returns a bundle with all optional members.
@@ -503,6 +555,21 @@ mod tests {
         full.contents.self_test =
             Some(SelfTest::new(vec![vec![1.0; 4]], vec![vec![7; 9]], vec![output.clone(), output]));
         full
+    }
+
+    /// Returns a bundle of format 2.
+    fn with_unknown_classes() -> Bundle {
+        let mut newer = bundle();
+        let head = Head::new(4, vec![0.25; 4], vec![0.5], 1.0).unwrap();
+        let unknown = UnknownClasses { head, log_odds_weight: 0.1, cosine_threshold: 0.75 };
+        newer.contents.ood = newer.contents.ood.with_unknown_classes(unknown, -0.5).unwrap();
+        newer.manifest.unknown = OodParams {
+            rule: OodMeasure::CosineAndClasses { log_odds_weight: 0.1, cosine_threshold: 0.75 },
+            threshold: -0.5,
+            rejected_share: 0.05,
+        };
+        newer.manifest.set_format();
+        newer
     }
 
     /// Returns a key and a keyring that trusts it.
@@ -617,22 +684,45 @@ mod tests {
 
     #[test]
     fn a_model_with_unknown_classes_has_format_2_and_can_be_written_without_them() {
-        let mut newer = bundle();
-        let head = Head::new(4, vec![0.25; 4], vec![0.5], 1.0).unwrap();
-        let unknown = UnknownClasses { head, log_odds_weight: 0.1, cosine_threshold: 0.75 };
-        newer.contents.ood = newer.contents.ood.with_unknown_classes(unknown, -0.5).unwrap();
-        newer.manifest.unknown = OodParams {
-            rule: OodMeasure::CosineAndClasses { log_odds_weight: 0.1, cosine_threshold: 0.75 },
-            threshold: -0.5,
-            rejected_share: 0.05,
-        };
-        newer.manifest.set_format();
+        let newer = with_unknown_classes();
         let read = Bundle::from_bytes("test", &newer.to_bytes()).unwrap();
         assert_eq!((read.manifest.format, &read.contents), (2, &newer.contents));
         let older = Bundle::from_bytes("test", &read.to_format_1(None).unwrap().to_bytes()).unwrap();
         assert_eq!((older.manifest.format, older.manifest.requires.len()), (1, 0));
         assert_eq!(older.manifest.unknown.rule, OodMeasure::CosineSubspace);
         assert_eq!((older.contents.ood.threshold(), older.contents.ood.unknown_classes()), (0.75, None));
+    }
+
+    #[test]
+    fn a_model_that_scans_keeps_its_heads_and_loses_them_in_format_1() {
+        let mut scanning = with_unknown_classes();
+        let head = |value: f32, rows: usize, temperature: f32| {
+            Head::new(4, vec![value; 4 * rows], vec![value; rows], temperature).unwrap()
+        };
+        scanning.contents.scan =
+            Some(ScanParams { head: head(0.25, 2, 0.75), unknown: head(0.125, 1, 1.0), offsets: [0.5, -0.25] });
+        scanning.manifest.scan = Some(ScanRef { temperature: 0.75, offsets: [0.5, -0.25] });
+        let read = Bundle::from_bytes("test", &scanning.to_bytes()).unwrap();
+        assert_eq!((&read.contents, read.view()), (&scanning.contents, View::Scan));
+        let older = read.to_format_1(None).unwrap();
+        let older = Bundle::from_bytes("test", &older.to_bytes()).unwrap();
+        assert_eq!((older.view(), older.manifest.format), (View::Whole, 1));
+        // A program that does not know the field reads the model and looks at whole frames.
+        assert_eq!(read.manifest.requires, ["unknown-classes"]);
+
+        let error = |change: fn(&mut Bundle)| {
+            let mut bundle = scanning.clone();
+            change(&mut bundle);
+            Bundle::from_bytes("test", &bundle.to_bytes()).unwrap_err().to_string()
+        };
+        assert!(error(|b| b.manifest.scan.as_mut().unwrap().offsets[1] = 101.0).contains("scan.offsets: 101"));
+        assert!(error(|b| b.manifest.scan.as_mut().unwrap().temperature = 0.0).contains("temperature 0"));
+        assert!(error(|b| b.contents.scan = None).contains("scan_weight"), "a missing tensor is named");
+        let narrow = |b: &mut Bundle| {
+            let head = Head::new(4, vec![0.0; 4], vec![0.0], 0.75).unwrap();
+            b.contents.scan.as_mut().unwrap().head = head;
+        };
+        assert!(error(narrow).contains("`scan_weight` is [1, 4] F32, expected 2 × 4"));
     }
 
     #[test]

@@ -1,13 +1,13 @@
 //! The weights of a model as safetensors, all f32: `weight`, `bias` and `subspace` of the head, `unknown_weight` and `unknown_bias` of its
-//! unknown classes, `weight` and `bias` of a fine-tuned last convolution.
+//! unknown classes, the same with `scan_` for the windows of a scanned frame, `weight` and `bias` of a fine-tuned last convolution.
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 
-use super::{Manifest, OodMeasure};
+use super::{Manifest, OodMeasure, ScanRef};
 use crate::vision::head::HeadError;
 use crate::vision::last_conv::LastConvError;
 use crate::vision::ood::OodError;
-use crate::vision::{Head, LastConvWeights, OodDetector, UnknownClasses};
+use crate::vision::{Head, LastConvWeights, OodDetector, ScanParams, UnknownClasses};
 
 /// An error of the tensors in a member of a bundle.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +46,9 @@ pub enum TensorError {
         /// Length of the head's feature vector.
         width: usize,
     },
+    /// The model has parameters of scanning, but no unknown classes, by which windows are chosen.
+    #[error("parameters of scanning without unknown classes")]
+    ScanWithoutUnknownClasses,
     /// A value of the self-test is not finite.
     #[error("has a value that is not finite")]
     NotFinite,
@@ -60,10 +63,7 @@ pub enum TensorError {
 pub fn head_from_bytes(manifest: &Manifest, bytes: &[u8]) -> Result<(Head, OodDetector), TensorError> {
     let tensors = SafeTensors::deserialize(bytes)?;
     let width = manifest.backbone.width;
-    let matrix_of_width = |name: &'static str| match matrix(&tensors, name)? {
-        (columns, values) if columns == width => Ok(values),
-        _ => Err(wrong_shape(name, &tensors.tensor(name)?, format!("n × {width}"))),
-    };
+    let matrix_of_width = |name| matrix_of_width(&tensors, name, width);
     let head = Head::new(width, matrix_of_width("weight")?, vector(&tensors, "bias")?, manifest.temperature)?;
     let (basis, params) = (matrix_of_width("subspace")?, &manifest.unknown);
     let ood = match params.rule {
@@ -77,8 +77,32 @@ pub fn head_from_bytes(manifest: &Manifest, bytes: &[u8]) -> Result<(Head, OodDe
     Ok((head, ood))
 }
 
-/// Writes the head and the detector, as [`head_from_bytes`] reads them.
-pub fn head_to_bytes(head: &Head, ood: &OodDetector) -> Vec<u8> {
+/// Reads the heads for windows, if the manifest has the parameters of scanning: `scan_weight`, `scan_bias`, `scan_unknown_weight` and
+/// `scan_unknown_bias`, of the shapes that those of whole images have.
+///
+/// # Errors
+/// As [`head_from_bytes`].
+pub fn scan_from_bytes(manifest: &Manifest, bytes: &[u8], classes: usize) -> Result<Option<ScanParams>, TensorError> {
+    let Some(ScanRef { temperature, offsets }) = manifest.scan else { return Ok(None) };
+    if manifest.unknown.rule == OodMeasure::CosineSubspace {
+        return Err(TensorError::ScanWithoutUnknownClasses);
+    }
+    let tensors = SafeTensors::deserialize(bytes)?;
+    let width = manifest.backbone.width;
+    let head = |weight: &'static str, bias, temperature| {
+        let weight = matrix_of_width(&tensors, weight, width)?;
+        Ok::<_, TensorError>(Head::new(width, weight, vector(&tensors, bias)?, temperature)?)
+    };
+    let scan_head = head("scan_weight", "scan_bias", temperature)?;
+    if scan_head.classes() != classes {
+        return Err(wrong_shape("scan_weight", &tensors.tensor("scan_weight")?, format!("{classes} × {width}")));
+    }
+    let unknown = head("scan_unknown_weight", "scan_unknown_bias", 1.0)?;
+    Ok(Some(ScanParams { head: scan_head, unknown, offsets }))
+}
+
+/// Writes the heads and the detector, as [`head_from_bytes`] and [`scan_from_bytes`] read them.
+pub fn head_to_bytes(head: &Head, ood: &OodDetector, scan: Option<&ScanParams>) -> Vec<u8> {
     let width = head.width();
     let mut tensors = vec![
         ("weight", vec![head.classes(), width], head.weight()),
@@ -88,6 +112,12 @@ pub fn head_to_bytes(head: &Head, ood: &OodDetector) -> Vec<u8> {
     if let Some(UnknownClasses { head, .. }) = ood.unknown_classes() {
         tensors.push(("unknown_weight", vec![head.classes(), width], head.weight()));
         tensors.push(("unknown_bias", vec![head.classes()], head.bias()));
+    }
+    if let Some(ScanParams { head, unknown, .. }) = scan {
+        tensors.push(("scan_weight", vec![head.classes(), width], head.weight()));
+        tensors.push(("scan_bias", vec![head.classes()], head.bias()));
+        tensors.push(("scan_unknown_weight", vec![unknown.classes(), width], unknown.weight()));
+        tensors.push(("scan_unknown_bias", vec![unknown.classes()], unknown.bias()));
     }
     to_bytes(&tensors)
 }
@@ -108,6 +138,14 @@ pub fn last_conv_to_bytes(last_conv: &LastConvWeights) -> Vec<u8> {
         ("weight", vec![last_conv.outputs(), last_conv.inputs()], last_conv.weight()),
         ("bias", vec![last_conv.outputs()], last_conv.bias()),
     ])
+}
+
+/// Returns the values of a tensor with two axes, the second of which is as long as a feature vector.
+fn matrix_of_width(tensors: &SafeTensors<'_>, name: &'static str, width: usize) -> Result<Vec<f32>, TensorError> {
+    match matrix(tensors, name)? {
+        (columns, values) if columns == width => Ok(values),
+        _ => Err(wrong_shape(name, &tensors.tensor(name)?, format!("n × {width}"))),
+    }
 }
 
 /// Returns the columns and the values of a tensor with two axes.

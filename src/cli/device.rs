@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use bloomcast::bench::Bench;
+use bloomcast::bundle::ViewOptions;
 use bloomcast::config::{Config, ConfigError, LogLevel};
 use bloomcast::daemon::{self, Daemon, DaemonError, StopReason};
 use bloomcast::system::paths::printable;
 use bloomcast::system::systemd;
-use bloomcast::vision::{Classifier, Prediction, decode};
+use bloomcast::vision::{Detection, Prediction, View, decode};
 use bloomcast_kernels::{THREADS_MAX, default_threads};
-use clap::{Args, value_parser};
+use clap::{Args, ValueEnum, value_parser};
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::level_filters::LevelFilter;
@@ -70,9 +71,30 @@ pub struct ClassifyArgs {
     images: Vec<PathBuf>,
     #[command(flatten)]
     model: ModelArgs,
+    /// What is looked at: the whole image, or overlapping windows of it [default: as the model was trained]
+    #[arg(long, value_enum, conflicts_with = "mirror")]
+    view: Option<ViewArg>,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
+}
+
+/// The part of an image that is judged at once.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ViewArg {
+    /// The image, stretched to the network's input
+    Whole,
+    /// Overlapping windows at two scales, if the image is large enough
+    Scan,
+}
+
+impl From<ViewArg> for View {
+    fn from(view: ViewArg) -> Self {
+        match view {
+            ViewArg::Whole => View::Whole,
+            ViewArg::Scan => View::Scan,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -206,14 +228,15 @@ pub fn demo(args: DemoArgs) -> Result<(), Failure> {
 pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
     let bundle = args.model.bundle()?;
     let backbone = bundle.compile_backbone(&args.model.network(&bundle)?)?;
-    let mut classifier = Classifier::new(&backbone, bundle.classifier_params())?;
+    let view = ViewOptions { view: args.view.map(View::from), ..ViewOptions::default() };
+    let mut classifier = bundle.classifier_on(&backbone, view)?;
     let labels = classifier.labels().clone();
     let mut predict = |path: &Path| -> anyhow::Result<Prediction> {
         let image = decode::file(path)?;
         Ok(if args.model.mirror {
             classifier.classify_with_mirror(&image)?
         } else {
-            classifier.classify(&image)?.0.clone()
+            classifier.classify_by_view(&image)?.0.clone()
         })
     };
     let mut out = std::io::stdout().lock();
@@ -233,8 +256,15 @@ pub fn classify(args: &ClassifyArgs) -> Result<(), Failure> {
             let mut top: Vec<_> = labels.names().iter().zip(&prediction.probabilities).collect();
             top.sort_by(|a, b| b.1.total_cmp(a.1));
             let top: Vec<_> = top.iter().map(|(class, p)| json!({ "class": class, "confidence": p })).collect();
-            answers
-                .push(json!({ "file": path.to_string_lossy(), "class": class, "confidence": confidence, "top": top }));
+            let found = |detection: &Detection| {
+                let (class, confidence) = (labels.name(Some(detection.class)), detection.confidence);
+                json!({ "class": class, "confidence": confidence, "box": detection.region.bounds() })
+            };
+            answers.push(json!({
+                "file": path.to_string_lossy(), "class": class, "confidence": confidence, "top": top,
+                "box": prediction.found.first().map(|best| best.region.bounds()),
+                "found": prediction.found.iter().map(found).collect::<Vec<_>>(),
+            }));
         } else {
             writeln!(out, "{}: {class} ({:.1} %)", printable(path), confidence * 100.0)?;
         }

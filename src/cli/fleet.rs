@@ -179,6 +179,7 @@ pub fn install(args: &InstallArgs) -> Result<(), Failure> {
     let config = args.config.load()?;
     let store = store(&config)?;
     let loader = ModelLoader::new(&config.models, config.isa().map_err(Failure::config)?, Store::read_only);
+    let loader = loader.with_view(config.view);
     let (file, bytes) = (args.bundle.display().to_string(), read(&args.bundle)?);
     let options = InstallOptions { signature_required: !args.trust, force: args.force };
     let model = match install_bundle(&file, &bytes, &store, &loader, &config.update, options) {

@@ -16,6 +16,7 @@ impl Bars {
         match progress {
             Progress::Read { done, total } => self.show("images", done as u64, total as u64),
             Progress::Compared { done, total } => self.show("compared", done as u64, total as u64),
+            Progress::Scanned { done, total } => self.show("scanned", done as u64, total as u64),
             Progress::Features { done, total } => self.show("features", done as u64, total as u64),
             Progress::Warning(warning) => eprintln!("warning: {warning}"),
             Progress::Epoch { epoch, total } => {

@@ -48,11 +48,12 @@ const RANGES: [(&str, RangeInclusive<i64>); 28] = [
 ];
 
 /// The texts that are one of a few.
-const CHOICES: [(&str, &[&str]); 5] = [
+const CHOICES: [(&str, &[&str]); 6] = [
     ("camera.source", &["v4l2", "rpicam", "replay"]),
     ("camera.flip", &["none", "horizontal", "vertical"]),
     ("camera.format", &["auto", "mjpeg", "yuyv", "rgb"]),
     ("model.kernels", &KernelChoice::NAMES),
+    ("model.view", &["auto", "whole", "scan"]),
     ("log.level", &["error", "warn", "info", "debug"]),
 ];
 

@@ -19,6 +19,7 @@ use std::time::Duration;
 use bloomcast_kernels::{Isa, default_threads};
 use serde::Deserialize;
 
+use crate::bundle::ViewOptions;
 use crate::camera::rpicam::RpicamOptions;
 use crate::camera::{CaptureOptions, Pace, SourceOptions, SupervisorOptions};
 use crate::decide::{Policy, Thresholds};
@@ -29,13 +30,13 @@ use crate::mqtt::topics::check_prefix;
 use crate::mqtt::{BrokerAccess, ConnectionOptions, DeviceName, Topics};
 use crate::update::device::{ModelFiles, UpdateOptions};
 use crate::update::protocol::TrialLimits;
-use crate::vision::Transform;
 use crate::vision::backbone::{KernelChoice, UnsupportedKernels};
 use crate::vision::quality::QualityLimits;
 use crate::vision::transform::{Region, Rotation};
+use crate::vision::{ScanBudget, Transform, View};
 use key::Key;
 use layers::Places;
-use tables::{Source, Tables};
+use tables::{Source, Tables, ViewChoice};
 
 /// Every setting with its default and its reason.
 pub const DEFAULTS: &str = include_str!("../../systemd/bloomcast.toml");
@@ -104,6 +105,8 @@ pub struct Config {
     pub models: ModelFiles,
     /// The kernels that compute a backbone; [`Config::isa`] resolves them on this machine.
     pub kernels: KernelChoice,
+    /// How models look at frames.
+    pub view: ViewOptions,
     /// Threads that compute a frame, 1 to [`bloomcast_kernels::THREADS_MAX`].
     pub threads: usize,
     /// Options of updates; they hold the decision rules.
@@ -276,6 +279,14 @@ impl Config {
                 store: non_empty(&model.store),
             },
             kernels: model.kernels,
+            view: ViewOptions {
+                view: match model.view {
+                    ViewChoice::Auto => None,
+                    ViewChoice::Whole => Some(View::Whole),
+                    ViewChoice::Scan => Some(View::Scan),
+                },
+                scan_budget: ScanBudget { mean: model.scan_budget },
+            },
             threads: if model.threads == 0 { default_threads() } else { model.threads.into() },
             update: UpdateOptions {
                 trusted_keys: model.trusted_keys.clone(),
@@ -323,6 +334,9 @@ fn check_ranges(tables: &Tables) -> Result<(), ConfigError> {
     let Tables { camera, model, mqtt, .. } = tables;
     if !(model.slowdown_max >= 1.0 && model.slowdown_max <= 1000.0) {
         return Err(ConfigError::invalid("model.slowdown_max", &model.slowdown_max, "expected 1 to 1000"));
+    }
+    if !(model.scan_budget >= 1.0 && model.scan_budget <= 100.0) {
+        return Err(ConfigError::invalid("model.scan_budget", &model.scan_budget, "expected 1 to 100"));
     }
     let gray_levels = [
         ("camera.still_threshold", camera.still_threshold),
@@ -724,6 +738,8 @@ mod tests {
                 "b.toml:2: fleet.groups = garden: \"a/b\" is not a device name: expected 1 to 64 letters (a–z, A–Z), digits, - or _",
             ),
             ("[model]\nslowdown_max = 0.5\n", "b.toml:2: model.slowdown_max = 0.5: expected 1 to 1000"),
+            ("[model]\nscan_budget = 0.5\n", "b.toml:2: model.scan_budget = 0.5: expected 1 to 100"),
+            ("[model]\nview = \"windows\"\n", "b.toml:2: model.view = \"windows\": expected one of auto, whole, scan"),
             (
                 "[camera]\nstill_threshold = -1\n",
                 "b.toml:2: camera.still_threshold = -1: expected 0 to 255 gray levels",

@@ -85,9 +85,21 @@ pub(super) struct ModelTable {
     pub offer_bytes_max: u64,
     pub threads: u16,
     pub kernels: KernelChoice,
+    pub view: ViewChoice,
+    pub scan_budget: f32,
     pub slowdown_max: f64,
     pub trial_frames: u32,
     pub trial_s_max: u64,
+}
+
+/// `model.view`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum ViewChoice {
+    /// As the model was trained.
+    Auto,
+    Whole,
+    Scan,
 }
 
 #[derive(Debug, Clone, Deserialize)]

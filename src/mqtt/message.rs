@@ -8,8 +8,8 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::decide::{self, Observation};
-use crate::vision::UNKNOWN;
 use crate::vision::labels::ClassName;
+use crate::vision::{Region, UNKNOWN};
 use crate::vision_stage::ActiveSettings;
 
 /// The schema number of every message.
@@ -36,6 +36,16 @@ struct Ranked<'a> {
     confidence: f32,
 }
 
+/// An entry of `found`.
+#[derive(Debug, Serialize)]
+struct Found<'a> {
+    class: &'a str,
+    confidence: f32,
+    /// Left, top, width and height, as shares of the frame.
+    #[serde(rename = "box")]
+    bounds: [f32; 4],
+}
+
 /// Payload of `…/state`.
 #[derive(Debug, Serialize)]
 struct State<'a> {
@@ -45,6 +55,9 @@ struct State<'a> {
     class: &'a str,
     confidence: f32,
     top: Vec<Ranked<'a>>,
+    #[serde(rename = "box")]
+    bounds: Option<[f32; 4]>,
+    found: Vec<Found<'a>>,
     since: String,
     captured_at: String,
     camera_ok: bool,
@@ -64,6 +77,9 @@ struct Event<'a> {
     previous: &'a str,
     confidence: f32,
     top: Vec<Ranked<'a>>,
+    #[serde(rename = "box")]
+    bounds: Option<[f32; 4]>,
+    found: Vec<Found<'a>>,
     captured_at: String,
     model: u64,
 }
@@ -100,6 +116,8 @@ impl Encoder {
             class: name(observation.class.as_ref()),
             confidence: rounded(observation.confidence),
             top: ranked(&observation.top),
+            bounds: decide::region_of(&observation.found, observation.class.as_ref()).map(bounds),
+            found: found(&observation.found),
             since: time(observation.since),
             captured_at: time(observation.captured_at),
             camera_ok: observation.camera_ok,
@@ -138,6 +156,8 @@ impl Encoder {
             previous: name(event.previous.as_ref()),
             confidence: rounded(event.confidence),
             top: ranked(&event.top),
+            bounds: decide::region_of(&event.found, event.class.as_ref()).map(bounds),
+            found: found(&event.found),
             captured_at: time(event.captured_at),
             model: event.model,
         })
@@ -150,6 +170,21 @@ fn name(class: Option<&ClassName>) -> &str {
 
 fn ranked(top: &[decide::Ranked]) -> Vec<Ranked<'_>> {
     top.iter().map(|entry| Ranked { class: &entry.class, confidence: rounded(entry.confidence) }).collect()
+}
+
+fn found(found: &decide::AllFound) -> Vec<Found<'_>> {
+    let entries = found.iter();
+    entries
+        .map(|decide::Found { class, confidence, region }| Found {
+            class,
+            confidence: rounded(*confidence),
+            bounds: bounds(*region),
+        })
+        .collect()
+}
+
+fn bounds(region: Region) -> [f32; 4] {
+    region.bounds().map(rounded)
 }
 
 /// Rounds to four digits, which exceeds the calibration's precision.
@@ -185,10 +220,18 @@ mod tests {
         let at = |ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms);
         let (class, confidence) = (Some(labels.class_name(1)), 0.912_345);
         let top: decide::Top = smallvec::smallvec![ranked(1, 0.912_345), ranked(0, 0.05)];
+        let place = |class: usize, bounds| decide::Found {
+            class: labels.class_name(class),
+            confidence: 0.75,
+            region: Region::new(bounds).unwrap(),
+        };
+        let found: decide::AllFound =
+            smallvec::smallvec![place(0, [0.0, 0.5, 0.25, 0.5]), place(1, [0.123_456, 0.25, 0.5, 0.5])];
         let observation = Observation {
             class: class.clone(),
             confidence,
             top: top.clone(),
+            found: found.clone(),
             since: at(1_500),
             captured_at: at(2_000),
             camera_ok: true,
@@ -196,14 +239,14 @@ mod tests {
             paused: false,
             model: 7,
         };
-        let event = decide::Event { class, previous: None, confidence, top, captured_at: at(2_000), model: 7 };
+        let event = decide::Event { class, previous: None, confidence, top, found, captured_at: at(2_000), model: 7 };
         assert_eq!(
             String::from_utf8(encoder.state(&observation)).unwrap(),
-            r#"{"schema":1,"device":"pi","camera":"window","class":"tulips","confidence":0.9123,"top":[{"class":"tulips","confidence":0.9123},{"class":"daisy","confidence":0.05}],"since":"1970-01-01T00:00:01.500Z","captured_at":"1970-01-01T00:00:02.000Z","camera_ok":true,"quality":"dark","paused":false,"model":7}"#
+            r#"{"schema":1,"device":"pi","camera":"window","class":"tulips","confidence":0.9123,"top":[{"class":"tulips","confidence":0.9123},{"class":"daisy","confidence":0.05}],"box":[0.1235,0.25,0.5,0.5],"found":[{"class":"daisy","confidence":0.75,"box":[0.0,0.5,0.25,0.5]},{"class":"tulips","confidence":0.75,"box":[0.1235,0.25,0.5,0.5]}],"since":"1970-01-01T00:00:01.500Z","captured_at":"1970-01-01T00:00:02.000Z","camera_ok":true,"quality":"dark","paused":false,"model":7}"#
         );
         assert_eq!(
             String::from_utf8(encoder.event(Uuid::nil(), &event)).unwrap(),
-            r#"{"schema":1,"id":"00000000-0000-0000-0000-000000000000","device":"pi","camera":"window","class":"tulips","previous":"unknown","confidence":0.9123,"top":[{"class":"tulips","confidence":0.9123},{"class":"daisy","confidence":0.05}],"captured_at":"1970-01-01T00:00:02.000Z","model":7}"#
+            r#"{"schema":1,"id":"00000000-0000-0000-0000-000000000000","device":"pi","camera":"window","class":"tulips","previous":"unknown","confidence":0.9123,"top":[{"class":"tulips","confidence":0.9123},{"class":"daisy","confidence":0.05}],"box":[0.1235,0.25,0.5,0.5],"found":[{"class":"daisy","confidence":0.75,"box":[0.0,0.5,0.25,0.5]},{"class":"tulips","confidence":0.75,"box":[0.1235,0.25,0.5,0.5]}],"captured_at":"1970-01-01T00:00:02.000Z","model":7}"#
         );
     }
     #[test]

@@ -160,6 +160,7 @@ pub fn evaluate(
         precision: Precision::Single,
         views: Views { count: 1 + usize::from(mirror), seed: 0 },
         cache: None,
+        canvas: None,
         threads,
     };
     let (features, _) = extractor.run(&images.kept, progress)?;
@@ -288,7 +289,7 @@ mod tests {
     use super::*;
 
     fn prediction(probabilities: [f32; 2], known: bool) -> Prediction {
-        Prediction { probabilities: probabilities.into(), similarity: 0.0, known }
+        Prediction { probabilities: probabilities.into(), known, ..Prediction::default() }
     }
 
     #[test]
@@ -319,7 +320,7 @@ mod tests {
         let prediction = |class: usize| {
             let mut probabilities = vec![0.0; 102];
             probabilities[class] = 1.0;
-            Prediction { probabilities, similarity: 0.0, known: true }
+            Prediction { probabilities, known: true, ..Prediction::default() }
         };
         // 30 images of each of two classes, some predicted as others.
         let predicted = [vec![7; 20], vec![8; 10], vec![3; 30]].concat();

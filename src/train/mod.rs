@@ -7,6 +7,7 @@
 //!   │ load       datasets (hashed, duplicates skipped, split), labels, network, backbone
 //!   │ extract    Features of the training and validation sets, from the backbone or the cache
 //!   │ fit        head, and with `fine_tune` the last convolution; metrics of each epoch
+//!   │ scan       head for the windows of scanned frames, if there are scenes
 //!   │ calibrate  temperature, threshold of the OOD detector, evaluation on validation and test sets
 //!   ▼ write      config.toml first, then TensorBoard events and checkpoints, metrics.json, report.html, model.bloom last
 //! Trained

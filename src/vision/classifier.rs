@@ -1,5 +1,6 @@
 //! Classification of whole images: from RGB pixels to a [`Prediction`].
 
+use std::ops::AddAssign;
 use std::time::{Duration, Instant};
 
 use bloomcast_kernels::LayerProfile;
@@ -8,6 +9,7 @@ use image::{RgbImage, imageops};
 use super::backbone::Session;
 use super::head::{argmax, softmax_in_place};
 use super::quality::QualityMeter;
+use super::scan::{Detection, ScanBudget, ScanParams, Scanner, View};
 use super::{BackboneError, CompiledBackbone, FrameDiff, Head, Labels, OodDetector, Preprocess, Preprocessor, Quality};
 
 /// The classification of one image.
@@ -19,6 +21,8 @@ pub struct Prediction {
     pub similarity: f32,
     /// False if the image is out of the distribution of the classes.
     pub known: bool,
+    /// Where classes were found in a scanned image, the most similar to the training images first; empty if it was judged as a whole.
+    pub found: Vec<Detection>,
 }
 
 impl Prediction {
@@ -47,8 +51,8 @@ pub struct StageTimes {
     pub backbone: Duration,
     /// Wall-clock time of the head and of out-of-distribution detection.
     pub head: Duration,
-    /// Processor time of the backbone, summed over its threads; unlike [`Self::backbone`] it does not depend on the
-    /// load of the machine.
+    /// Processor time of the backbone for one image of its own input size, summed over its threads; unlike [`Self::backbone`] it
+    /// does not depend on the load of the machine, and neither on the sizes at which a frame was scanned.
     pub cpu_time: Duration,
 }
 
@@ -56,6 +60,16 @@ impl StageTimes {
     /// Returns the wall-clock time of the whole frame.
     pub fn frame(&self) -> Duration {
         self.decode + self.preprocess + self.backbone + self.head
+    }
+}
+
+impl AddAssign for StageTimes {
+    fn add_assign(&mut self, other: Self) {
+        self.decode += other.decode;
+        self.preprocess += other.preprocess;
+        self.backbone += other.backbone;
+        self.head += other.head;
+        self.cpu_time += other.cpu_time;
     }
 }
 
@@ -113,6 +127,7 @@ pub struct Classifier {
     params: ClassifierParams,
     input: Vec<f32>,
     prediction: Prediction,
+    scanner: Option<Scanner>,
 }
 
 impl Classifier {
@@ -132,7 +147,27 @@ impl Classifier {
             preprocessor: Preprocessor::new(params.preprocess.clone()),
             params,
             prediction: Prediction::default(),
+            scanner: None,
         })
+    }
+
+    /// Returns the classifier with a scanner: images that show more detail than the network's input are scanned.
+    ///
+    /// # Errors
+    /// If the backbone cannot scan.
+    pub fn with_scanner(
+        self,
+        backbone: &CompiledBackbone,
+        params: ScanParams,
+        budget: ScanBudget,
+    ) -> Result<Self, BackboneError> {
+        let scanner = Some(Scanner::new(backbone, &self.params, params, budget)?);
+        Ok(Classifier { scanner, ..self })
+    }
+
+    /// Returns how images are looked at.
+    pub fn view(&self) -> View {
+        if self.scanner.is_some() { View::Scan } else { View::Whole }
     }
 
     /// Returns the names of the classes.
@@ -159,7 +194,19 @@ impl Classifier {
         Ok(self.params.predict_views(views.iter()))
     }
 
-    /// Classifies an image. in: H×W×3 u8 RGB, any size. The time of decoding in the result is zero.
+    /// Classifies an image by its view: scans it at both scales if there is a scanner and the image is large enough, else as
+    /// [`Self::classify`].
+    ///
+    /// # Errors
+    /// If the backbone fails.
+    pub fn classify_by_view(&mut self, image: &RgbImage) -> Result<(&Prediction, StageTimes), BackboneError> {
+        let scanner = self.scanner.as_mut().filter(|scanner| scanner.suits(image.dimensions()));
+        let Some(scanner) = scanner else { return self.classify(image) };
+        let times = scanner.scan(image, &mut self.prediction)?;
+        Ok((&self.prediction, times))
+    }
+
+    /// Classifies an image as a whole. in: H×W×3 u8 RGB, any size. The time of decoding in the result is zero.
     ///
     /// # Errors
     /// If the backbone fails.
@@ -175,19 +222,32 @@ impl Classifier {
     /// If the backbone fails.
     pub fn classify_frame(&mut self, image: &RgbImage, filter: &mut FrameFilter) -> Result<FrameResult, BackboneError> {
         let started = Instant::now();
-        let resized = self.preprocessor.resize(image);
+        let Classifier { preprocessor, scanner, prediction, .. } = self;
+        let resized = preprocessor.resize(image);
+        let scanner = scanner.as_mut().filter(|scanner| scanner.suits(image.dimensions()));
         match filter.quality.assess(resized) {
             Quality::Ok => {}
             unfit => {
                 // The next frame that can be judged is classified.
                 filter.diff.reset();
+                scanner.into_iter().for_each(Scanner::reset);
                 return Ok(FrameResult::Unfit(unfit));
             }
         }
-        if filter.diff.is_unchanged(resized) {
+        // An unchanged frame whose details have not been scanned is scanned further.
+        let is_complete = scanner.as_ref().is_none_or(|scanner| scanner.is_current());
+        if filter.diff.is_unchanged(resized) && is_complete {
+            scanner.into_iter().for_each(Scanner::skip_frame);
             return Ok(FrameResult::Unchanged);
         }
-        self.classify_resized(started).map(|(_, times)| FrameResult::Classified(times))
+        let Some(scanner) = scanner else {
+            self.reset_scan();
+            return self.classify_resized(started).map(|(_, times)| FrameResult::Classified(times));
+        };
+        let filtered = started.elapsed();
+        let mut times = scanner.scan_next(image, prediction)?;
+        times.preprocess += filtered;
+        Ok(FrameResult::Classified(times))
     }
 
     fn classify_resized(&mut self, started: Instant) -> Result<(&Prediction, StageTimes), BackboneError> {
@@ -205,6 +265,11 @@ impl Classifier {
             cpu_time,
         };
         Ok((&self.prediction, times))
+    }
+
+    /// Forgets earlier frames of the sequence, after a time without frames.
+    pub fn reset_scan(&mut self) {
+        self.scanner.iter_mut().for_each(Scanner::reset);
     }
 
     /// Returns the prediction of the last image; empty before the first one.
@@ -245,6 +310,7 @@ impl ClassifierParams {
         prediction.similarity = self.ood.similarity(features, &prediction.probabilities);
         softmax_in_place(&mut prediction.probabilities, self.head.temperature());
         prediction.known = self.ood.is_known(prediction.similarity);
+        prediction.found.clear();
     }
 
     /// Returns the mean prediction over several views of one image. in: at least one view, `[width]` each.
@@ -262,6 +328,6 @@ impl ClassifierParams {
         }
         probabilities.iter_mut().for_each(|p| *p /= count);
         similarity /= count;
-        Prediction { probabilities, similarity, known: self.ood.is_known(similarity) }
+        Prediction { probabilities, similarity, known: self.ood.is_known(similarity), found: Vec::new() }
     }
 }

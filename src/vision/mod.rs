@@ -17,6 +17,7 @@ pub mod last_conv;
 pub mod ood;
 pub mod preprocess;
 pub mod quality;
+pub mod scan;
 pub mod test_pattern;
 pub mod transform;
 
@@ -29,4 +30,5 @@ pub use last_conv::LastConvWeights;
 pub use ood::{OodDetector, UnknownClasses};
 pub use preprocess::{Preprocess, Preprocessor};
 pub use quality::Quality;
-pub use transform::Transform;
+pub use scan::{Detection, ScanBudget, ScanParams, View};
+pub use transform::{Region, Transform};

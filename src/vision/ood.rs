@@ -84,6 +84,16 @@ impl OodDetector {
         OodDetector { unknown: Some(unknown), ..self }.with_threshold(threshold)
     }
 
+    /// Returns the same detector with other unknown classes, if it has any.
+    ///
+    /// # Panics
+    /// If they have another width.
+    pub fn with_unknown_head(&self, head: Head) -> Self {
+        assert_eq!(head.width(), self.width, "width of the unknown classes");
+        let unknown = self.unknown.as_ref().map(|unknown| UnknownClasses { head, ..unknown.clone() });
+        OodDetector { unknown, ..self.clone() }
+    }
+
     /// Returns the detector of the cosine alone, which programs that do not know unknown classes have.
     pub fn without_unknown_classes(&self) -> Self {
         let threshold = self.unknown.as_ref().map_or(self.threshold, |unknown| unknown.cosine_threshold);

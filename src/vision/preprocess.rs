@@ -125,16 +125,29 @@ impl Preprocess {
 /// Applies a [`Preprocess`]; owns the buffers.
 pub struct Preprocessor {
     spec: Preprocess,
+    width: u32,
+    height: u32,
     resizer: Resizer,
-    /// size×size×3 u8 RGB.
+    /// height×width×3 u8 RGB.
     resized: Vec<u8>,
 }
 
 impl Preprocessor {
     /// Creates a preprocessor and allocates its buffers; `spec` has to be valid, see [`Preprocess::check`].
     pub fn new(spec: Preprocess) -> Self {
-        let resized = vec![0; spec.input_len()];
-        Preprocessor { spec, resizer: Resizer::new(), resized }
+        let size = spec.size;
+        Self::for_input(spec, [size, size])
+    }
+
+    /// Creates a preprocessor for an input of another height and width, in pixels.
+    pub fn for_input(spec: Preprocess, [height, width]: [u32; 2]) -> Self {
+        let resized = vec![0; 3 * height as usize * width as usize];
+        Preprocessor { spec, width, height, resizer: Resizer::new(), resized }
+    }
+
+    /// Returns the length of the input tensor.
+    pub fn input_len(&self) -> usize {
+        self.resized.len()
     }
 
     /// Returns the parameters.
@@ -142,29 +155,29 @@ impl Preprocessor {
         &self.spec
     }
 
-    /// Resizes and normalises an image. in: H×W×3 u8 RGB, any size; out: `[3, size, size]` f32, or `[size, size, 3]` if the
+    /// Resizes and normalises an image. in: H×W×3 u8 RGB, any size; out: `[3, height, width]` f32, or `[height, width, 3]` if the
     /// layout is NHWC, `(x / scale − mean) / std`.
     ///
     /// # Panics
-    /// If `out` is not [`Preprocess::input_len`] long.
+    /// If `out` is not [`Preprocessor::input_len`] long.
     pub fn run(&mut self, image: &RgbImage, out: &mut [f32]) {
         self.resize(image);
         self.normalise(out);
     }
 
     /// Resizes an image into the internal buffer, the first half of [`Preprocessor::run`]. in: H×W×3 u8 RGB, any size;
-    /// out: size×size×3 u8 RGB.
+    /// out: height×width×3 u8 RGB.
     pub fn resize(&mut self, image: &RgbImage) -> &[u8] {
-        let size = self.spec.size;
-        if image.dimensions() == (size, size) {
+        let (width, height) = (self.width, self.height);
+        if image.dimensions() == (width, height) {
             self.resized.copy_from_slice(image.as_raw());
             return &self.resized;
         }
         // The typed API: the code for all other pixel types is not linked, which saves 3 MB.
         let source = TypedImageRef::<U8x3>::from_buffer(image.width(), image.height(), image.as_raw())
             .expect("an RgbImage has three bytes per pixel");
-        let mut resized =
-            TypedImage::<U8x3>::from_buffer(size, size, &mut self.resized).expect("the buffer has size×size×3 bytes");
+        let mut resized = TypedImage::<U8x3>::from_buffer(width, height, &mut self.resized)
+            .expect("the buffer has three bytes per pixel");
         let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
         self.resizer.resize_typed(&source, &mut resized, &options).expect("a bilinear filter supports all sizes");
         &self.resized
@@ -173,14 +186,14 @@ impl Preprocessor {
     /// Normalises the last resized image, the second half of [`Preprocessor::run`]. out: as there.
     ///
     /// # Panics
-    /// If `out` is not [`Preprocess::input_len`] long.
+    /// If `out` is not [`Preprocessor::input_len`] long.
     pub fn normalise(&self, out: &mut [f32]) {
-        assert_eq!(out.len(), self.spec.input_len(), "length of the input tensor");
+        assert_eq!(out.len(), self.input_len(), "length of the input tensor");
         normalise(&self.spec, &self.resized, out);
     }
 }
 
-/// Computes `(x / scale − mean) / std`. in: size×size×3 u8 RGB; out: `[3, size, size]` or `[size, size, 3]` f32.
+/// Computes `(x / scale − mean) / std`. in: height×width×3 u8 RGB; out: `[3, height, width]` or `[height, width, 3]` f32.
 fn normalise(spec: &Preprocess, pixels: &[u8], out: &mut [f32]) {
     let factor = spec.std.map(|std| 1.0 / (spec.scale * std));
     let offset: [f32; 3] = std::array::from_fn(|channel| -spec.mean[channel] / spec.std[channel]);

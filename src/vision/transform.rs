@@ -76,6 +76,30 @@ impl Region {
         Ok(Region { left, top, width, height })
     }
 
+    /// Returns left, top, width and height, each 0–1.
+    pub fn bounds(&self) -> [f32; 4] {
+        [self.left, self.top, self.width, self.height]
+    }
+
+    /// Returns this part of `outer` as a part of the whole.
+    pub fn within(&self, outer: &Self) -> Self {
+        Region {
+            left: outer.left + self.left * outer.width,
+            top: outer.top + self.top * outer.height,
+            width: self.width * outer.width,
+            height: self.height * outer.height,
+        }
+    }
+
+    /// Returns the area that both have in common, divided by the area of both together, 0–1.
+    pub fn intersection_over_union(&self, other: &Self) -> f32 {
+        let overlap =
+            |a: f32, a_length: f32, b: f32, b_length: f32| ((a + a_length).min(b + b_length) - a.max(b)).max(0.0);
+        let both = overlap(self.left, self.width, other.left, other.width)
+            * overlap(self.top, self.height, other.top, other.height);
+        both / (self.width * self.height + other.width * other.height - both)
+    }
+
     /// Returns left, top, width and height in pixels, at least one pixel a side.
     fn pixels(&self, (width, height): (u32, u32)) -> [u32; 4] {
         let span = |start: f32, length: f32, pixels: u32| {

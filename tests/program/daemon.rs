@@ -20,7 +20,7 @@ pub fn alternating_drawings() -> (tempfile::TempDir, std::path::PathBuf) {
 }
 
 /// Returns the command that runs a daemon named `pi` with these settings.
-fn run_command<'a>(port: u16, settings: impl IntoIterator<Item = &'a str>) -> Command {
+pub fn run_command<'a>(port: u16, settings: impl IntoIterator<Item = &'a str>) -> Command {
     let mut command = bloomcast();
     command.args(["run", "--set", "device.name=pi", "--set", &format!("mqtt.port={port}")]);
     command.args(settings.into_iter().flat_map(|setting| ["--set", setting]));
@@ -544,6 +544,48 @@ fn a_covered_lens_changes_the_quality_and_not_the_class() {
     assert!(daemon.wait_for_exit(TIMEOUT).success(), "{}", daemon.log());
     let counts = daemon.line(" captured=");
     assert!(!counts.contains(" unfit=0 ") && counts.contains(" events=1 "), "{counts}");
+}
+
+/// It gets dark before a flower: frame by frame, until nothing can be judged.
+#[test]
+fn a_dusk_ends_dark_and_names_no_other_class() {
+    let broker = Mosquitto::started(None);
+    let listener = Listener::connect(broker.port);
+    let dir = tempfile::tempdir().unwrap();
+    let flower = image::open(confident_drawings("sunflowers", 1).remove(0)).unwrap().to_rgb8();
+    let mut script = String::from("#!/bin/sh\n");
+    for (i, light) in [1.0, 0.7, 0.45, 0.25, 0.12, 0.05, 0.02, 0.005].into_iter().enumerate() {
+        let mut frame = flower.clone();
+        frame.iter_mut().for_each(|value| *value = (f32::from(*value) * light) as u8);
+        let path = dir.path().join(format!("{i}.jpg"));
+        frame.save(&path).unwrap();
+        script += &format!("for i in 1 2 3 4 5 6; do cat '{}'; sleep 0.1; done\n", path.display());
+    }
+    script += &format!("while :; do cat '{}'; sleep 0.1; done\n", dir.path().join("7.jpg").display());
+    let command = dir.path().join("camera.sh");
+    std::fs::write(&command, script).unwrap();
+    assert!(Command::new("chmod").arg("+x").arg(&command).status().unwrap().success());
+    let settings = [
+        format!("model.bundle={}", drawn_flowers().bundle.display()),
+        format!("camera.rpicam.command={}", command.display()),
+        "camera.source=rpicam".into(),
+        "camera.interval_ms=50".into(),
+        "decide.smoothing_ms=100".into(),
+        "decide.enter_dwell_ms=200".into(),
+        "decide.leave_dwell_ms=200".into(),
+        "decide.state_interval_ms=0".into(),
+    ];
+    let mut daemon = Process::start(&mut run_command(broker.port, settings.iter().map(String::as_str)));
+    let first = listener.wait("/event", |event| event["class"] != "unknown");
+    assert_eq!((&first["class"], &first["previous"]), (&"sunflowers".into(), &"unknown".into()));
+    let dark = listener.wait("/state", |state| state["quality"] == "dark");
+    assert!(dark["class"] == "sunflowers" || dark["class"] == "unknown", "{dark}");
+    // The class that was observed last stays through the night.
+    daemon.signal("TERM");
+    assert!(daemon.wait_for_exit(TIMEOUT).success(), "{}", daemon.log());
+    let counts = daemon.line(" captured=");
+    let events = if dark["class"] == "sunflowers" { " events=1 " } else { " events=2 " };
+    assert!(counts.contains(events), "{counts}: {dark}");
 }
 
 #[test]

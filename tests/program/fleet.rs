@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 use super::broker::Mosquitto;
 use super::mqtt::Listener;
-use super::tools::{Process, TIMEOUT, bloomcast, drawn_flowers, failure, of_class, output, replay_list};
+use super::tools::{Process, TIMEOUT, bloomcast, drawn_flowers, failure, of_class, output, replay_list, wait_until};
 
 /// A signing key, and the folder with its public key and the bundles that it signs.
 struct Trainer {
@@ -541,8 +541,9 @@ fn a_trial_continues_after_sigterm_and_is_rolled_back_after_a_kill() {
     let mut command = push_command(port, &bundle, &trainer, &["--device", "pi"]);
     let pushing = std::thread::spawn(move || delivery_statuses(&mut command));
     daemon.line("is accepted");
-    let model_status = device.model_status();
-    assert_eq!((&model_status["version"], &model_status["trial"]), (&json!(version + 1), &json!(true)));
+    // It is announced with the first frame that it classified.
+    wait_until("the model on trial", || device.model_status()["version"] == json!(version + 1));
+    assert_eq!(device.model_status()["trial"], json!(true));
 
     // A reload without a change does not interrupt it.
     daemon.signal("HUP");

@@ -1,12 +1,18 @@
 //! Training runs on a few real photographs: their outputs, the cache of features, killed and failed runs.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use bloomcast::bundle::Bundle;
+use bloomcast::demo::drawing;
+use bloomcast::vision::{Region, View};
 use serde_json::Value;
 
-use super::tools::{Process, bloomcast, drawn_flowers, failure, json, of_class, output, wait_until};
+use super::broker::Mosquitto;
+use super::daemon::run_command;
+use super::mqtt::Listener;
+use super::tools::{Process, TIMEOUT, bloomcast, drawn_flowers, failure, json, of_class, output, wait_until};
 use super::workstation::dataset;
 
 /// Copies training and validation photographs into `dir`.
@@ -249,4 +255,100 @@ fn images_of_none_of_the_classes_train_unknown_and_are_counted_by_kind() {
     let checked: Value = serde_json::from_slice(&output(&mut check).stdout).unwrap();
     let classes = checked["classes"].as_array().unwrap();
     assert_eq!(classes.last().unwrap(), &serde_json::json!({"class": "unknown/stripes", "images": 28}));
+}
+
+/// Returns a frame of 1280×720 with a drawing of `class` that covers `share` of its height, and the place of the drawing.
+fn garden_frame(class: &str, share: f32, rng: &mut fastrand::Rng) -> (image::RgbImage, Region) {
+    let (width, height, filter) = (1280, 720, image::imageops::FilterType::Triangle);
+    let mut frame = image::imageops::resize(&drawing::scene(rng), width, height, filter);
+    let (_, kind) = drawing::five_flowers().into_iter().find(|(name, _)| *name == class).unwrap();
+    let side = (share * height as f32) as u32;
+    let flower = image::imageops::resize(&drawing::flower(kind, rng), side, side, filter);
+    let (left, top) = (rng.u32(0..=width - side), rng.u32(0..=height - side));
+    image::imageops::overlay(&mut frame, &flower, left.into(), top.into());
+    let (w, h) = (width as f32, height as f32);
+    let bounds = [left as f32 / w, top as f32 / h, side as f32 / w, side as f32 / h];
+    (frame, Region::new(bounds).unwrap())
+}
+
+#[test]
+fn a_model_of_scenes_scans_frames_and_says_where_a_flower_is() {
+    let dir = tempfile::tempdir().unwrap();
+    small_datasets(&drawn_flowers().folder, dir.path());
+    let mut rng = fastrand::Rng::with_seed(5);
+    fs::create_dir(dir.path().join("train/unknown")).unwrap();
+    for i in 0..40 {
+        drawing::scene(&mut rng).save(dir.path().join(format!("train/unknown/{i}.png"))).unwrap();
+    }
+    let flags = ["--recipe", "last-conv", "--augment", "3", "--epochs", "8"];
+    succeed(&mut train(dir.path(), "run", &flags));
+    // The second run reads all features from the cache.
+    succeed(&mut train(dir.path(), "again", &flags));
+    let bundle = |run: &str| fs::read(dir.path().join(run).join("model.bloom")).unwrap();
+    assert_eq!(bundle("run"), bundle("again"), "the cached features are those that were computed");
+    let model = dir.path().join("run/model.bloom");
+    assert_eq!(Bundle::read(&model).unwrap().view(), View::Scan);
+
+    let classes = ["daisy", "roses", "tulips"];
+    let frames: Vec<(PathBuf, &str, Region)> = (0..9)
+        .map(|i| {
+            let class = classes[i % 3];
+            let (frame, place) = garden_frame(class, [0.9, 0.6, 0.45][i / 3], &mut rng);
+            let path = dir.path().join(format!("frame-{i}.png"));
+            frame.save(&path).unwrap();
+            (path, class, place)
+        })
+        .collect();
+    let classify = |view: &[&str]| {
+        let mut command = bloomcast();
+        command.args(["classify", "--json", "--model"]).arg(&model).args(view);
+        json(command.args(frames.iter().map(|(path, ..)| path)))
+    };
+    let scanned = classify(&[]);
+    let mut right = 0;
+    for (answer, (path, class, place)) in scanned.as_array().unwrap().iter().zip(&frames) {
+        assert_eq!(answer["box"], answer["found"][0]["box"], "{answer}");
+        if answer["class"] != *class {
+            continue;
+        }
+        let bounds: [f32; 4] = serde_json::from_value(answer["box"].clone()).unwrap();
+        let overlap = Region::new(bounds).unwrap().intersection_over_union(place);
+        assert!(overlap > 0.1, "{}: {answer}, {place:?}", path.display());
+        right += 1;
+    }
+    assert!(right >= 6, "{right} of 9: {scanned}");
+    let whole = classify(&["--view", "whole"]);
+    assert!(whole.as_array().unwrap().iter().all(|answer| answer["box"].is_null()), "{whole}");
+    // A model that was not trained on scenes.
+    let mut other = bloomcast();
+    other.args(["classify", "--view", "scan", "--model"]).arg(&drawn_flowers().bundle).arg(&frames[0].0);
+    let (code, error) = failure(&mut other);
+    assert!(code == 1 && error.contains("was not trained to scan frames"), "{code}: {error}");
+
+    // The daemon publishes the place, in shares of the whole frame, of which it looks at the right part.
+    let (path, class, place) = frames
+        .iter()
+        .zip(scanned.as_array().unwrap())
+        .find(|((_, class, _), answer)| answer["class"] == *class)
+        .map(|(frame, _)| frame)
+        .unwrap();
+    let broker = Mosquitto::started(None);
+    let listener = Listener::connect(broker.port);
+    let settings = [
+        format!("model.bundle={}", model.display()),
+        "camera.source=replay".into(),
+        format!("camera.replay.path={}", path.display()),
+        "camera.interval_ms=100".into(),
+        "decide.smoothing_ms=0".into(),
+        "decide.enter_dwell_ms=0".into(),
+        "decide.enter=0.1".into(),
+        "decide.leave=0.1".into(),
+    ];
+    let mut daemon = Process::start(&mut run_command(broker.port, settings.iter().map(String::as_str)));
+    let event = listener.wait("/event", |event| event["class"] == *class);
+    let bounds: [f32; 4] = serde_json::from_value(event["box"].clone()).unwrap();
+    assert!(Region::new(bounds).unwrap().intersection_over_union(place) > 0.1, "{event}, {place:?}");
+    assert_eq!(event["found"][0]["class"], *class);
+    daemon.signal("TERM");
+    assert!(daemon.wait_for_exit(TIMEOUT).success(), "{}", daemon.log());
 }

@@ -79,6 +79,34 @@ pub(crate) fn compile(
     Ok((compiled, compiler.memory))
 }
 
+/// Returns the layers of a compiled net for an input of another height and width, and the memory that they take. They share the packed
+/// weights, of which `memory` has the size.
+///
+/// # Errors
+/// As [`crate::CompiledNet::resized`].
+pub(crate) fn resize(
+    layers: &[CompiledLayer],
+    input: FeatureMapShape,
+    isa: Isa,
+    memory: MemoryPlan,
+) -> Result<(Vec<CompiledLayer>, MemoryPlan), KernelError> {
+    if [input.height, input.width].contains(&0) {
+        return Err(KernelError::EmptyInput(input));
+    }
+    let MemoryPlan { weights, threads, .. } = memory;
+    let mut compiler = Compiler { isa, memory: MemoryPlan { weights, threads, ..MemoryPlan::default() }, layer: 0 };
+    compiler.reserve(padded_input(input, layers[0].packed.input_padding()), "padded input", |memory, values| {
+        memory.input = values;
+    })?;
+    let mut resized: Vec<CompiledLayer> = Vec::with_capacity(layers.len());
+    for (index, layer) in layers.iter().enumerate() {
+        compiler.layer = index;
+        let from = resized.last().map_or(input, |previous| previous.to);
+        resized.push(compiler.resize_layer(layer, from)?);
+    }
+    Ok((resized, compiler.memory))
+}
+
 /// Returns the padding that the input buffer includes: that of a first layer with a dense kernel larger than 1×1.
 fn first_padding(layer: &Layer) -> Padding {
     match layer {
@@ -141,6 +169,53 @@ impl Compiler {
             }
         };
         Ok(CompiledLayer { packed, from, to })
+    }
+
+    fn resize_layer(&mut self, layer: &CompiledLayer, from: FeatureMapShape) -> Result<CompiledLayer, KernelError> {
+        let mut packed = layer.packed.clone();
+        let to = match &mut packed {
+            PackedLayer::Conv { conv, .. } => self.dense_sides(conv, from, layer.to.channels)?,
+            PackedLayer::InvertedResidual(block) => self.resize_block(block, from)?,
+            PackedLayer::GlobalSum { .. } => return Err(KernelError::FixedSize { layer: self.layer }),
+        };
+        self.reserve_feature_map(to)?;
+        Ok(CompiledLayer { packed, from, to })
+    }
+
+    /// Sets the geometry of a block for the input `from`, and returns the shape of its output.
+    fn resize_block(
+        &mut self,
+        block: &mut InvertedResidual,
+        from: FeatureMapShape,
+    ) -> Result<FeatureMapShape, KernelError> {
+        let BlockGeometry { kernel, stride, padding, expanded, convolved, .. } = block.geometry;
+        block.geometry.expanded = match &block.expand {
+            Some(conv) => self.dense_sides(conv, from, expanded.channels)?,
+            None => from,
+        };
+        block.geometry.convolved = self.sides(block.geometry.expanded, kernel, stride, padding, convolved.channels)?;
+        self.reserve_scratch(&block.geometry)?;
+        let channels = block.project.as_ref().map_or(convolved.channels, |project| project.outputs);
+        let to = FeatureMapShape { channels, ..block.geometry.convolved };
+        if block.residual && to != from {
+            return Err(KernelError::InvalidResidual { layer: self.layer });
+        }
+        Ok(to)
+    }
+
+    /// Returns the shape of the output of a packed dense convolution with `channels` channels.
+    fn dense_sides(
+        &self,
+        conv: &DenseConv,
+        from: FeatureMapShape,
+        channels: usize,
+    ) -> Result<FeatureMapShape, KernelError> {
+        match conv {
+            DenseConv::Pointwise(_) => Ok(FeatureMapShape { channels, ..from }),
+            DenseConv::Patch(PatchConv { kernel, stride, padding, .. }) => {
+                self.sides(from, *kernel, *stride, *padding, channels)
+            }
+        }
     }
 
     fn inverted_residual(
@@ -257,6 +332,18 @@ impl Compiler {
         }
         let taps = kernel.checked_mul(kernel).and_then(|taps| taps.checked_mul(inputs));
         self.expect_length("weights", taps.and_then(|taps| taps.checked_mul(channels)), weights.len())?;
+        self.sides(from, kernel, stride, padding, channels)
+    }
+
+    /// Returns the shape of the output of a convolution with `channels` channels; kernel and stride are at least 1.
+    fn sides(
+        &self,
+        from: FeatureMapShape,
+        kernel: usize,
+        stride: usize,
+        padding: Padding,
+        channels: usize,
+    ) -> Result<FeatureMapShape, KernelError> {
         let side = |length: usize, before: usize, after: usize| {
             let padded = length.checked_add(before).and_then(|length| length.checked_add(after));
             let too_large = KernelError::TooLarge { layer: self.layer, quantity: "padding" };

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::compile::{MemoryPlan, compile};
+use crate::compile::{MemoryPlan, compile, resize};
 use crate::error::KernelError;
 use crate::gemm::{GemmArgs, InputStrides, OutputStrides, PackedGemm};
 use crate::layers::{CompiledLayer, DenseConv, FeatureMapShape, Layer, PackedLayer, Padding, PatchConv};
@@ -60,6 +60,26 @@ impl CompiledNet {
         Ok(CompiledNet { layers: compiled.into(), channels_first, isa, pool, memory })
     }
 
+    /// Returns the same layers for an input of another height and width, in pixels. They share the packed weights; the padding of each
+    /// convolution stays.
+    ///
+    /// # Errors
+    /// If a size is zero, a layer does not fit its input, there is a [`Layer::GlobalSum`], or the net with a workspace exceeds
+    /// [`crate::VALUES_MAX`] values.
+    pub fn resized(&self, height: usize, width: usize) -> Result<Self, KernelError> {
+        let input = FeatureMapShape { height, width, ..self.input_shape() };
+        let (layers, memory) = resize(&self.layers, input, self.isa, self.memory)?;
+        Ok(CompiledNet { layers: layers.into(), memory, ..self.clone() })
+    }
+
+    /// Returns the layers before a last [`Layer::GlobalSum`], which share the packed weights; `None` if the last layer is another or the
+    /// only one.
+    pub fn before_global_sum(&self) -> Option<Self> {
+        let [layers @ .., last] = &self.layers[..] else { return None };
+        let is_sum = matches!(last.packed, PackedLayer::GlobalSum { .. });
+        (is_sum && !layers.is_empty()).then(|| CompiledNet { layers: layers.into(), ..self.clone() })
+    }
+
     /// Returns the shape of the input.
     pub fn input_shape(&self) -> FeatureMapShape {
         self.layers[0].from
@@ -68,6 +88,11 @@ impl CompiledNet {
     /// Returns the shape of the output.
     pub fn output_shape(&self) -> FeatureMapShape {
         self.layers[self.layers.len() - 1].to
+    }
+
+    /// Returns whether input and output are `[channels, height, width]`.
+    pub fn channels_first(&self) -> bool {
+        self.channels_first
     }
 
     /// Returns the number of layers.
@@ -90,7 +115,7 @@ impl CompiledNet {
         assert_eq!(out.len(), self.output_shape().len(), "values of the output");
         let pool = self.pool.as_deref();
         pool.inspect(|pool| pool.wake());
-        let padding = self.input_padding();
+        let padding = self.layers[0].packed.input_padding();
         let padded_for = (self.input_shape(), padding);
         if workspace.padded_for != Some(padded_for) {
             // The zeros lie elsewhere.
@@ -119,19 +144,6 @@ impl CompiledNet {
 
     pub(crate) fn lanes(&self) -> usize {
         self.isa.lanes()
-    }
-
-    /// Returns the zeros around the input that a first convolution needs.
-    fn input_padding(&self) -> Padding {
-        let conv = match &self.layers[0].packed {
-            PackedLayer::Conv { conv, .. } => Some(conv),
-            PackedLayer::InvertedResidual(block) => block.expand.as_ref(),
-            PackedLayer::GlobalSum { .. } => None,
-        };
-        match conv {
-            Some(DenseConv::Patch(conv)) => conv.padding,
-            _ => Padding::NONE,
-        }
     }
 
     fn run_layer(
@@ -338,6 +350,44 @@ mod tests {
                 assert!(net.memory.weights + net.memory.workspace().unwrap() <= VALUES_MAX);
             }
         }
+    }
+
+    #[test]
+    fn a_resized_net_equals_one_that_was_compiled_for_its_size() {
+        let mut random = Random::from_printed_seed();
+        for isa in supported_isas() {
+            let layers = [
+                Layer::Conv { conv: conv(8, 3, 3, 2, 1), residual: false },
+                block(8, 20, 1),
+                block(8, 20, 2),
+                Layer::Conv { conv: conv(5, 8, 1, 1, 0), residual: false },
+            ];
+            let pool = ThreadPool::with_threads(random.between(1, 3)).unwrap();
+            let net = |height, width| {
+                let input = FeatureMapShape { height, width, channels: 3 };
+                CompiledNet::new(input, &layers, true, isa, pool.clone()).unwrap()
+            };
+            let (small, sides) = (net(32, 32), (random.between(8, 90), random.between(8, 90)));
+            let (resized, whole) = (small.resized(sides.0, sides.1).unwrap(), net(sides.0, sides.1));
+            assert_eq!((resized.input_shape(), resized.output_shape()), (whole.input_shape(), whole.output_shape()));
+            assert_eq!(resized.memory, whole.memory);
+            let image: Vec<f32> = (0..3 * sides.0 * sides.1).map(|i| (i as f32 * 0.37).sin()).collect();
+            let [found, expected] = [&resized, &whole].map(|net| {
+                let mut out = vec![0.0; net.output_shape().len()];
+                net.run(&image, &mut out, &mut Workspace::default());
+                out
+            });
+            assert_eq!(found, expected);
+        }
+        let input = FeatureMapShape { height: 4, width: 4, channels: 1 };
+        let layers = [Layer::Conv { conv: conv(1, 1, 3, 1, 1), residual: false }, Layer::GlobalSum { factor: 1.0 }];
+        let net = CompiledNet::new(input, &layers[..], false, Isa::Portable, None).unwrap();
+        assert_eq!(net.resized(8, 8).unwrap_err(), KernelError::FixedSize { layer: 1 });
+        let convolution = net.before_global_sum().unwrap();
+        assert_eq!((convolution.layer_count(), convolution.before_global_sum().is_none()), (1, true));
+        let net = CompiledNet::new(input, &layers[..1], false, Isa::Portable, None).unwrap();
+        assert!(net.resized(0, 8).unwrap_err().to_string().starts_with("the input is 0×8×1"));
+        assert!(matches!(net.resized(1 << 20, 1 << 20), Err(KernelError::TooLarge { layer: 0, .. })));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Depthwise convolutions with bias and clip, on blocks of as many channels as a vector holds.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::layers::Clip;
 use crate::simd::SimdF32;
@@ -13,9 +14,9 @@ pub(crate) struct Depthwise {
     pub stride: usize,
     pub clip: Clip,
     /// `[channel_blocks, kernel × kernel, lanes]`, zeros after the last channel.
-    weights: Vec<f32>,
+    weights: Arc<[f32]>,
     /// `[channel_blocks, lanes]`
-    bias: Vec<f32>,
+    bias: Arc<[f32]>,
 }
 
 impl Depthwise {
@@ -31,7 +32,7 @@ impl Depthwise {
         }
         let mut bias = bias.to_vec();
         bias.resize(channel_blocks * lanes, 0.0);
-        Depthwise { channel_blocks, kernel, stride, clip, weights: packed, bias }
+        Depthwise { channel_blocks, kernel, stride, clip, weights: packed.into(), bias: bias.into() }
     }
 
     /// Returns the f32 values that the packed weights and bias take, or `None` if that overflows.

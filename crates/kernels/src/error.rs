@@ -73,4 +73,10 @@ pub enum KernelError {
         /// Index of the layer.
         layer: usize,
     },
+    /// The layer's weights depend on the size of its input.
+    #[error("layer {layer}: computes a mean over all pixels, which has a fixed size")]
+    FixedSize {
+        /// Index of the layer.
+        layer: usize,
+    },
 }

@@ -5,6 +5,7 @@
 //! input's rows.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::layers::Clip;
 use crate::simd::SimdF32;
@@ -17,9 +18,9 @@ pub(crate) struct PackedGemm {
     pub clip: Clip,
     layout: PanelLayout,
     /// `[panels, inputs, panel width]`, zeros after the last output; the last panel is as narrow as possible.
-    weights: Vec<f32>,
+    weights: Arc<[f32]>,
     /// `[panels × panel width]`
-    bias: Vec<f32>,
+    bias: Arc<[f32]>,
 }
 
 /// The width of panels for one instruction set.
@@ -124,7 +125,7 @@ impl PackedGemm {
                 packed_bias[output] = bias[output];
             }
         }
-        PackedGemm { inputs, outputs, clip, layout, weights: packed, bias: packed_bias }
+        PackedGemm { inputs, outputs, clip, layout, weights: packed.into(), bias: packed_bias.into() }
     }
 
     /// Returns the f32 values that the packed weights and bias take, or `None` if that overflows.

@@ -159,6 +159,21 @@ pub(crate) struct CompiledLayer {
     pub to: FeatureMapShape,
 }
 
+impl PackedLayer {
+    /// Returns the zeros around the input that the layer needs as the first one.
+    pub fn input_padding(&self) -> Padding {
+        let conv = match self {
+            PackedLayer::Conv { conv, .. } => Some(conv),
+            PackedLayer::InvertedResidual(block) => block.expand.as_ref(),
+            PackedLayer::GlobalSum { .. } => None,
+        };
+        match conv {
+            Some(DenseConv::Patch(conv)) => conv.padding,
+            _ => Padding::NONE,
+        }
+    }
+}
+
 impl BlockGeometry {
     /// Returns the pixels in a row of the padded expanded feature map.
     pub fn padded_width(&self) -> usize {

@@ -56,10 +56,15 @@ impl Views {
     }
 }
 
-/// Crops, flips with probability ½, rotates and jitters the colors; every other view is under a condition of a camera. The order of the
-/// random draws is part of [`VERSION`].
+/// Transforms the image; every other view is under a condition of a camera. The order of the random draws is part of [`VERSION`].
 fn random_view(image: &RgbImage, rng: &mut ChaCha8Rng, size: u32) -> RgbImage {
-    let (width, height) = (uniform(rng, CROP_MIN, 1.0), uniform(rng, CROP_MIN, 1.0));
+    let view = transformed(image, rng, CROP_MIN, size);
+    if rng.next_u32() & 1 == 1 { conditions::apply(view, rng) } else { view }
+}
+
+/// Crops to at least `crop_min` of the sides, flips with probability ½, rotates and jitters the colors. out: `size`×`size` pixels.
+pub fn transformed(image: &RgbImage, rng: &mut ChaCha8Rng, crop_min: f32, size: u32) -> RgbImage {
+    let (width, height) = (uniform(rng, crop_min, 1.0), uniform(rng, crop_min, 1.0));
     let (left, top) = (uniform(rng, 0.0, 1.0 - width), uniform(rng, 0.0, 1.0 - height));
     let mut view = crop(image, [left, top, width, height], size);
     if rng.next_u32() & 1 == 1 {
@@ -67,12 +72,12 @@ fn random_view(image: &RgbImage, rng: &mut ChaCha8Rng, size: u32) -> RgbImage {
     }
     let mut view = rotate(&view, uniform(rng, -ROTATION_MAX, ROTATION_MAX));
     ColorJitter::random(rng).apply(&mut view);
-    if rng.next_u32() & 1 == 1 { conditions::apply(view, rng) } else { view }
+    view
 }
 
 /// Resizes a part of `image` to `size`×`size` pixels. The part is left, top, width and height as fractions of the image's
 /// width and height.
-fn crop(image: &RgbImage, [left, top, width, height]: [f32; 4], size: u32) -> RgbImage {
+pub fn crop(image: &RgbImage, [left, top, width, height]: [f32; 4], size: u32) -> RgbImage {
     let (full_width, full_height) = (f64::from(image.width()), f64::from(image.height()));
     let (width, height) = ((f64::from(width) * full_width).max(1.0), (f64::from(height) * full_height).max(1.0));
     let left = (f64::from(left) * full_width).min(full_width - width);

@@ -55,6 +55,16 @@ pub fn apply(mut image: RgbImage, rng: &mut ChaCha8Rng) -> RgbImage {
     image
 }
 
+/// Applies one condition that leaves everything where it is.
+pub fn apply_upright(image: RgbImage, rng: &mut ChaCha8Rng) -> RgbImage {
+    loop {
+        let condition = draw(rng);
+        if !matches!(condition, Condition::QuarterTurn | Condition::UpsideDown) {
+            return condition.apply(image, rng);
+        }
+    }
+}
+
 fn draw(rng: &mut ChaCha8Rng) -> Condition {
     let total = WEIGHTED.iter().map(|(_, weight)| weight).sum();
     let mut at = random_below(rng, total);

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use image::RgbImage;
 use sha2::{Digest, Sha256};
@@ -33,7 +34,7 @@ pub struct HashedImage {
 }
 
 /// The source of an image's pixels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
     /// The file.
     File,
@@ -43,6 +44,13 @@ pub enum Origin {
     Degraded,
     /// The file, by [`generated::part`].
     Part,
+    /// The file, pasted on another one: [`scene::canvas`](crate::train::data::scene::canvas).
+    Scene {
+        /// The other file.
+        background: Arc<Path>,
+    },
+    /// The file, of none of the classes, as windows of a scanned frame show it.
+    EmptyScene,
 }
 
 /// Error of an image that cannot be used.
@@ -62,7 +70,7 @@ pub enum ImageError {
 }
 
 impl HashedImage {
-    /// Decodes the file, or generates the image. out: H×W×3 u8 RGB.
+    /// Decodes the file, or generates the image; of a scene, decodes the file alone. out: H×W×3 u8 RGB.
     ///
     /// # Errors
     /// Fails if the file cannot be read or decoded, or if a side is shorter than [`SIDE_MIN`].
@@ -70,17 +78,26 @@ impl HashedImage {
         if self.origin == Origin::Nothing {
             return Ok(generated::nothing(&self.content_hash));
         }
-        let pixels = decode::file(&self.path)?;
-        let (width, height) = pixels.dimensions();
-        if width.min(height) < SIDE_MIN {
-            return Err(ImageError::TooSmall { width, height });
-        }
+        let pixels = decode_file(&self.path)?;
         Ok(match self.origin {
             Origin::Degraded => generated::degraded(&pixels, &self.content_hash),
             Origin::Part => generated::part(&pixels, &self.content_hash),
-            Origin::File | Origin::Nothing => pixels,
+            Origin::File | Origin::Nothing | Origin::Scene { .. } | Origin::EmptyScene => pixels,
         })
     }
+}
+
+/// Decodes a file. out: H×W×3 u8 RGB.
+///
+/// # Errors
+/// Fails if the file cannot be read or decoded, or if a side is shorter than [`SIDE_MIN`].
+pub fn decode_file(path: &Path) -> Result<RgbImage, ImageError> {
+    let pixels = decode::file(path)?;
+    let (width, height) = pixels.dimensions();
+    if width.min(height) < SIDE_MIN {
+        return Err(ImageError::TooSmall { width, height });
+    }
+    Ok(pixels)
 }
 
 /// The usable images of a dataset, and the skipped ones with the reason.

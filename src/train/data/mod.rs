@@ -6,4 +6,5 @@ pub mod dataset;
 pub mod generated;
 pub mod image_set;
 pub mod inspect;
+pub mod scene;
 pub mod similarity;

@@ -16,12 +16,13 @@ use image::RgbImage;
 use crate::system::hash::sha256_hex;
 use crate::train::data::augment::{self, Views};
 use crate::train::data::dataset::DatasetProblem;
-use crate::train::data::image_set::{HashedImage, ImageError, Origin};
+use crate::train::data::image_set::{HashedImage, ImageError, Origin, decode_file};
+use crate::train::data::scene::{self, Geometry};
 use crate::train::features::cache::FeatureCache;
 use crate::train::parallel;
 use crate::vision::backbone::{Session, channels_last};
 use crate::vision::preprocess::{self, Preprocess, Preprocessor};
-use crate::vision::{BackboneError, CompiledBackbone, OnnxBackbone};
+use crate::vision::{BackboneError, CompiledBackbone, LastConvWeights, OnnxBackbone};
 
 /// Part of the cache key: another version may decode or compute differently.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -152,8 +153,21 @@ pub struct Extractor<'a> {
     pub views: Views,
     /// Root folder of the [`FeatureCache`]; `None` disables caching.
     pub cache: Option<&'a Path>,
+    /// Computes the features of scenes; `None` if there are none.
+    pub canvas: Option<CanvasNetwork<'a>>,
     /// Number of threads, at least 1.
     pub threads: usize,
+}
+
+/// The frozen layers for the canvas of a scene.
+#[derive(Clone)]
+pub struct CanvasNetwork<'a> {
+    /// The layers before the last convolution, for an input of [`Geometry::canvas_size`].
+    pub backbone: CompiledBackbone,
+    /// The sizes of the network's input and map.
+    pub sizes: Geometry,
+    /// Computes feature vectors from the map, if these and not maps are extracted.
+    pub last_conv: Option<&'a LastConvWeights>,
 }
 
 /// Error of an image without features.
@@ -239,9 +253,18 @@ impl Extractor<'_> {
             None => worker.insert(Worker::new(self)?),
         };
         let pixels = image.decode()?;
-        for view in cached_views..self.views.count {
-            bytes.extend(self.extract_view(worker, &pixels, image, view)?.to_bytes());
-        }
+        let values = match &image.origin {
+            Origin::Scene { background } => {
+                self.extract_scene(worker, &pixels, Some(&decode_file(background)?), image, cached_views)?
+            }
+            Origin::EmptyScene => self.extract_scene(worker, &pixels, None, image, cached_views)?,
+            _ => {
+                let views =
+                    (cached_views..self.views.count).map(|view| self.extract_view(worker, &pixels, image, view));
+                views.collect::<Result<Vec<_>, _>>()?
+            }
+        };
+        values.into_iter().for_each(|row| bytes.extend(self.stored(row).to_bytes()));
         if let Some(Err(error)) = cache.map(|cache| cache.write(&image.content_hash, &bytes)) {
             on_cache_error(error);
         }
@@ -275,22 +298,86 @@ impl Extractor<'_> {
         pixels: &RgbImage,
         image: &HashedImage,
         view: usize,
-    ) -> Result<Values, BackboneError> {
-        let Worker { session, preprocessor, input } = worker;
+    ) -> Result<Vec<f32>, BackboneError> {
+        let Worker { session, preprocessor, input, .. } = worker;
         if view == 0 {
             preprocessor.run(pixels, input);
         } else {
             preprocessor.run(&self.views.view(pixels, &image.content_hash, view, self.preprocess.size), input);
         }
         let row = session.run(input)?;
-        let row = match self.map_channels {
+        Ok(match self.map_channels {
             Some(channels) => channels_last(row, channels),
             None => row.to_vec(),
+        })
+    }
+
+    /// Runs the backbone on the canvases of a scene and returns the rows of its windows, from view `first` on.
+    fn extract_scene(
+        &self,
+        worker: &mut Worker,
+        pixels: &RgbImage,
+        background: Option<&RgbImage>,
+        image: &HashedImage,
+        first: usize,
+    ) -> Result<Vec<Vec<f32>>, BackboneError> {
+        let network =
+            self.canvas.as_ref().expect("the images of a run with scenes are extracted with a canvas network");
+        let canvas_worker = match &mut worker.canvas {
+            Some(worker) => worker,
+            None => worker.canvas.insert(CanvasWorker::new(network, self.preprocess)?),
         };
-        Ok(match self.precision {
+        let windows = scene::windows_per_canvas(&image.origin);
+        let mut rows = Vec::new();
+        for index in first / windows..self.views.count.div_ceil(windows) {
+            let canvas = scene::canvas(pixels, background, &image.content_hash, index, network.sizes);
+            let map = canvas_worker.map(&canvas.image)?;
+            let views = (index * windows..).zip(&canvas.windows);
+            let views = views.filter(|(view, _)| (first..self.views.count).contains(view));
+            rows.extend(views.map(|(_, window)| {
+                let row = cut_window(map, network.sizes, *window);
+                network.last_conv.map_or_else(|| row.clone(), |last_conv| last_conv.features(&row))
+            }));
+        }
+        Ok(rows)
+    }
+
+    /// Returns a row in the precision that it is stored in.
+    fn stored(&self, row: Vec<f32>) -> Values {
+        match self.precision {
             Precision::Single => Values::Single(row),
             Precision::Half => Values::Half(row.into_iter().map(f16::from_f32).collect()),
-        })
+        }
+    }
+}
+
+/// Returns the positions of a window of a canvas' map. in: `[channels, positions, positions]`; out: `[window · window, channels]`.
+fn cut_window(map: &[f32], sizes: Geometry, [top, left]: [usize; 2]) -> Vec<f32> {
+    let side = sizes.canvas_positions();
+    let channels = map.len() / (side * side);
+    let position = |i: usize| (top + i / sizes.window) * side + left + i % sizes.window;
+    let positions = (0..sizes.window * sizes.window).map(position);
+    positions.flat_map(|position| (0..channels).map(move |channel| map[channel * side * side + position])).collect()
+}
+
+/// The session and buffers of one thread for canvases.
+struct CanvasWorker {
+    session: Session,
+    preprocessor: Preprocessor,
+    input: Vec<f32>,
+}
+
+impl CanvasWorker {
+    fn new(network: &CanvasNetwork<'_>, preprocess: &Preprocess) -> Result<Self, BackboneError> {
+        let preprocessor = Preprocessor::for_input(preprocess.clone(), [network.sizes.canvas_size(); 2]);
+        let input = vec![0.0; preprocessor.input_len()];
+        Ok(CanvasWorker { session: network.backbone.session()?, preprocessor, input })
+    }
+
+    /// Returns the map of a canvas, `[channels, height, width]`.
+    fn map(&mut self, canvas: &RgbImage) -> Result<&[f32], BackboneError> {
+        self.preprocessor.run(canvas, &mut self.input);
+        self.session.run(&self.input)
     }
 }
 
@@ -299,6 +386,8 @@ struct Worker {
     session: Session,
     preprocessor: Preprocessor,
     input: Vec<f32>,
+    /// For scenes; made on first use.
+    canvas: Option<CanvasWorker>,
 }
 
 impl Worker {
@@ -307,6 +396,7 @@ impl Worker {
             session: extractor.backbone.session()?,
             preprocessor: Preprocessor::new(extractor.preprocess.clone()),
             input: vec![0.0; extractor.preprocess.input_len()],
+            canvas: None,
         })
     }
 }
@@ -330,8 +420,18 @@ mod tests {
             let (network, backbone, preprocess) = (&network, &backbone, &preprocess);
             let views = Views { count, seed: 1 };
             let map_channels = Some(320);
-            Extractor { network, backbone, map_channels, preprocess, precision, views, cache: None, threads: 1 }
-                .cache_key()
+            Extractor {
+                network,
+                backbone,
+                map_channels,
+                preprocess,
+                precision,
+                views,
+                cache: None,
+                canvas: None,
+                threads: 1,
+            }
+            .cache_key()
         };
         let keys = [key(6, Precision::Half), key(1, Precision::Single)];
         assert_eq!(keys, ["map-d1aea29679c08527", "map-bd646a444bd9951e"]);
@@ -366,6 +466,7 @@ mod tests {
                 precision,
                 views,
                 cache,
+                canvas: None,
                 threads: 2,
             };
             let (features, cache_error) = extractor.run(&images, &|_| {}).unwrap();
@@ -400,6 +501,7 @@ mod tests {
             precision: Precision::Single,
             views: Views::ONE,
             cache: Some(&dir.path().join("cache")),
+            canvas: None,
             threads: 1,
         };
         let image =

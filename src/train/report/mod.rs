@@ -351,7 +351,12 @@ mod tests {
 
     #[test]
     fn undoes_temperature_scaling() {
-        let after = Prediction { probabilities: softmax(&[2.0, 0.5, -1.0], 1.7), similarity: 1.0, known: true };
+        let after = Prediction {
+            probabilities: softmax(&[2.0, 0.5, -1.0], 1.7),
+            similarity: 1.0,
+            known: true,
+            found: Vec::new(),
+        };
         let before = without_temperature(&after, 1.7).probabilities;
         for (got, expected) in before.iter().zip(softmax(&[2.0, 0.5, -1.0], 1.0)) {
             assert!((got - expected).abs() < 1e-5, "{got}, expected {expected}");

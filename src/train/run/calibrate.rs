@@ -16,12 +16,13 @@ use crate::train::run::extract::{ExtractedFeatures, extract_set};
 use crate::train::run::fit::FittedModel;
 use crate::train::run::load::{Datasets, Pretrained};
 use crate::train::run::outcome::{Parameters, Trained};
+use crate::train::run::scan;
 use crate::train::run::settings::FineTune;
 use crate::train::run::{Progress, RunContext, TrainError};
 use crate::vision::classifier::ClassifierParams;
 use crate::vision::head::{argmax, linear};
 use crate::vision::ood::OodError;
-use crate::vision::{Head, Labels, LastConvWeights, OnnxBackbone, OodDetector, Prediction, UnknownClasses};
+use crate::vision::{Head, Labels, LastConvWeights, OnnxBackbone, OodDetector, Prediction, ScanParams, UnknownClasses};
 
 /// Directions of the OOD detector's subspace. With fewer, it accepts more out-of-distribution images; more only enlarge the
 /// bundle.
@@ -38,6 +39,7 @@ pub(super) fn calibrate(
     datasets: &Datasets,
     features: ExtractedFeatures,
     fitted: FittedModel,
+    scan: Option<ScanParams>,
 ) -> Result<Trained, TrainError> {
     let FittedModel { last_conv, mut head_weight, mut head_bias, history } = fitted;
     let ExtractedFeatures { mut train, val, val_unknown, skipped } = features;
@@ -59,8 +61,11 @@ pub(super) fn calibrate(
     let unknown_kinds = KindAcceptance::count(&datasets.unknown_kinds, &val_unknown.classes(), accepted);
     let self_test_features = choose_self_test_features(&val_rows, &val.predictions, &val_classes);
     let rejected_cross_fitted = cross_fitted_rejection(&val, context.settings.reject);
+    let scan = scan.map(|scan| scan::fit_offsets(context, pretrained, datasets, scan, &params, last_conv.as_ref()));
+    let scan = scan.transpose()?;
     let ClassifierParams { labels, head, ood, .. } = params;
     Ok(Trained {
+        scan,
         parameters: count_parameters(context.settings.fine_tune, &pretrained.network, &head),
         dataset: describe_dataset(&labels, &train.images, &unknown_images, &val.images),
         train_images: images_per_class(&labels, &train.classes()),
@@ -122,7 +127,7 @@ fn final_features(context: RunContext<'_>, features: &Features, last_conv: Optio
 }
 
 /// Returns the head with the temperature that minimizes the validation loss.
-fn fit_temperature(
+pub(super) fn fit_temperature(
     weight: Vec<f32>,
     bias: Vec<f32>,
     val: &[Vec<f32>],
@@ -162,7 +167,7 @@ fn fit_ood_detector(
 
 /// Returns a threshold that rejects the fraction `reject` (0–1) of `similarities` (sorted, at least one). It is the midpoint
 /// between the last rejected and the first accepted one, so that rounding on another machine changes neither.
-fn threshold(similarities: &[f32], reject: f32) -> f32 {
+pub(super) fn threshold(similarities: &[f32], reject: f32) -> f32 {
     let rejected = ((reject * similarities.len() as f32) as usize).min(similarities.len() - 1);
     let first_accepted = similarities[rejected];
     let last_rejected = rejected.checked_sub(1).map_or(first_accepted - 0.02, |last| similarities[last]);

@@ -7,7 +7,7 @@ use crate::system::memory;
 use crate::train::data::augment::Views;
 use crate::train::data::dataset::DatasetProblem;
 use crate::train::data::image_set::HashedImage;
-use crate::train::features::{Extractor, Features, Precision};
+use crate::train::features::{CanvasNetwork, Extractor, Features, Precision};
 use crate::train::run::load::{Datasets, Pretrained};
 use crate::train::run::settings::FineTune;
 use crate::train::run::{Progress, RunContext, TrainError};
@@ -39,7 +39,11 @@ pub(super) fn extract(
     };
     let bytes = train.kept.len() * views.count * precision.bytes()
         + (val.kept.len() + val_unknown.len()) * Precision::Single.bytes();
-    expect_memory((bytes * pretrained.backbone.width()) as u64)?;
+    // The windows of scenes are kept as feature vectors.
+    let last_conv = pretrained.network.info().last_conv.as_ref();
+    let window_bytes = last_conv.map_or(0, |conv| conv.weights.outputs() * Precision::Half.bytes());
+    let scene_bytes = datasets.scenes.train.len() * views.count * window_bytes;
+    expect_memory((bytes * pretrained.backbone.width() + scene_bytes) as u64)?;
     let total = train.kept.len() + val.kept.len() + val_unknown.len();
     let progress =
         |before: usize| move |done: usize| (context.progress)(Progress::Features { done: before + done, total });
@@ -89,6 +93,11 @@ pub(super) fn extract_set(
         FineTune::None => None,
         FineTune::LastConv => Some(pretrained.network.last_conv()?.weights.inputs()),
     };
+    let last_conv = match context.settings.fine_tune {
+        FineTune::None if pretrained.canvas.is_some() => Some(&pretrained.network.last_conv()?.weights),
+        _ => None,
+    };
+    let canvas = pretrained.canvas.clone().map(|(backbone, sizes)| CanvasNetwork { backbone, sizes, last_conv });
     let extractor = Extractor {
         network: &pretrained.network,
         backbone: &pretrained.backbone,
@@ -97,6 +106,7 @@ pub(super) fn extract_set(
         precision,
         views,
         cache: context.options.cache.as_deref(),
+        canvas,
         threads: context.options.threads,
     };
     extractor.run(images, progress)

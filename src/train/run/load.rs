@@ -1,7 +1,7 @@
 //! Stage 1: loads the training and validation sets, the network and the backbone; lists the test set.
 
 use std::convert::Infallible;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use unicode_normalization::UnicodeNormalization;
 
@@ -10,6 +10,7 @@ use crate::system::paths::printable;
 use crate::train::data::dataset::{Dataset, DatasetError, DatasetProblem};
 use crate::train::data::generated;
 use crate::train::data::image_set::{HashedImage, ImageSet};
+use crate::train::data::scene::{self, Geometry};
 use crate::train::data::similarity::{self, PerceptualHash};
 use crate::train::features::cache::FeatureCache;
 use crate::train::features::compute_device::{self, Selected};
@@ -20,6 +21,9 @@ use crate::vision::{CompiledBackbone, Labels, OnnxBackbone};
 
 /// Upper bound on the size of a bundle's members besides an embedded network, in bytes.
 const OTHER_MEMBERS_MAX: u64 = 16 << 20;
+
+/// Scenes without a class for each one with a class: most of a frame shows none.
+const EMPTY_SCENES: usize = 2;
 
 /// Cache key of the perceptual hashes. Raise its number when an image gets another hash.
 const HASH_CACHE: &str = "perceptual-hash-2";
@@ -33,6 +37,18 @@ pub(super) struct Pretrained {
     pub network: OnnxBackbone,
     /// The frozen layers: up to the features, or up to the last convolution if that is fine-tuned.
     pub backbone: CompiledBackbone,
+    /// The layers up to the last convolution for the canvas of a scene, and the sizes; `None` if no scenes are made.
+    pub canvas: Option<(CompiledBackbone, Geometry)>,
+}
+
+/// The scenes of a run, and the images of none of the classes that they are made of, by the folder that they were given in.
+#[derive(Default)]
+pub(super) struct Scenes {
+    /// Scenes to train with: one for each training image of a class, and [`EMPTY_SCENES`] times as many without a class.
+    pub train: Vec<HashedImage>,
+    /// The backgrounds of scenes to calibrate with. No training scene is made of them, but the classes were trained with them as
+    /// whole images.
+    pub calibration_backgrounds: Vec<Vec<HashedImage>>,
 }
 
 /// The datasets of a run, all with the same classes. The training and validation sets have no image in common.
@@ -45,6 +61,8 @@ pub(super) struct Datasets {
     pub val_unknown: Vec<HashedImage>,
     /// Names of the kinds.
     pub unknown_kinds: Vec<String>,
+    /// Scenes for the head of windows; none if the model is to judge whole frames.
+    pub scenes: Scenes,
     /// The listed files; [`evaluate_test_set`](super::calibrate::evaluate_test_set) reads, hashes and extracts them after training.
     pub test: Option<Dataset>,
 }
@@ -57,7 +75,10 @@ pub(super) fn load(context: RunContext<'_>) -> Result<(Pretrained, Datasets), Tr
     settings.also.iter().try_for_each(|folder| dataset.add(folder))?;
     settings.unknown.iter().try_for_each(|folder| dataset.add_unknown(folder))?;
     let unknown_classes = 1 + usize::from(!dataset.unknown_kinds.is_empty());
-    let pretrained = load_network(context, dataset.classes.clone(), unknown_classes)?;
+    let mut pretrained = load_network(context, dataset.classes.clone(), unknown_classes)?;
+    if settings.makes_scenes(&dataset) {
+        pretrained.canvas = canvas_network(context, &pretrained.network);
+    }
     let labels = &pretrained.labels;
     let test = settings.test.as_deref().map(|path| read_with_classes(path, labels)).transpose()?;
     let val = settings.val.as_deref().map(|path| read_with_classes(path, labels)).transpose()?;
@@ -68,10 +89,64 @@ pub(super) fn load(context: RunContext<'_>) -> Result<(Pretrained, Datasets), Tr
     val_unknown.iter_mut().for_each(|image| image.class -= known);
     let mut unknown = train.take(|image| image.class >= known);
     unknown.iter_mut().for_each(|image| image.class = known);
-    unknown.extend(generated::parts(&unknown, settings.hyperparams.seed));
+    let seed = settings.hyperparams.seed;
+    let scenes = match pretrained.canvas {
+        Some(_) => make_scenes(context, &train.kept, &unknown),
+        None => Scenes::default(),
+    };
+    unknown.extend(generated::parts(&unknown, seed));
     train.kept.extend(unknown);
-    train.kept.extend(generated::images(&train.kept, settings.hyperparams.seed, known + unknown_classes - 1));
-    Ok((pretrained, Datasets { train, val, val_unknown, unknown_kinds: dataset.unknown_kinds, test }))
+    train.kept.extend(generated::images(&train.kept, seed, known + unknown_classes - 1));
+    let unknown_kinds = dataset.unknown_kinds;
+    Ok((pretrained, Datasets { train, val, val_unknown, unknown_kinds, scenes, test }))
+}
+
+/// Makes the training scenes of images with a class and of images `unknown` without. Warns if there are too few of these.
+fn make_scenes(context: RunContext<'_>, known: &[HashedImage], unknown: &[HashedImage]) -> Scenes {
+    let settings = context.settings;
+    let sources = by_source(unknown, &settings.unknown).into_iter().map(scene::hold_out);
+    let (mut backgrounds, mut held_out): (Vec<_>, Vec<_>) = sources.unzip();
+    for sources in [&mut backgrounds, &mut held_out] {
+        sources.retain(|images: &Vec<HashedImage>| !images.is_empty());
+    }
+    if backgrounds.is_empty() || held_out.is_empty() {
+        let reason = "the model will judge whole frames, not scan them: too few images of none of the classes";
+        (context.progress)(Progress::Warning(reason.into()));
+        return Scenes::default();
+    }
+    let seed = settings.hyperparams.seed;
+    let scenes = scene::scenes(known, &backgrounds, seed);
+    let empty = scene::empty_scenes(EMPTY_SCENES * known.len(), &backgrounds, seed);
+    Scenes { train: [scenes, empty].concat(), calibration_backgrounds: held_out }
+}
+
+/// Returns the images by the folder of `sources` that they are in; those of none, which are the dataset's own, come first.
+fn by_source(images: &[HashedImage], sources: &[PathBuf]) -> Vec<Vec<HashedImage>> {
+    let source = |image: &HashedImage| sources.iter().position(|folder| image.path.starts_with(folder));
+    let of = |wanted: Option<usize>| images.iter().filter(|image| source(image) == wanted).cloned().collect();
+    let all = std::iter::once(None).chain((0..sources.len()).map(Some)).map(of);
+    all.filter(|images: &Vec<HashedImage>| !images.is_empty()).collect()
+}
+
+/// Returns the layers before the last convolution for the canvas of a scene, and the sizes; `None`, with a warning, if the network
+/// cannot scan.
+fn canvas_network(context: RunContext<'_>, network: &OnnxBackbone) -> Option<(CompiledBackbone, Geometry)> {
+    let size = network.input_size();
+    let sizes = network.compile_feature_maps().map(|backbone| [backbone.shape()[1], backbone.shape()[2]]);
+    let reason = match sizes {
+        Ok([height, width]) if height == width && size.is_multiple_of(height) => {
+            let sizes = Geometry { size: size as u32, window: height };
+            match network.for_input([sizes.canvas_size() as usize; 2]).compile_feature_maps() {
+                Ok(canvas) if canvas.shape()[1..] == [sizes.canvas_positions(); 2] => return Some((canvas, sizes)),
+                Ok(canvas) => format!("the feature map of a larger input has the shape {:?}", canvas.shape()),
+                Err(error) => error.to_string(),
+            }
+        }
+        Ok([height, width]) => format!("its feature map has {height}×{width} positions"),
+        Err(error) => error.to_string(),
+    };
+    (context.progress)(Progress::Warning(format!("the model will judge whole frames, not scan them: {reason}")));
+    None
 }
 
 fn load_network(context: RunContext<'_>, labels: Labels, unknown_classes: usize) -> Result<Pretrained, TrainError> {
@@ -91,7 +166,7 @@ fn load_network(context: RunContext<'_>, labels: Labels, unknown_classes: usize)
     if let Some(reason) = fallback {
         (context.progress)(Progress::Warning(reason.to_string()));
     }
-    Ok(Pretrained { labels, unknown_classes, network, backbone })
+    Ok(Pretrained { labels, unknown_classes, network, backbone, canvas: None })
 }
 
 /// Reads the dataset at `path`, which must have the classes `labels`.

@@ -6,6 +6,7 @@ mod fit;
 mod load;
 pub mod options;
 pub mod outcome;
+mod scan;
 pub mod settings;
 pub mod write;
 
@@ -47,6 +48,13 @@ pub enum Progress {
         /// Number of images finished so far.
         done: usize,
         /// Number of images.
+        total: usize,
+    },
+    /// Frames that are made of the validation images and scanned.
+    Scanned {
+        /// Number of frames scanned so far.
+        done: usize,
+        /// Number of frames.
         total: usize,
     },
     /// An epoch that ended, of at most `total`.
@@ -184,7 +192,8 @@ pub fn train(
     let mut writer = RunWriter::begin(settings, options)?;
     let features = extract::extract(context, &pretrained, &datasets)?;
     let fitted = fit::fit(context, &pretrained, &features, &mut writer)?;
-    let mut trained = calibrate::calibrate(context, &pretrained, &datasets, features, fitted)?;
+    let scan = scan::fit_heads(context, &pretrained, &datasets, &features, &fitted)?;
+    let mut trained = calibrate::calibrate(context, &pretrained, &datasets, features, fitted, scan)?;
     calibrate::evaluate_test_set(context, &pretrained, &datasets, &mut trained)?;
     trained.elapsed = started.elapsed();
     writer.finish(&pretrained.network, &trained)?;

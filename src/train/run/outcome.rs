@@ -9,7 +9,7 @@ use crate::bundle::DatasetRef;
 use crate::train::data::dataset::DatasetProblem;
 use crate::train::evaluate::{EvaluatedSet, KindAcceptance};
 use crate::train::optim::training_loop::Epoch;
-use crate::vision::{Head, Labels, LastConvWeights, OodDetector};
+use crate::vision::{Head, Labels, LastConvWeights, OodDetector, ScanParams};
 
 /// A trained and calibrated model with its evaluation.
 #[derive(Debug)]
@@ -36,6 +36,8 @@ pub struct Trained {
     pub head: Head,
     /// The OOD detector, with the fitted threshold.
     pub ood: OodDetector,
+    /// The parameters of scanning; `None` if the model looks at whole frames.
+    pub scan: Option<ScanParams>,
     /// The last convolution, if it is fine-tuned.
     pub last_conv: Option<LastConvWeights>,
     /// Feature vectors for the self-test of the bundle, at least one: `[width]` each.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bundle::manifest::check_name;
 use crate::system::hash::sha256_hex;
+use crate::train::data::dataset::Dataset;
 use crate::train::optim::training_loop::{Hyperparams, Optimizer, Schedule};
 use crate::vision::backbone;
 use crate::vision::{BackboneError, Preprocess};
@@ -238,6 +239,12 @@ impl Recipe {
 }
 
 impl Settings {
+    /// Returns whether training images are pasted into scenes: if there are images of none of the classes to paste them on, and
+    /// images are augmented at all.
+    pub fn makes_scenes(&self, dataset: &Dataset) -> bool {
+        self.views > 1 && !dataset.unknown_kinds.is_empty()
+    }
+
     /// Reads a file that [`Settings::to_toml`] wrote.
     ///
     /// # Errors

@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 use crate::bundle::manifest::FORMAT;
 use crate::bundle::selftest::SelfTestError;
 use crate::bundle::tensors;
-use crate::bundle::{BackboneRef, Bundle, BundleError, Contents, Manifest, Metrics, OodMeasure, OodParams, SelfTest};
+use crate::bundle::{
+    BackboneRef, Bundle, BundleError, Contents, Manifest, Metrics, OodMeasure, OodParams, ScanRef, SelfTest,
+};
 use crate::train::evaluate::{Evaluation, KindAcceptance};
 use crate::train::optim::training_loop::{Epoch, ParamGroup};
 use crate::train::report::tensorboard::{self, EventWriter};
@@ -212,6 +214,7 @@ impl RunWriter {
         let parts = Contents {
             head: trained.head.clone(),
             ood: trained.ood.clone(),
+            scan: trained.scan.clone(),
             last_conv: trained.last_conv.clone(),
             backbone: self.settings.embed_backbone.then(|| network.onnx().to_vec()),
             self_test: None,
@@ -271,6 +274,7 @@ fn manifest(settings: &Settings, created_at: SystemTime, network: &OnnxBackbone,
             threshold: trained.ood.threshold(),
             rejected_share: evaluation.unknown as f32,
         },
+        scan: trained.scan.as_ref().map(|scan| ScanRef { temperature: scan.head.temperature(), offsets: scan.offsets }),
         dataset: trained.dataset.clone(),
         metrics: Metrics { accuracy: evaluation.accuracy, loss: evaluation.loss, ece: evaluation.ece },
         seed: settings.hyperparams.seed,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bloomcast_kernels::{Isa, ThreadPool};
 
-use crate::bundle::{BACKBONE, Bundle, BundleError, Identity, LAST_CONV, Manifest, SelfTest};
+use crate::bundle::{BACKBONE, Bundle, BundleError, Identity, LAST_CONV, Manifest, SelfTest, ViewOptions};
 use crate::update::protocol::{ModelSource, identity};
 use crate::vision::{Classifier, CompiledBackbone};
 
@@ -18,6 +18,8 @@ pub struct DeviceBackbone {
     pub kernels: Option<Isa>,
     /// The threads that compute a backbone; `None` uses the caller's thread alone.
     pub thread_pool: Option<Arc<ThreadPool>>,
+    /// How models look at frames.
+    pub view: ViewOptions,
 }
 
 /// The metadata of a loaded model, and its compiled backbone, which another model may share.
@@ -78,7 +80,7 @@ impl LoadedModel {
                 bundle.compile_backbone(&network.with_thread_pool(device.thread_pool.clone()))?
             }
         };
-        let classifier = Classifier::new(&backbone, bundle.classifier_params())?;
+        let classifier = bundle.classifier_on(&backbone, device.view)?;
         let self_test = bundle.take_self_test();
         let model = ModelMetadata {
             manifest: bundle.manifest().clone(),

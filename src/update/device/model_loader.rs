@@ -12,7 +12,7 @@ use super::admission::{Candidate, Checks, Refusal, admit};
 use super::model::{DeviceBackbone, LoadedModel, ModelMetadata};
 use super::store::{ModelSlot, Phase, State, Store, StoreError, StoredTrial};
 use crate::bundle::manifest::FORMAT;
-use crate::bundle::{ArchiveError, BACKBONE, BUILT_IN, BundleError, Identity, Manifest, archive};
+use crate::bundle::{ArchiveError, BACKBONE, BUILT_IN, BundleError, Identity, Manifest, ViewOptions, archive};
 use crate::mqtt::message::SCHEMA;
 use crate::system::hash::sha256_hex;
 use crate::update::protocol::{ModelSource, ModelStatus, NetworkRef};
@@ -115,12 +115,22 @@ impl ModelLoader {
     pub fn new(files: &ModelFiles, kernels: Option<Isa>, open: fn(&Path) -> Store) -> Self {
         let ModelFiles { bundle, backbone, store } = files.clone();
         let store = store.filter(|_| bundle.is_none()).map(|folder| open(&folder));
-        ModelLoader { bundle, backbone: DeviceBackbone { file: backbone, kernels, thread_pool: None }, store }
+        ModelLoader {
+            bundle,
+            backbone: DeviceBackbone { file: backbone, kernels, thread_pool: None, view: ViewOptions::default() },
+            store,
+        }
     }
 
     /// Returns the loader with a pool whose threads compute backbones; `None` uses the caller's thread alone.
     pub fn with_thread_pool(mut self, thread_pool: Option<Arc<ThreadPool>>) -> Self {
         self.backbone.thread_pool = thread_pool;
+        self
+    }
+
+    /// Returns the loader with another view of its models.
+    pub fn with_view(mut self, view: ViewOptions) -> Self {
+        self.backbone.view = view;
         self
     }
 

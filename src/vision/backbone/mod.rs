@@ -85,6 +85,18 @@ pub enum BackboneError {
         /// Width and height that the preprocessing gives, in pixels.
         expected: u32,
     },
+    /// The positions of the last feature map do not divide the input into equal squares.
+    #[error(
+        "backbone {name}: cannot scan: its feature map of {map} positions a side does not divide its input of {size} pixels"
+    )]
+    MapDoesNotDivideInput {
+        /// Name of the network.
+        name: String,
+        /// Width and height of the network's input, in pixels.
+        size: u32,
+        /// Height of the feature map.
+        map: usize,
+    },
     /// The feature tensor has more than one axis longer than 1.
     #[error("backbone {name}: tensor `{tensor}` has shape {shape:?}, expected one vector")]
     NotAVector {
@@ -190,6 +202,23 @@ pub struct CompiledBackbone {
     plan: Plan,
     kernels: Option<Isa>,
     pool: Option<Arc<ThreadPool>>,
+    activations: Option<Activations>,
+}
+
+/// The layers up to the activations of the last convolution, which can be compiled for inputs of other sizes.
+#[derive(Clone)]
+enum Activations {
+    Kernels(CompiledNet),
+    Onnx(Arc<OnnxLayers>),
+}
+
+/// Layers that tract compiles again for each size of the input.
+struct OnnxLayers {
+    network: OnnxBackbone,
+    /// With the weights of the last convolution.
+    model: ModelProto,
+    /// Name of the tensor.
+    output: String,
 }
 
 /// The compiled network.
@@ -352,12 +381,34 @@ impl OnnxBackbone {
             }
             last_conv.replace(model.to_mut(), fine_tuned);
         }
-        let backbone = self.compile(&model, &self.info.feature)?;
+        let mut backbone = self.compile(&model, &self.info.feature)?;
         if backbone.shape.iter().filter(|n| **n != 1).count() > 1 {
             let (tensor, shape) = (self.info.feature.clone(), backbone.shape);
             return Err(BackboneError::NotAVector { name: self.name.clone(), tensor, shape });
         }
+        let layers = match &backbone.plan {
+            // The map of another net is stored channels last.
+            Plan::Kernels(net) if net.channels_first() => net.before_global_sum().map(Activations::Kernels),
+            _ => None,
+        };
+        let from_onnx = |last_conv: &LastConv| {
+            let (network, output) = (self.clone(), last_conv.activations.clone());
+            Activations::Onnx(Arc::new(OnnxLayers { network, model: model.into_owned(), output }))
+        };
+        backbone.activations = match &self.info.last_conv {
+            Some(last_conv) => layers.or_else(|| Some(from_onnx(last_conv))),
+            None => None,
+        };
         Ok(backbone)
+    }
+
+    /// Returns the same network for inputs of another height and width, in pixels.
+    pub fn for_input(&self, [height, width]: [usize; 2]) -> Self {
+        let input = match self.info.layout {
+            TensorLayout::Nchw => [1, 3, height, width],
+            TensorLayout::Nhwc => [1, height, width, 3],
+        };
+        OnnxBackbone { input, ..self.clone() }
     }
 
     /// Compiles the network up to the input of its last convolution. A session computes: in: the input tensor; out: the
@@ -394,7 +445,7 @@ impl OnnxBackbone {
             .map_err(|e| BackboneError::Load { name: self.name.clone(), reason: format!("{e:#}") })?;
         let Loaded { plan, shape, kernels } = loaded;
         let (name, pool) = (self.name.clone(), self.pool.clone());
-        Ok(CompiledBackbone { name, shape, input: self.input, plan, kernels, pool })
+        Ok(CompiledBackbone { name, shape, input: self.input, plan, kernels, pool, activations: None })
     }
 
     /// As [`Self::prepare`], but returns an error if tract panics: it may panic on an inconsistent file, and its CUDA runtime
@@ -447,6 +498,38 @@ impl CompiledBackbone {
     /// Returns the instruction set of the kernels that compute its layers, or `None` if tract computes all of them.
     pub fn kernels(&self) -> Option<Isa> {
         self.kernels
+    }
+
+    /// Returns the name of the network.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Returns the shape of the output, without the batch axis.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Returns the layers up to the activations of the last convolution, for an input of another height and width, in pixels. A session
+    /// computes: in: the input tensor of that size; out: `[width, height, width]`, the activations at each position of the map. Where
+    /// the kernels compute the whole network, the packed weights are shared.
+    ///
+    /// # Errors
+    /// If this backbone does not compute features, its network has no such convolution, or it cannot take this size.
+    pub fn activations(&self, [height, width]: [usize; 2]) -> Result<Self, BackboneError> {
+        let failed = |reason: String| BackboneError::Load { name: self.name.clone(), reason };
+        match &self.activations {
+            None => Err(BackboneError::NoLastConv { name: self.name.clone() }),
+            Some(Activations::Onnx(layers)) => {
+                layers.network.for_input([height, width]).compile(&layers.model, &layers.output)
+            }
+            Some(Activations::Kernels(net)) => {
+                let net = net.resized(height, width).map_err(|error| failed(error.to_string()))?;
+                let to = net.output_shape();
+                let (input, shape) = ([1, 3, height, width], vec![to.channels, to.height, to.width]);
+                Ok(CompiledBackbone { shape, input, plan: Plan::Kernels(net), activations: None, ..self.clone() })
+            }
+        }
     }
 
     /// Creates a session for one thread and allocates its buffers.

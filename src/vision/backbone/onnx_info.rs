@@ -35,6 +35,8 @@ pub struct ModelInfo {
 pub struct LastConv {
     /// Name of its input tensor, the feature map.
     pub input: String,
+    /// Name of the tensor after ReLU6, the input of the pooling.
+    pub activations: String,
     /// Its weights and biases.
     pub weights: LastConvWeights,
     weight_name: String,
@@ -235,7 +237,13 @@ impl<'a> Graph<'a> {
             return None;
         }
         let weights = LastConvWeights::new(inputs.try_into().ok()?, floats(weight)?, floats(bias)?).ok()?;
-        Some(LastConv { input: input.clone(), weights, weight_name: weight_name.clone(), bias_name: bias_name.clone() })
+        Some(LastConv {
+            input: input.clone(),
+            activations: clip.output.first()?.clone(),
+            weights,
+            weight_name: weight_name.clone(),
+            bias_name: bias_name.clone(),
+        })
     }
 
     /// Returns the first value of an initializer or of a Constant node.
