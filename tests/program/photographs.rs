@@ -4,7 +4,8 @@
 use std::path::PathBuf;
 
 use bloomcast::bundle::Bundle;
-use bloomcast::vision::{Classifier, decode};
+use bloomcast::demo::drawing;
+use bloomcast::vision::{Classifier, Region, decode};
 use bloomcast_kernels::{Isa, ThreadPool};
 
 use super::tools::{
@@ -72,6 +73,35 @@ fn kernels_classify_every_photograph_as_tract_does() {
     println!("{} photographs: the same class, differences of at most {worst:.1e}", images.len());
     assert!(worst <= KERNEL_TOLERANCE, "{worst}");
     report(&format!("photographs: kernels_classify_every_photograph_as_tract_does: {}", images.len()));
+}
+
+/// Photographs of 0.4 of a frame's height before drawn scenes.
+#[test]
+fn a_flower_in_a_part_of_the_frame_is_found() {
+    let Some(folder) = photographs("a_flower_in_a_part_of_the_frame_is_found") else { return };
+    let (dir, mut rng) = (tempfile::tempdir().unwrap(), fastrand::Rng::with_seed(7));
+    let (width, height, side, filter) = (1280, 720, 288, image::imageops::FilterType::Triangle);
+    let classes = ["daisy", "dandelion", "sunflowers"];
+    let mut frames = Vec::new();
+    for (i, photograph) in classes.iter().flat_map(|class| confident_photographs(&folder, class, 4)).enumerate() {
+        let mut frame = image::imageops::resize(&drawing::scene(&mut rng), width, height, filter);
+        let flower = image::imageops::resize(&decode::file(&photograph).unwrap(), side, side, filter);
+        let (left, top) = (rng.u32(0..=width - side), rng.u32(0..=height - side));
+        image::imageops::overlay(&mut frame, &flower, left.into(), top.into());
+        let path = dir.path().join(format!("{i}.png"));
+        frame.save(&path).unwrap();
+        let [w, h] = [width, height].map(|length| length as f32);
+        let bounds = [left as f32 / w, top as f32 / h, side as f32 / w, side as f32 / h];
+        frames.push((path, classes[i / 4], Region::new(bounds).unwrap()));
+    }
+    let answers = json(bloomcast().args(["classify", "--json"]).args(frames.iter().map(|(path, ..)| path)));
+    let is_found = |(answer, (_, class, place)): (&serde_json::Value, &(PathBuf, &str, Region))| {
+        let Ok(bounds) = serde_json::from_value::<[f32; 4]>(answer["box"].clone()) else { return false };
+        answer["class"] == *class && Region::new(bounds).unwrap().intersection_over_union(place) >= 0.3
+    };
+    let found = answers.as_array().unwrap().iter().zip(&frames).filter(|pair| is_found(*pair)).count();
+    assert!(found >= 8, "{found} of {}: {answers}", frames.len());
+    report(&format!("photographs: a_flower_in_a_part_of_the_frame_is_found: {}", frames.len()));
 }
 
 #[test]

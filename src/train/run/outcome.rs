@@ -75,6 +75,7 @@ impl fmt::Display for Trained {
         let rejected = self.rejected_cross_fitted * 100.0;
         writeln!(f, "{rejected:.1} % rejected as unknown with a threshold that was fitted on other images\n")?;
         KindAcceptance::write(f, &self.unknown_kinds)?;
+        writeln!(f, "the model {}\n", if self.scan.is_some() { "scans frames" } else { "classifies whole frames" })?;
         if let Some(test) = &self.test {
             writeln!(f, "evaluation on the test set:\n")?;
             test.evaluation.fmt(f)?;
