@@ -138,6 +138,14 @@ struct Window {
     region: Option<Region>,
 }
 
+impl Window {
+    /// Orders by similarity, the largest first; one that is not a number comes last.
+    fn best_first(&self, other: &Self) -> Ordering {
+        let order = |window: &Self| if window.similarity.is_nan() { f32::NEG_INFINITY } else { window.similarity };
+        order(other).total_cmp(&order(self))
+    }
+}
+
 /// Values of one canvas; the buffers are kept.
 #[derive(Default)]
 struct Buffers {
@@ -320,9 +328,7 @@ impl Scanner {
             free[0].similarity -= self.offsets[scale];
             *count += 1;
         }
-        // A similarity that is not a number is the smallest one.
-        let order = |window: &Window| if window.similarity.is_nan() { f32::NEG_INFINITY } else { window.similarity };
-        windows[..*count].sort_by(|a, b| order(b).total_cmp(&order(a)));
+        windows[..*count].sort_by(Window::best_first);
         Ok(StageTimes {
             decode: Duration::ZERO,
             preprocess: preprocessed - started,
@@ -336,7 +342,7 @@ impl Scanner {
     fn combine(&self, prediction: &mut Prediction) {
         let ood = &self.model.ood;
         let mut windows: SmallVec<[&Window; SCALES * CANDIDATES]> = self.scales.iter().flat_map(Scale::found).collect();
-        windows.sort_by(|a, b| b.similarity.partial_cmp(&a.similarity).unwrap_or(Ordering::Equal));
+        windows.sort_by(|a, b| a.best_first(b));
         let best = windows.first().expect("the coarse canvas has at least one window");
         prediction.probabilities.clone_from(&best.probabilities);
         prediction.similarity = best.similarity;

@@ -466,8 +466,7 @@ fn reads_motion_jpeg_from_a_child_process_and_restarts_it() {
         "#!/bin/sh\nfor i in 1 2 3 4 5 6 7 8 9 10; do cat '{}'; sleep 0.05; done\necho 'cable pulled' >&2\nexit 1\n",
         image.display()
     );
-    std::fs::write(&script, text).unwrap();
-    assert!(Command::new("chmod").arg("+x").arg(&script).status().unwrap().success());
+    write_program(&script, &text);
     let command = format!("camera.rpicam.command={}", script.display());
     let bundle = format!("model.bundle={}", drawn_flowers().bundle.display());
     let settings = [
@@ -486,6 +485,12 @@ fn reads_motion_jpeg_from_a_child_process_and_restarts_it() {
         listener.wait("/event", |event| event["class"] == "unknown" && event["previous"] == "daisy");
     }
     daemon.line("ended with exit status: 1: cable pulled; reopening");
+}
+
+/// Writes a script that can be run.
+fn write_program(path: &Path, text: &str) {
+    std::fs::write(path, text).unwrap();
+    assert!(Command::new("chmod").arg("+x").arg(path).status().unwrap().success());
 }
 
 /// A lens is covered, and a flower is seen again; the camera is mounted upside down, beside a wall.
@@ -563,8 +568,7 @@ fn a_dusk_ends_dark_and_names_no_other_class() {
     }
     script += &format!("while :; do cat '{}'; sleep 0.1; done\n", dir.path().join("7.jpg").display());
     let command = dir.path().join("camera.sh");
-    std::fs::write(&command, script).unwrap();
-    assert!(Command::new("chmod").arg("+x").arg(&command).status().unwrap().success());
+    write_program(&command, &script);
     let settings = [
         format!("model.bundle={}", drawn_flowers().bundle.display()),
         format!("camera.rpicam.command={}", command.display()),
@@ -580,7 +584,6 @@ fn a_dusk_ends_dark_and_names_no_other_class() {
     assert_eq!((&first["class"], &first["previous"]), (&"sunflowers".into(), &"unknown".into()));
     let dark = listener.wait("/state", |state| state["quality"] == "dark");
     assert!(dark["class"] == "sunflowers" || dark["class"] == "unknown", "{dark}");
-    // The class that was observed last stays through the night.
     daemon.signal("TERM");
     assert!(daemon.wait_for_exit(TIMEOUT).success(), "{}", daemon.log());
     let counts = daemon.line(" captured=");

@@ -28,7 +28,7 @@ const IMAGES_PER_DEGRADED: usize = 5;
 /// Returns a part of each image of none of the classes, which shows none of them either; the class stays.
 pub fn parts(unknown: &[HashedImage], seed: u64) -> Vec<HashedImage> {
     let part = |image: &HashedImage| HashedImage {
-        content_hash: hash("part", seed, &image.content_hash),
+        content_hash: derived_hash("part", VERSION, seed, &[&image.content_hash]),
         origin: Origin::Part,
         ..image.clone()
     };
@@ -41,7 +41,7 @@ pub fn images(train: &[HashedImage], seed: u64, class: usize) -> Vec<HashedImage
     let nothing = (0..nothing).map(|i| HashedImage {
         path: format!("generated/{i}").into(),
         class,
-        content_hash: hash("nothing", seed, &i.to_le_bytes()),
+        content_hash: derived_hash("nothing", VERSION, seed, &[&i.to_le_bytes()]),
         origin: Origin::Nothing,
     });
     // Whether an image is taken depends on its content alone.
@@ -49,16 +49,18 @@ pub fn images(train: &[HashedImage], seed: u64, class: usize) -> Vec<HashedImage
     let degraded = taken.map(|image| HashedImage {
         path: image.path.clone(),
         class,
-        content_hash: hash("degraded", seed, &image.content_hash),
+        content_hash: derived_hash("degraded", VERSION, seed, &[&image.content_hash]),
         origin: Origin::Degraded,
     });
     nothing.chain(degraded).collect()
 }
 
-fn hash(kind: &str, seed: u64, of: &[u8]) -> ContentHash {
+/// Returns the content hash of an image that is made of others: of its kind, the version of what makes it, the seed, and the parts
+/// `of` which it is made.
+pub fn derived_hash(kind: &str, version: u32, seed: u64, of: &[&[u8]]) -> ContentHash {
     let mut hash = Sha256::new();
-    hash.update(format!("{kind} {VERSION} {seed} "));
-    hash.update(of);
+    hash.update(format!("{kind} {version} {seed} "));
+    of.iter().for_each(|part| hash.update(part));
     hash.finalize().into()
 }
 

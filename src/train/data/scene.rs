@@ -9,10 +9,10 @@ use image::imageops::{self, FilterType};
 use image::{GrayImage, Luma, Rgb, RgbImage};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use sha2::{Digest, Sha256};
 
 use crate::train::data::augment::{self, uniform};
 use crate::train::data::conditions;
+use crate::train::data::generated::derived_hash;
 use crate::train::data::image_set::{ContentHash, HashedImage, Origin};
 use crate::train::optim::training_loop::random_below;
 
@@ -68,9 +68,9 @@ impl Geometry {
 /// Returns a scene for each of `images` on one of `backgrounds`, which come from several sources; each source is taken equally often.
 pub fn scenes(images: &[HashedImage], backgrounds: &[Vec<HashedImage>], seed: u64) -> Vec<HashedImage> {
     let scene = |image: &HashedImage| {
-        let background = choose(backgrounds, &hash("background of", seed, &[&image.content_hash]));
+        let background = choose(backgrounds, &derived_hash("background of", VERSION, seed, &[&image.content_hash]));
         HashedImage {
-            content_hash: hash("scene", seed, &[&image.content_hash, &background.content_hash]),
+            content_hash: derived_hash("scene", VERSION, seed, &[&image.content_hash, &background.content_hash]),
             origin: Origin::Scene { background: background.path.as_path().into() },
             ..image.clone()
         }
@@ -86,8 +86,8 @@ pub fn hold_out(images: Vec<HashedImage>) -> (Vec<HashedImage>, Vec<HashedImage>
 /// Returns `count` scenes without any of the classes, each on one of `backgrounds`, whose class they have.
 pub fn empty_scenes(count: usize, backgrounds: &[Vec<HashedImage>], seed: u64) -> Vec<HashedImage> {
     let scene = |i: usize| {
-        let background = choose(backgrounds, &hash("background", seed, &[&i.to_le_bytes()]));
-        let content_hash = hash("empty scene", seed, &[&i.to_le_bytes(), &background.content_hash]);
+        let background = choose(backgrounds, &derived_hash("background", VERSION, seed, &[&i.to_le_bytes()]));
+        let content_hash = derived_hash("empty scene", VERSION, seed, &[&i.to_le_bytes(), &background.content_hash]);
         HashedImage { content_hash, origin: Origin::EmptyScene, ..background.clone() }
     };
     (0..count).map(scene).collect()
@@ -98,13 +98,6 @@ fn choose<'a>(backgrounds: &'a [Vec<HashedImage>], hash: &ContentHash) -> &'a Ha
     let rng = &mut ChaCha8Rng::from_seed(*hash);
     let source = &backgrounds[random_below(rng, backgrounds.len())];
     &source[random_below(rng, source.len())]
-}
-
-fn hash(kind: &str, seed: u64, of: &[&[u8]]) -> ContentHash {
-    let mut hash = Sha256::new();
-    hash.update(format!("{kind} {VERSION} {seed} "));
-    of.iter().for_each(|part| hash.update(part));
-    hash.finalize().into()
 }
 
 /// Returns the windows that are cut out of each canvas of an image.
