@@ -521,8 +521,7 @@ fn a_covered_lens_changes_the_quality_and_not_the_class() {
         play(&covered, &uncover),
         play(&seen, &dir.path().join("never"))
     );
-    std::fs::write(&script, text).unwrap();
-    assert!(Command::new("chmod").arg("+x").arg(&script).status().unwrap().success());
+    write_program(&script, &text);
     let settings = [
         format!("model.bundle={}", drawn_flowers().bundle.display()),
         format!("camera.rpicam.command={}", script.display()),
